@@ -1,0 +1,10 @@
+// The sweeps for AVX2, chosen at run time (x86-64 only).
+#include "kernels.h"
+
+#if OPTIM_EXT_X86_ISAS
+#define OPTIM_EXT_TARGET_AVX2
+#include "target_begin.h"
+#define OPTIM_EXT_ISA isa_avx2
+#include "sweep-inl.h"
+#include "target_end.h"
+#endif

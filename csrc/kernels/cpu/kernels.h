@@ -1,0 +1,51 @@
+// The CPU sweeps by instruction set. isa_baseline is whatever the compiler targets by default (SSE2 on x86-64, NEON on
+// aarch64) and always exists; the others exist on x86-64 and are chosen at run time.
+#pragma once
+
+#include "../../rules/all_rules.h"
+#include "../convert.h"
+#include "../operand.h"
+
+#if defined(__x86_64__)
+#define OPTIM_EXT_X86_ISAS 1
+#else
+#define OPTIM_EXT_X86_ISAS 0
+#endif
+
+namespace optim_ext::cpu {
+
+// std::index_sequence without <utility>: the ISA files must not instantiate library code under their target flags.
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+template <class Rule>
+using Sweep = void (*)(const Rule&, const Bundle&, int64_t begin, int64_t end, const Amp&);
+
+#define OPTIM_EXT_DECLARE_ISA(isa)                                                       \
+  namespace isa {                                                                        \
+  template <class Rule, class V>                                                         \
+  void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Amp& amp); \
+  }
+OPTIM_EXT_DECLARE_ISA(isa_baseline)
+OPTIM_EXT_DECLARE_ISA(isa_avx2)
+OPTIM_EXT_DECLARE_ISA(isa_avx512)
+#undef OPTIM_EXT_DECLARE_ISA
+
+enum class Isa { baseline, avx2, avx512 };
+
+template <class Rule, class V>
+Sweep<Rule> sweep_for(Isa isa) {
+#if OPTIM_EXT_X86_ISAS
+  if (isa == Isa::avx512) return &isa_avx512::sweep<Rule, V>;
+  if (isa == Isa::avx2) return &isa_avx2::sweep<Rule, V>;
+#endif
+  return &isa_baseline::sweep<Rule, V>;
+}
+
+}  // namespace optim_ext::cpu

@@ -1,0 +1,144 @@
+// The CPU loop, compiled once per instruction set inside the namespace OPTIM_EXT_ISA. No include guard, no torch, and
+// nothing emitted but the sweeps themselves: everything else is inlined, so no code built for AVX-512 can be linked
+// into a baseline caller.
+
+namespace optim_ext::cpu::OPTIM_EXT_ISA {
+
+namespace {
+
+#define OPTIM_EXT_INLINE inline __attribute__((always_inline))
+
+// Elements converted at a time where memory and arithmetic differ in type: small enough that the buffers stay in L1.
+constexpr int64_t kTile = 256;
+
+template <class V>
+constexpr Storage kNative = sizeof(V) == 8 ? Storage::f64 : Storage::f32;
+
+// A loop the compiler turns into one packed loop; its iterations are independent by construction.
+#define OPTIM_EXT_FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
+
+template <class V>
+OPTIM_EXT_INLINE void widen(const void* from, Storage storage, V* to, int64_t n) {
+  switch (storage) {
+    case Storage::f32: { const float* x = static_cast<const float*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]); break; }
+    case Storage::f64: { const double* x = static_cast<const double*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]); break; }
+    case Storage::bf16: { const uint16_t* x = static_cast<const uint16_t*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_bf16(x[i])); break; }
+    case Storage::f16: { const uint16_t* x = static_cast<const uint16_t*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_f16(x[i])); break; }
+  }
+}
+
+template <class V>
+OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, int64_t n) {
+  switch (storage) {
+    case Storage::f32: { float* x = static_cast<float*>(to); OPTIM_EXT_FOR(i, n) x[i] = static_cast<float>(from[i]); break; }
+    case Storage::f64: { double* x = static_cast<double*>(to); OPTIM_EXT_FOR(i, n) x[i] = static_cast<double>(from[i]); break; }
+    case Storage::bf16: { uint16_t* x = static_cast<uint16_t*>(to); OPTIM_EXT_FOR(i, n) x[i] = narrow_bf16(static_cast<float>(from[i])); break; }
+    case Storage::f16: { uint16_t* x = static_cast<uint16_t*>(to); OPTIM_EXT_FOR(i, n) x[i] = narrow_f16(static_cast<float>(from[i])); break; }
+  }
+}
+
+// One operand's share of a tile: a pointer to V, which is the memory itself wherever that is possible.
+template <class V>
+struct TileOperand {
+  void* data;
+  Storage storage;
+  const Layout* layout;
+  int operand;
+
+  OPTIM_EXT_INLINE bool in_place() const { return layout == nullptr && storage == kNative<V>; }
+  OPTIM_EXT_INLINE void* at(int64_t start) const { return static_cast<char*>(data) + start * bytes_of(storage); }
+
+  OPTIM_EXT_INLINE V* open(int64_t start, int64_t n, V* buffer) const {
+    if (in_place()) return static_cast<V*>(data) + start;
+    if (layout == nullptr) {
+      widen(at(start), storage, buffer, n);
+    } else {
+      walk(start, n, [&](int64_t i, int64_t offset) { buffer[i] = load_element<V>(data, storage, offset); });
+    }
+    return buffer;
+  }
+
+  OPTIM_EXT_INLINE void close(int64_t start, int64_t n, const V* buffer) const {
+    if (in_place()) return;
+    if (layout == nullptr) {
+      narrow(buffer, at(start), storage, n);
+    } else {
+      walk(start, n, [&](int64_t i, int64_t offset) { store_element<V>(data, storage, offset, buffer[i]); });
+    }
+  }
+
+  // Visits n elements from `start`, dividing only once per run of the fastest dimension.
+  template <class Visit>
+  OPTIM_EXT_INLINE void walk(int64_t start, int64_t n, const Visit& visit) const {
+    const int64_t run = layout->sizes[layout->ndim - 1];
+    const int64_t stride = layout->strides[operand][layout->ndim - 1];
+    for (int64_t i = 0; i < n;) {
+      const int64_t left_in_run = run - (start + i) % run;
+      const int64_t stop = i + (left_in_run < n - i ? left_in_run : n - i);
+      for (int64_t offset = layout->offset(operand, start + i); i < stop; ++i, offset += stride) visit(i, offset);
+    }
+  }
+};
+
+// Operand I of element i, or a scratch value for one this variant of the rule does not have.
+template <class Rule, class V, int I>
+OPTIM_EXT_INLINE V& element(V* const* tile, int64_t i, V& scratch) {
+  if constexpr ((Rule::kUsed >> I) & 1u) {
+    return tile[I][i];
+  } else {
+    return scratch;
+  }
+}
+
+template <class Rule, class V, int... I>
+OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, Indices<I...>) {
+  const Rule rule = given;  // copies, so that no store through a tile can be thought to change them
+  V* const tile[] = {given_tile[I]...};
+  OPTIM_EXT_FOR(i, n) {
+    V scratch = V(0);
+    rule(element<Rule, V, I>(tile, i, scratch)...);
+  }
+}
+
+}  // namespace
+
+// Applies `rule` to elements [begin, end) of one parameter.
+template <class Rule, class V>
+void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Amp& amp) {
+  constexpr int kGrad = 1;
+  alignas(64) V buffer[Rule::kOperands][kTile];
+  TileOperand<V> operands[Rule::kOperands];
+  bool all_in_place = true;
+  for (int k = 0; k < Rule::kOperands; ++k) {
+    operands[k] = {bundle.data[k], bundle.storage[k], bundle.layout, k};
+    if ((Rule::kUsed >> k) & 1u) all_in_place &= operands[k].in_place();
+  }
+  const int64_t length = all_in_place ? end - begin : kTile;
+  for (int64_t start = begin; start < end; start += length) {
+    const int64_t n = end - start < length ? end - start : length;
+    V* tile[Rule::kOperands] = {};
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      if ((Rule::kUsed >> k) & 1u) tile[k] = operands[k].open(start, n, buffer[k]);
+    }
+    if (amp.unscale) {
+      V* const grad = tile[kGrad];
+      const V scale = V(amp.grad_scale);
+      OPTIM_EXT_FOR(i, n) grad[i] = grad[i] / scale;
+      operands[kGrad].close(start, n, grad);
+    }
+    apply<Rule, V>(rule, tile, n, typename MakeIndices<Rule::kOperands>::type{});
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      if ((Rule::kUpdates >> k) & 1u) operands[k].close(start, n, tile[k]);
+    }
+  }
+}
+
+#define OPTIM_EXT_INSTANTIATE(...)                                                                                \
+  template void sweep<rules::__VA_ARGS__, float>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, const Amp&); \
+  template void sweep<rules::__VA_ARGS__, double>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, const Amp&);
+OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
+#undef OPTIM_EXT_INSTANTIATE
+#undef OPTIM_EXT_FOR
+#undef OPTIM_EXT_INLINE
+
+}  // namespace optim_ext::cpu::OPTIM_EXT_ISA

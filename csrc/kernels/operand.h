@@ -1,0 +1,60 @@
+// What a sweep works on: raw pointers with a storage type, and how an element index maps to memory. No torch in sight.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define OPTIM_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define OPTIM_EXT_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace optim_ext {
+
+enum class Storage : uint8_t { f32, f64, bf16, f16 };
+
+constexpr int kMaxOperands = 6;  // tensors one parameter may bring to a rule
+constexpr int kMaxDims = 12;     // dimensions left after merging those that can be walked as one
+
+OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
+
+// Strides of operands that do not share one dense order. Index i counts elements in the parameter's own memory order:
+// dimension 0 is the outermost, dimension ndim - 1 the fastest.
+struct Layout {
+  int32_t ndim;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxOperands][kMaxDims];
+
+  // Where element `index` of `operand` lies, in elements from its data pointer.
+  OPTIM_EXT_HOST_DEVICE int64_t offset(int operand, int64_t index) const {
+    int64_t at = 0;
+    for (int d = ndim - 1; d >= 0; --d) {
+      const int64_t rest = index / sizes[d];
+      at += (index - rest * sizes[d]) * strides[operand][d];
+      index = rest;
+    }
+    return at;
+  }
+};
+
+// One parameter with everything its rule reads and writes. Operands follow the rule's order; absent ones are null.
+// Complex tensors appear as twice as many real elements.
+struct Bundle {
+  void* data[kMaxOperands];
+  Storage storage[kMaxOperands];
+  int64_t numel;
+  const Layout* layout;     // null: every operand is dense and in the same order, so element i is data[i]
+  double step;              // step count after this step's increment, where the host knows it
+  const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage); null on the host
+  Storage step_storage;
+};
+
+// Values GradScaler hands over. On the CPU they are read on the host; on a GPU they stay where they are.
+struct Amp {
+  double grad_scale = 1.0;                  // gradients are divided by it and written back, as torch's fused path does
+  bool unscale = false;                     // whether grad_scale is there at all
+  const float* device_grad_scale = nullptr;  // set instead of grad_scale when the value lives on the device
+  const float* device_found_inf = nullptr;   // 1: skip the whole step
+};
+
+}  // namespace optim_ext

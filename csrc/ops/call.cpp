@@ -1,0 +1,333 @@
+#include "call.h"
+
+#include <ATen/MemoryOverlap.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+
+namespace optim_ext::ops {
+
+namespace {
+
+constexpr int kParam = 0, kGrad = 1;
+
+thread_local int check_only_depth = 0;
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+std::optional<Storage> storage_of(at::ScalarType dtype) {
+  switch (c10::toRealValueType(dtype)) {
+    case at::kFloat: return Storage::f32;
+    case at::kDouble: return Storage::f64;
+    case at::kBFloat16: return Storage::bf16;
+    case at::kHalf: return dtype == at::kHalf ? std::optional(Storage::f16) : std::nullopt;  // no complex of halves
+    default: return std::nullopt;
+  }
+}
+
+// Same order of elements in memory; the stride of a dimension of size one means nothing.
+bool same_strides(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && sa[d] != sb[d]) return false;
+  }
+  return true;
+}
+
+double host_value(const void* data, Storage storage) {
+  switch (storage) {
+    case Storage::f32: return *static_cast<const float*>(data);
+    case Storage::f64: return *static_cast<const double*>(data);
+    default: TORCH_INTERNAL_ASSERT(false, "scalars are float or double here");
+  }
+}
+
+struct Interval {
+  const char* begin;
+  const char* end;
+  bool operator==(const Interval& other) const { return begin == other.begin && end == other.end; }
+};
+
+// Memory written by one call must be disjoint: the sweep runs in parallel. Sorting thousands of addresses at every step
+// would cost more than a small model's update, so lists found disjoint are remembered by content.
+bool disjoint(const std::vector<Interval>& intervals, std::vector<Interval>& sorted) {
+  thread_local std::array<std::vector<Interval>, 8> known;
+  thread_local size_t next = 0;
+  for (const auto& list : known) {
+    if (list == intervals) return true;
+  }
+  sorted = intervals;
+  std::sort(sorted.begin(), sorted.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < sorted.size(); ++i) {
+    if (sorted[i].begin < sorted[i - 1].end) return false;
+  }
+  known[next++ % known.size()] = intervals;
+  return true;
+}
+
+}  // namespace
+
+BadInput::BadInput(const std::string& op, const std::string& list, int64_t index, const std::string& problem)
+    : c10::Error(text("optim_ext::", op, ": ", list, index < 0 ? "" : text("[", index, "]"), " ", problem), c10::Backtrace()),
+      list(list),
+      problem(problem),
+      index(index) {}
+
+void Call::refuse(const char* list, int64_t index, const std::string& problem) const {
+  throw BadInput(spec_.op, list, index, problem);
+}
+
+Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
+    : spec_(spec), operands_(operands), used_(used), updates_(updates) {
+  check_lengths();
+  const auto params = spec_.operands.begin()[kParam].tensors;
+  if (params.empty()) return;
+  if (!params[0].defined()) refuse("params", 0, "is undefined");
+  device = params[0].device();
+  bundles.reserve(params.size());
+  in_double.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) add_bundle(static_cast<int64_t>(i));
+  read_amp();
+  if (amp.unscale || amp.device_grad_scale) {
+    for (size_t i = 0; i < params.size(); ++i) {
+      if (at::has_internal_overlap(spec_.operands.begin()[kGrad].tensors[i]) == at::MemOverlap::Yes) {
+        refuse("grads", static_cast<int64_t>(i), "has elements that share memory (an expanded tensor?), so it cannot be unscaled in place");
+      }
+    }
+  }
+  check_overlap();
+}
+
+void Call::check_lengths() const {
+  const auto lists = spec_.operands.begin();
+  const size_t n = lists[kParam].tensors.size();
+  for (int k = 0; k < operands_; ++k) {
+    const size_t found = lists[k].tensors.size();
+    const bool used = (used_ >> k) & 1u;
+    TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.op, ": params has ", n, " tensors but ", lists[k].name,
+                      " has ", found, "; the lists must be equally long");
+  }
+  TORCH_CHECK_VALUE(!spec_.counts_steps || spec_.state_steps.size() == n, "optim_ext::", spec_.op, ": params has ", n,
+                    " tensors but state_steps has ", spec_.state_steps.size(), "; the lists must be equally long");
+}
+
+void Call::add_bundle(int64_t i) {
+  const auto lists = spec_.operands.begin();
+  const at::Tensor& param = lists[kParam].tensors[i];
+  Bundle bundle{};
+  bool flat = true, use_double = false;
+  for (int k = 0; k < operands_; ++k) {
+    if (!((used_ >> k) & 1u)) continue;
+    const at::Tensor& tensor = lists[k].tensors[i];
+    const char* const name = lists[k].name;
+    if (!tensor.defined()) refuse(name, i, "is undefined");
+    if (tensor.layout() != at::kStrided) refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
+    if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
+    const auto storage = storage_of(tensor.scalar_type());
+    if (!storage) {
+      refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected a floating point or complex type (Float, Double, BFloat16, Half, ComplexFloat, ComplexDouble)"));
+    }
+    if (k != kParam) {
+      if (tensor.is_complex() != param.is_complex()) {
+        refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected ", param.is_complex() ? "a complex type as its parameter's, " : "a real type as its parameter's, ", param.scalar_type()));
+      }
+      if (!tensor.sizes().equals(param.sizes())) refuse(name, i, text("has shape ", tensor.sizes(), ", expected its parameter's shape ", param.sizes()));
+    }
+    if (tensor.is_conj() || tensor.is_neg()) refuse(name, i, "is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
+    if ((updates_ >> k) & 1u) {
+      if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
+        refuse(name, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
+      }
+      if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
+        refuse(name, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
+      }
+    }
+    const bool written = ((updates_ | (spec_.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
+    bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    bundle.storage[k] = *storage;
+    use_double |= *storage == Storage::f64;
+    if (k == kParam) {
+      flat &= tensor.is_non_overlapping_and_dense();
+    } else {
+      flat &= (tensor.is_contiguous() && param.is_contiguous()) || same_strides(tensor, param);
+    }
+  }
+  bundle.numel = param.numel() * (param.is_complex() ? 2 : 1);
+  if (!flat && param.numel() > 1) add_layout(i, bundle);
+  if (spec_.counts_steps) add_step(i, bundle);
+  bundles.push_back(bundle);
+  in_double.push_back(use_double);
+}
+
+// The walk order is the parameter's own memory order, so that a dense parameter is still read front to back.
+void Call::add_layout(int64_t i, Bundle& bundle) {
+  const auto lists = spec_.operands.begin();
+  const at::Tensor& param = lists[kParam].tensors[i];
+  const int64_t width = param.is_complex() ? 2 : 1;
+  struct Dim {
+    int64_t size;
+    std::array<int64_t, kMaxOperands> strides;
+  };
+  std::vector<Dim> dims;
+  for (int64_t d = 0; d < param.dim(); ++d) {
+    if (param.size(d) == 1) continue;
+    Dim dim{param.size(d), {}};
+    for (int k = 0; k < operands_; ++k) {
+      if ((used_ >> k) & 1u) dim.strides[k] = lists[k].tensors[i].stride(d) * width;
+    }
+    dims.push_back(dim);
+  }
+  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.strides[kParam] > b.strides[kParam]; });
+  if (width == 2) {
+    Dim pair{2, {}};
+    pair.strides.fill(1);
+    dims.push_back(pair);
+  }
+  std::vector<Dim> merged;
+  for (const Dim& dim : dims) {
+    bool joins = !merged.empty();
+    for (int k = 0; joins && k < operands_; ++k) {
+      if ((used_ >> k) & 1u) joins = merged.back().strides[k] == dim.strides[k] * dim.size;
+    }
+    if (joins) {
+      merged.back().size *= dim.size;
+      merged.back().strides = dim.strides;
+    } else {
+      merged.push_back(dim);
+    }
+  }
+  if (merged.size() > static_cast<size_t>(kMaxDims)) {
+    refuse("params", i, text("and its gradient or state differ in memory layout over more than ", kMaxDims, " dimensions; make them contiguous"));
+  }
+  Layout& layout = layouts_.emplace_back();
+  layout.ndim = static_cast<int32_t>(merged.size());
+  for (size_t d = 0; d < merged.size(); ++d) {
+    layout.sizes[d] = merged[d].size;
+    for (int k = 0; k < operands_; ++k) layout.strides[k][d] = merged[d].strides[k];
+  }
+  bundle.layout = &layout;
+}
+
+void Call::add_step(int64_t i, Bundle& bundle) {
+  const at::Tensor& step = spec_.state_steps[i];
+  if (!step.defined()) refuse("state_steps", i, "is undefined");
+  if (step.numel() != 1 || step.layout() != at::kStrided) refuse("state_steps", i, text("has shape ", step.sizes(), ", expected a tensor with one element"));
+  if (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble) refuse("state_steps", i, text("has dtype ", step.scalar_type(), ", expected Float or Double"));
+  if (!step.is_cpu() && step.device() != device) refuse("state_steps", i, text("is on ", step.device(), ", expected cpu or ", device));
+  bundle.step_storage = *storage_of(step.scalar_type());
+  if (step.is_cpu()) {
+    const double count = host_value(step.const_data_ptr(), bundle.step_storage);
+    if (!(count >= 0.0) || std::isinf(count)) refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
+  } else {
+    bundle.device_step = step.mutable_data_ptr();
+    steps_on_device = true;
+  }
+}
+
+void Call::read_amp() {
+  const auto one_float = [&](const std::optional<at::Tensor>& value, const char* name) -> const float* {
+    if (!value || !value->defined()) return nullptr;
+    TORCH_CHECK_VALUE(value->numel() == 1 && value->scalar_type() == at::kFloat && value->layout() == at::kStrided, "optim_ext::", spec_.op, ": ", name,
+                      " must be one Float element, found ", value->scalar_type(), " of shape ", value->sizes());
+    TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", spec_.op, ": ", name, " is on ", value->device(), ", expected ", device);
+    return value->const_data_ptr<float>();
+  };
+  const float* const scale = one_float(spec_.grad_scale, "grad_scale");
+  const float* const found = one_float(spec_.found_inf, "found_inf");
+  if (device.is_cpu()) {
+    amp.unscale = scale != nullptr;
+    if (scale) amp.grad_scale = *scale;
+    skip = found && *found == 1.0f;
+    return;
+  }
+  amp.device_grad_scale = scale;
+  amp.device_found_inf = found;
+  if (!found || !spec_.counts_steps) return;
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    if (!bundles[i].device_step) refuse("state_steps", static_cast<int64_t>(i), text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
+  }
+}
+
+void Call::check_overlap() const {
+  const auto lists = spec_.operands.begin();
+  const unsigned written = updates_ | (amp.unscale || amp.device_grad_scale ? 1u << kGrad : 0u);
+  std::vector<Interval> intervals;
+  intervals.reserve(bundles.size() * operands_);
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    for (int k = 0; k < operands_; ++k) {
+      // Only dense memory: views that interleave span one interval and still share nothing.
+      if (!((written >> k) & 1u) || bundles[i].numel == 0 || !lists[k].tensors[i].is_non_overlapping_and_dense()) continue;
+      const char* const begin = static_cast<const char*>(bundles[i].data[k]);
+      intervals.push_back({begin, begin + bundles[i].numel * bytes_of(bundles[i].storage[k])});
+    }
+  }
+  std::vector<Interval> sorted;
+  if (disjoint(intervals, sorted)) return;
+  for (size_t s = 1; s < sorted.size(); ++s) {
+    if (sorted[s].begin >= sorted[s - 1].end) continue;
+    for (int64_t i = static_cast<int64_t>(bundles.size()) - 1; i >= 0; --i) {
+      for (int k = 0; k < operands_; ++k) {
+        if (((written >> k) & 1u) && bundles[i].data[k] == sorted[s].begin) {
+          refuse(lists[k].name, i, "overlaps in memory with another tensor this step writes; each needs memory of its own");
+        }
+      }
+    }
+  }
+}
+
+void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size) {
+  for (const Hyper& hyper : hypers) {
+    const auto offset = reinterpret_cast<const char*>(hyper.slot) - static_cast<const char*>(rule);
+    TORCH_INTERNAL_ASSERT(offset >= 0 && offset + sizeof(double) <= rule_size);
+    double value = hyper.value;
+    if (hyper.tensor) {
+      const at::Tensor& tensor = *hyper.tensor;
+      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.op, ": ", hyper.name,
+                        " must be a number or a real tensor with one element");
+      if (!tensor.is_cpu() && tensor.device() == device) {
+        const auto storage = storage_of(tensor.scalar_type());
+        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.op, ": ", hyper.name, " has dtype ", tensor.scalar_type(), ", expected a floating point type");
+        device_hypers.push_back({offset, tensor.const_data_ptr(), *storage});
+        continue;
+      }
+      value = tensor.item().toDouble();
+    }
+    TORCH_CHECK_VALUE(!std::isnan(value), "optim_ext::", spec_.op, ": ", hyper.name, " is NaN");
+    *hyper.slot = value;
+  }
+}
+
+void Call::commit() {
+  const auto lists = spec_.operands.begin();
+  const auto changed = [](const at::Tensor& tensor) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  };
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    for (int k = 0; k < operands_; ++k) {
+      if ((updates_ >> k) & 1u) changed(lists[k].tensors[i]);
+    }
+    if (!spec_.counts_steps) continue;
+    const at::Tensor& step = spec_.state_steps[i];
+    changed(step);
+    if (!step.is_cpu()) continue;
+    if (bundles[i].step_storage == Storage::f32) {
+      bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;
+    } else {
+      bundles[i].step = *step.mutable_data_ptr<double>() += 1.0;
+    }
+  }
+}
+
+CheckOnly::CheckOnly() { ++check_only_depth; }
+CheckOnly::~CheckOnly() { --check_only_depth; }
+bool CheckOnly::active() { return check_only_depth > 0; }
+
+}  // namespace optim_ext::ops

@@ -1,0 +1,38 @@
+#pragma once
+
+#include "rule.h"
+
+namespace optim_ext::rules {
+
+// Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and, with decoupled weight decay, AdamW (Loshchilov & Hutter 2019).
+template <bool kAmsgrad>
+struct Adam {
+  static constexpr int kOperands = 5;  // param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr unsigned kUsed = all_operands(4) | operand_bit_if(kAmsgrad, 4);
+  static constexpr unsigned kUpdates = kUsed & ~operand_bit(1);
+
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize, decoupled_weight_decay;
+  double step_size, bias_correction2_sqrt;  // filled in by at_step
+
+  OPTIM_EXT_RULE Adam at_step(double step) const {
+    Adam rule = *this;
+    rule.step_size = lr / (1.0 - power(beta1, step));
+    rule.bias_correction2_sqrt = root(1.0 - power(beta2, step));
+    return rule;
+  }
+
+  template <class V>
+  OPTIM_EXT_RULE void operator()(V& param, V grad, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq) const {
+    const V g = regularized(grad, param, maximize, decoupled_weight_decay ? 0.0 : weight_decay);
+    const V decayed = param * V(decoupled_weight_decay ? 1.0 - lr * weight_decay : 1.0);
+    exp_avg = lerp(exp_avg, g, 1.0 - beta1);
+    exp_avg_sq = V(beta2) * exp_avg_sq + V(1.0 - beta2) * g * g;
+    V second_moment = exp_avg_sq;
+    if constexpr (kAmsgrad) second_moment = max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);
+    const V denom = root(second_moment) / V(bias_correction2_sqrt) + V(eps);
+    param = decayed - V(step_size) * (exp_avg / denom);
+  }
+};
+
+}  // namespace optim_ext::rules

@@ -1,0 +1,32 @@
+#pragma once
+
+#include "rule.h"
+
+namespace optim_ext::rules {
+
+// Stochastic gradient descent, with Polyak or Nesterov momentum in the form torch.optim.SGD uses.
+template <bool kMomentum>
+struct Sgd {
+  static constexpr int kOperands = 3;  // param, grad, momentum_buffer
+  static constexpr unsigned kUsed = all_operands(2) | operand_bit_if(kMomentum, 2);
+  static constexpr unsigned kUpdates = operand_bit(0) | operand_bit_if(kMomentum, 2);
+
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  bool is_first_step;  // the buffer starts as the gradient itself, without dampening
+
+  OPTIM_EXT_RULE Sgd at_step(double) const { return *this; }
+
+  template <class V>
+  OPTIM_EXT_RULE void operator()(V& param, V grad, V& momentum_buffer) const {
+    const V g = regularized(grad, param, maximize, weight_decay);
+    V update = g;
+    if constexpr (kMomentum) {
+      momentum_buffer = V(is_first_step ? 0.0 : momentum) * momentum_buffer + V(is_first_step ? 1.0 : 1.0 - dampening) * g;
+      update = nesterov ? g + V(momentum) * momentum_buffer : momentum_buffer;
+    }
+    param = param - V(lr) * update;
+  }
+};
+
+}  // namespace optim_ext::rules
