@@ -1,0 +1,46 @@
+"""Loads the native module, or says in one sentence why it cannot be loaded and which command mends that."""
+
+import importlib
+from typing import Any
+
+import torch
+
+_BUILD = "in optim_ext's source folder run: pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+def build_info() -> dict[str, Any]:
+    """What this build was made for and with: torch, CUDA and compiler versions, flags, GPU architectures, date.
+
+    Raises:
+        ImportError: optim_ext has not been built.
+    """
+    try:
+        return dict(importlib.import_module("optim_ext._build_info").BUILD_INFO)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"optim_ext has no native module yet; {_BUILD}") from error
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _check_build(info: dict[str, Any]) -> None:
+    """Raises ImportError where the build and the running torch cannot be trusted to fit, before anything is linked."""
+    found, found_cuda = str(torch.__version__), torch.version.cuda
+    same_torch = _minor(info["torch"]) == _minor(found)
+    same_cuda = info["cuda"] is None or (found_cuda or "").split(".")[0] == info["cuda"].split(".")[0]
+    if not (same_torch and same_cuda):
+        raise ImportError(
+            f"optim_ext was built for torch {info['torch']} (CUDA: {info['cuda'] or 'not built'}), but found "
+            f"torch {found} (CUDA: {found_cuda or 'none'}); to rebuild, {_BUILD}"
+        )
+
+
+_check_build(build_info())
+try:
+    from . import _C as native
+except ImportError as error:
+    raise ImportError(
+        f"optim_ext's native module, built for torch {build_info()['torch']} and Python {build_info()['python']}, cannot "
+        f"be loaded with torch {torch.__version__} ({error}); to rebuild, {_BUILD}"
+    ) from error
