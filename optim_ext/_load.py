@@ -38,7 +38,7 @@ def _check_build(info: dict[str, Any]) -> None:
 
 _check_build(build_info())
 try:
-    from . import _C as native
+    from optim_ext import _C as _C  # the same name once more: others take it from here
 except ImportError as error:
     raise ImportError(
         f"optim_ext's native module, built for torch {build_info()['torch']} and Python {build_info()['python']}, cannot "
