@@ -1,0 +1,312 @@
+#include "plan.h"
+
+#include <ATen/ScalarOps.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/Exceptions.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <sstream>
+#include <unordered_map>
+
+namespace optim_ext::ops {
+
+template <>
+bool from_python<bool>(PyObject* value) {
+  const int truth = PyObject_IsTrue(value);
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
+template <>
+double from_python<double>(PyObject* value) {
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
+template <>
+Tensor from_python<Tensor>(PyObject* value) {
+  if (THPVariable_Check(value)) return THPVariable_Unpack(value);
+  return c10::scalar_to_tensor(from_python<double>(value));
+}
+
+namespace {
+
+OptionalTensor optional_tensor(PyObject* value) {
+  return value == Py_None ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(value));
+}
+
+// A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
+bool is_intercepted(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet intercepting({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize});
+  return (tensor.key_set() & intercepting) != c10::DispatchKeySet();
+}
+
+// Why no kernel can read `grad`; None if one can, or if it is bad input that the op itself refuses.
+std::optional<std::string> unsupported_grad(const Tensor& grad) {
+  if (is_intercepted(grad)) return "it is a tensor subclass that intercepts its operations";
+  if (grad.layout() != at::kStrided) return "its layout is not strided";
+  return std::nullopt;
+}
+
+// Why no kernel of this build can update `tensor`; None if one can.
+std::optional<std::string> unsupported(const Tensor& tensor) {
+  if (auto problem = unsupported_grad(tensor)) return problem;
+#if defined(OPTIM_EXT_WITH_CUDA)
+  if (!tensor.is_cpu() && !tensor.is_cuda()) return "there is no kernel for device " + tensor.device().str();
+#else
+  if (tensor.is_cuda()) return "this build of optim_ext has no CUDA kernels (see python -m optim_ext)";
+  if (!tensor.is_cpu()) return "there is no kernel for device " + tensor.device().str();
+#endif
+  switch (tensor.scalar_type()) {
+    case at::kFloat: case at::kDouble: case at::kBFloat16: case at::kHalf: case at::kComplexFloat: case at::kComplexDouble: break;
+    default: return std::string("there is no kernel for dtype ") + c10::toString(tensor.scalar_type());
+  }
+  if (tensor.is_conj() || tensor.is_neg()) return "it is a lazy conjugate or negative view";
+  return std::nullopt;
+}
+
+// A cache of what one optimizer hands to its op: parameters and state tensors as vectors. The truth stays in Python: every
+// step first walks param_groups and state and compares identities, and reports itself stale where anything was replaced.
+class Plan {
+ public:
+  // calls: one (group index, indices into group["params"], state keys) each; a key of None leaves that list empty.
+  Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls)
+      : op_(std::move(op)), groups_(py::len(param_groups)) {
+    for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state);
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      for (const auto& param : params_of(param_groups, g)) groups_[g].push_back(param.ptr());
+    }
+    remember_state(state);
+  }
+
+  // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
+  // hypers: one tuple per call, in the order of the op's schema.
+  bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale, const py::object& found_inf, bool check_only) {
+    if (!is_current(state, param_groups)) return false;
+    TORCH_CHECK(py::len(hypers) == calls_.size(), "optim_ext: one tuple of hyper-parameters per call is needed");
+    const Scaler scaler{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr())};
+    std::vector<Gathered> gathered(calls_.size());
+    size_t to_make = 0;
+    for (size_t c = 0; c < calls_.size(); ++c) {
+      if (!gather(calls_[c], gathered[c])) return false;
+      to_make += !gathered[c].grads.empty();
+    }
+    // One call checks itself before it writes. Several must all be sound before the first of them writes.
+    if (check_only || to_make > 1) run_all(gathered, hypers, scaler, param_groups, true);
+    if (!check_only) run_all(gathered, hypers, scaler, param_groups, false);
+    return true;
+  }
+
+ private:
+  struct PlannedCall {
+    size_t group;
+    c10::Device device;
+    std::vector<int64_t> indices;            // into group["params"], for messages
+    std::vector<std::vector<Tensor>> lists;  // params, (grads: empty), state...; an absent list is empty
+    std::vector<uint8_t> ready;              // whether the state of a parameter is there
+  };
+  struct Gathered {
+    bool all = true;                          // every parameter takes part: the plan's own lists serve
+    std::vector<Tensor> grads;
+    std::vector<int64_t> members;             // into the call's lists, where not all take part
+  };
+  struct Item {
+    PyObject* key;
+    PyObject* value;  // null: not ours, may be anything
+  };
+  struct Entry {
+    PyObject* key;
+    PyObject* value;
+    std::vector<Item> items;
+  };
+  struct Scaler {
+    OptionalTensor grad_scale, found_inf;
+  };
+
+  static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
+
+  static py::list params_of(const py::list& param_groups, size_t g) {
+    return py::cast<py::list>(py::cast<py::dict>(param_groups[g])["params"]);
+  }
+
+  void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state) {
+    const auto group = py::cast<size_t>(spec[0]);
+    const auto params = params_of(param_groups, group);
+    const auto keys = py::cast<py::tuple>(spec[2]);
+    TORCH_CHECK(keys.size() + kFirstState == op_->lists(), "optim_ext: ", keys.size(), " state keys given, the op takes ", op_->lists() - kFirstState);
+    // One call per device, and per occurrence of a parameter that is in the group more than once: torch updates it that
+    // many times in turn.
+    std::map<std::pair<std::string, int>, size_t> call_of;
+    std::unordered_map<PyObject*, int> occurrences;
+    for (const auto& index : spec[1]) {
+      const auto i = py::cast<int64_t>(index);
+      const py::object param = params[i];
+      const Tensor& tensor = THPVariable_Unpack(param.ptr());
+      const auto place = std::make_pair(tensor.device().str(), occurrences[param.ptr()]++);
+      auto found = call_of.find(place);
+      if (found == call_of.end()) {
+        found = call_of.emplace(place, calls_.size()).first;
+        calls_.push_back({group, tensor.device(), {}, std::vector<std::vector<Tensor>>(op_->lists()), {}});
+        source_.push_back(spec_count_);
+      }
+      PlannedCall& call = calls_[found->second];
+      call.indices.push_back(i);
+      call.lists[kParams].push_back(tensor);
+      PyObject* const entry = PyDict_GetItemWithError(state.ptr(), param.ptr());
+      if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      bool ready = true;
+      for (size_t k = 0; k < keys.size(); ++k) {
+        if (keys[k].is_none()) continue;
+        PyObject* const value = entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
+        if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        const bool there = value != nullptr && THPVariable_Check(value);
+        call.lists[kFirstState + k].push_back(there ? THPVariable_Unpack(value) : Tensor());
+        if (there) ours_.emplace(value, true);
+        ready &= there;
+      }
+      call.ready.push_back(ready);
+    }
+    ++spec_count_;
+  }
+
+  void remember_state(const py::dict& state) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+      Entry entry{key, value, {}};
+      if (PyDict_Check(value)) {
+        PyObject *name, *item;
+        for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);) entry.items.push_back({name, ours_.count(item) ? item : nullptr});
+      }
+      entries_.push_back(std::move(entry));
+    }
+    ours_.clear();
+  }
+
+  bool is_current(const py::dict& state, const py::list& param_groups) const {
+    if (static_cast<size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) return false;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+      PyObject* const params = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
+      if (!params || !PyList_Check(params) || static_cast<size_t>(PyList_GET_SIZE(params)) != groups_[g].size()) return false;
+      for (size_t i = 0; i < groups_[g].size(); ++i) {
+        if (PyList_GET_ITEM(params, i) != groups_[g][i]) return false;
+      }
+    }
+    if (static_cast<size_t>(PyDict_Size(state.ptr())) != entries_.size()) return false;
+    PyObject *key, *value;
+    auto entry = entries_.begin();
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value); ++entry) {
+      if (key != entry->key || value != entry->value) return false;
+      if (!PyDict_Check(value)) continue;
+      if (static_cast<size_t>(PyDict_Size(value)) != entry->items.size()) return false;
+      PyObject *name, *item;
+      auto expected = entry->items.begin();
+      for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item); ++expected) {
+        if (name != expected->key || (expected->value && item != expected->value)) return false;
+      }
+    }
+    return true;
+  }
+
+  // Reads the gradients. False where a plan cannot serve: state still to be made, a gradient or parameter of another kind.
+  static bool gather(const PlannedCall& call, Gathered& out) {
+    const auto& params = call.lists[kParams];
+    out.grads.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      const Tensor& grad = params[i].grad();
+      if (!grad.defined()) {
+        if (out.all) {
+          out.all = false;
+          for (size_t j = 0; j < i; ++j) out.members.push_back(static_cast<int64_t>(j));
+        }
+        continue;
+      }
+      if (!call.ready[i] || grad.layout() != at::kStrided || is_intercepted(grad) || params[i].device() != call.device || is_intercepted(params[i])) return false;
+      out.grads.push_back(grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad);
+      if (!out.all) out.members.push_back(static_cast<int64_t>(i));
+    }
+    return true;
+  }
+
+  void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const Scaler& scaler, const py::list& param_groups, bool check_only) const {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (size_t c = 0; c < calls_.size(); ++c) {
+      if (!gathered[c].grads.empty()) run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), scaler, param_groups, check_only);
+    }
+  }
+
+  void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const Scaler& scaler, const py::list& param_groups, bool check_only) const {
+    TORCH_CHECK(PyTuple_Check(hypers) && static_cast<size_t>(PyTuple_GET_SIZE(hypers)) == op_->hypers(), "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
+    std::vector<TensorList> lists(op_->lists());
+    std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : op_->lists());
+    for (size_t k = 0; k < lists.size(); ++k) {
+      if (k == kGrads) {
+        lists[k] = gathered.grads;
+      } else if (gathered.all) {
+        lists[k] = call.lists[k];
+      } else {
+        if (!call.lists[k].empty()) {
+          for (const int64_t member : gathered.members) subsets[k].push_back(call.lists[k][member]);
+        }
+        lists[k] = subsets[k];
+      }
+    }
+    const auto on_device = [&](const OptionalTensor& value) {
+      return value && value->device() != call.device ? OptionalTensor(value->to(call.device, /*non_blocking=*/true)) : value;
+    };
+    try {
+      op_->run(lists, hypers, on_device(scaler.grad_scale), on_device(scaler.found_inf), check_only);
+    } catch (const BadInput& bad) {
+      if (bad.index < 0) throw;
+      const int64_t index = call.indices[gathered.all ? bad.index : gathered.members[bad.index]];
+      throw std::runtime_error(describe(call.group, index, param_groups) + ": " + bad.list + " " + bad.problem);
+    }
+  }
+
+  static std::string describe(size_t group, int64_t index, const py::list& param_groups) {
+    const auto options = py::cast<py::dict>(param_groups[group]);
+    std::ostringstream out;
+    if (options.contains("param_names")) {
+      out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)])) << "'";
+    } else {
+      out << "parameter " << index << " of group " << group;
+    }
+    return out.str();
+  }
+
+  std::shared_ptr<PlannedOp> op_;
+  std::vector<std::vector<PyObject*>> groups_;  // identities; the tensors behind them are held by calls_ or by their group
+  std::vector<PlannedCall> calls_;
+  std::vector<size_t> source_;                  // which tuple of hyper-parameters a call takes
+  size_t spec_count_ = 0;
+  std::vector<Entry> entries_;
+  std::unordered_map<PyObject*, bool> ours_;
+};
+
+}  // namespace
+
+void bind_plan(py::module_& m, PlannedOps ops) {
+  py::class_<Plan>(m, "Plan", py::dynamic_attr())
+      .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state, const py::list& calls) {
+             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls);
+           }), py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"))
+      .def("step", [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale, const py::object& found_inf, bool check_only) {
+             try {
+               return plan.step(state, param_groups, hypers, grad_scale, found_inf, check_only);
+             } catch (const py::error_already_set&) {
+               throw;
+             } catch (const std::exception&) {  // as torch's own bindings: ValueError, OutOfMemoryError, ...
+               torch::translate_exception_to_python(std::current_exception());
+               throw py::error_already_set();
+             }
+           }, py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("check_only") = false);
+  m.def("unsupported_grad", [](const py::object& grad) { return unsupported_grad(THPVariable_Unpack(grad.ptr())); },
+        "Why no kernel can read the gradient, or None.");
+  m.def("unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
+        "Why no kernel of this build can update the tensor, or None.");
+}
+
+}  // namespace optim_ext::ops

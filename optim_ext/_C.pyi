@@ -1,0 +1,31 @@
+"""Types of the compiled module."""
+
+from typing import Any
+
+from torch import Tensor
+
+class Plan:
+    """What one optimizer hands to its op, gathered once; verified against the optimizer at every step."""
+
+    signature: Any
+    def __init__(
+        self,
+        op: str,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        calls: list[tuple[int, list[int], tuple[str | None, ...]]],
+    ) -> None: ...
+    def step(
+        self,
+        state: dict[Any, Any],
+        param_groups: list[dict[str, Any]],
+        hypers: list[tuple[Any, ...]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        check_only: bool = False,
+    ) -> bool: ...
+
+def unsupported(tensor: Tensor) -> str | None: ...
+def unsupported_grad(grad: Tensor) -> str | None: ...
+def isa() -> str: ...
+def ops() -> list[str]: ...

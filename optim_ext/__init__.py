@@ -1,0 +1,33 @@
+"""The optimizers of ``torch.optim`` as native kernels: ``import optim_ext as optim`` and keep everything else.
+
+``SGD``, ``Adam``, ``AdamW``, ``RMSprop`` and ``Adagrad`` are subclasses of torch's classes of the same name whose ``step()``
+runs natively; every other public name is torch's own.
+"""
+
+from torch.optim import *  # noqa: F403
+from torch.optim import (  # noqa: F401
+    LBFGS,
+    Adadelta,
+    Adafactor,
+    Adamax,
+    ASGD,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    Rprop,
+    SparseAdam,
+    lr_scheduler,
+    swa_utils,
+)
+
+from optim_ext import _fakes  # noqa: F401
+from optim_ext._explain import GroupReport, explain
+from optim_ext._load import build_info
+from optim_ext.adagrad import Adagrad
+from optim_ext.adam import Adam
+from optim_ext.adamw import AdamW
+from optim_ext.rmsprop import RMSprop
+from optim_ext.sgd import SGD
+
+__version__ = "0.1.0"

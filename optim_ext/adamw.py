@@ -1,0 +1,13 @@
+"""Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+import torch
+
+from optim_ext.adam import Adam
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    __doc__ = torch.optim.AdamW.__doc__
+
+    _op = "adamw_"

@@ -1,0 +1,27 @@
+"""RMSprop, plain, centered and with momentum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim_ext._fused_step import FusedStep, Group
+
+
+class RMSprop(FusedStep, torch.optim.RMSprop):
+    __doc__ = torch.optim.RMSprop.__doc__
+
+    _op = "rmsprop_"
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        return (
+            "square_avg",
+            "momentum_buffer" if group["momentum"] > 0 else None,
+            "grad_avg" if group["centered"] else None,
+            "step",
+        )
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+        return tuple(group[name] for name in names)

@@ -1,0 +1,48 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim_ext._fused_step import Call, FusedStep, Group
+
+
+class SGD(FusedStep, torch.optim.SGD):
+    __doc__ = torch.optim.SGD.__doc__
+
+    _op = "sgd_"
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        return ("momentum_buffer" if group["momentum"] != 0 else None,)
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        return (*self._options(group), False)
+
+    def _prepare(self, group: Group) -> list[Call]:
+        """A missing buffer starts at zero, which gives torch's first step unless that must go undampened."""
+        first = self._make_buffers(group)
+        if not first or group["dampening"] == 0:
+            return [(list(range(len(group["params"]))), self._hypers(group))]
+        later = [index for index in range(len(group["params"])) if index not in first]
+        return [(sorted(first), (*self._options(group), True)), (later, self._hypers(group))]
+
+    @staticmethod
+    def _options(group: Group) -> tuple[Any, ...]:
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return tuple(group[name] for name in names)
+
+    def _make_buffers(self, group: Group) -> set[int]:
+        """Make the missing momentum buffers; return the indices of their parameters."""
+        super()._prepare(group)
+        if group["momentum"] == 0:
+            return set()
+        first = set()
+        for index, p in enumerate(group["params"]):
+            if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                first.add(index)
+        for index in first:
+            p = group["params"][index]
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+        return first
