@@ -1,0 +1,450 @@
+"""Time of one optimizer step on the CPU: optim_ext against every mode of torch.optim, and against the memory limit.
+
+    python benchmarks/step_time.py                                   # everything, about eight minutes on two cores
+    python benchmarks/step_time.py --case resnet50 --algorithm adamw rmsprop
+    python benchmarks/step_time.py --quick                           # few repeats, for a first look
+
+All modes run in one process, in rounds: each round goes once through all modes, in shuffled order, so that a busy
+neighbour slows them alike. Times are medians over the rounds; a ratio is the median of the ratios within a round.
+A mode's turn is one step where the tensors are large, and several steps in a row where they are small; small tensors
+are then measured a second time with the caches emptied before every step, as a backward pass leaves them.
+docs/performance.md explains the columns. Writes step_time.json and step_time.png to ``--output-dir``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import inspect
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import report
+import shapes
+import torch
+from memory_limit import MemoryLoop
+from torch import Tensor, nn
+
+import optim_ext
+
+OURS, LIMIT, DEEPSPEED = "optim_ext", "memory limit", "DeepSpeed"
+TORCH_MODES: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+REQUIRED_OF_LIMIT = 0.9
+MOST_ROUNDS = 100
+WARM_TURN = 10  # steps in a row where the tensors are small
+CACHE_BYTES = 128 * 2**20  # more than the last level of any cache this is likely to meet
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    title: str
+    class_name: str
+    options: dict[str, Any]
+
+
+ALGORITHMS = {
+    "sgd": Algorithm("SGD", "SGD", {"lr": 0.1}),
+    "sgd-momentum": Algorithm("SGD momentum", "SGD", {"lr": 0.1, "momentum": 0.9}),
+    "adam": Algorithm("Adam", "Adam", {"lr": 1e-3}),
+    "amsgrad": Algorithm("AMSGrad", "Adam", {"lr": 1e-3, "amsgrad": True}),
+    "adamw": Algorithm("AdamW", "AdamW", {"lr": 1e-3}),
+    "rmsprop": Algorithm("RMSprop", "RMSprop", {"lr": 1e-3}),
+    "rmsprop-centered": Algorithm(
+        "RMSprop centered, momentum", "RMSprop", {"lr": 1e-3, "centered": True, "momentum": 0.9}
+    ),
+    "adagrad": Algorithm("Adagrad", "Adagrad", {"lr": 1e-2}),
+}
+
+# Required ratio of torch's best mode to ours, where the tensors are large.
+LARGE = {key: 1.0 for key in ALGORITHMS} | {
+    "sgd-momentum": 1.5,
+    "amsgrad": 1.3,
+    "rmsprop": 3.5,
+    "rmsprop-centered": 5.5,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    title: str
+    shapes: list[shapes.Shape]
+    required: dict[str, float]
+    dtype: torch.dtype = torch.float32
+    measures_limit: bool = False
+    required_of_limit: float | None = None
+    small: bool = False  # fits the caches
+
+
+CASES = {
+    "gpt2": Case("GPT-2 124M", shapes.gpt2(), LARGE, measures_limit=True, required_of_limit=REQUIRED_OF_LIMIT),
+    "matrices": Case(
+        "two 4096 x 4096", shapes.two_matrices(), LARGE, measures_limit=True, required_of_limit=REQUIRED_OF_LIMIT
+    ),
+    "resnet50": Case(
+        "ResNet-50", shapes.resnet50(), {key: max(1.1, ratio) for key, ratio in LARGE.items()}, measures_limit=True
+    ),
+    "small-mixed": Case(
+        "1000 tensors, 64 x 64 and 64", shapes.small_mixed(), dict.fromkeys(ALGORITHMS, 6.0), small=True
+    ),
+    "small-vectors": Case("1000 tensors of 64", shapes.small_vectors(), dict.fromkeys(ALGORITHMS, 10.0), small=True),
+    "gpt2-bf16": Case(
+        "GPT-2 124M, bf16",
+        shapes.gpt2(),
+        {"sgd-momentum": 1.0, "adamw": 1.0},
+        dtype=torch.bfloat16,
+        measures_limit=True,
+    ),
+}
+
+
+@dataclass
+class Cell:
+    """What was measured for one algorithm on one case. Times in ms, memory in MiB, one entry per mode."""
+
+    case: str
+    case_title: str
+    algorithm: str
+    algorithm_title: str
+    rounds: int
+    required_ratio: float
+    required_of_limit: float | None
+    ms: dict[str, float] = field(default_factory=dict)
+    extra_mib: dict[str, float | None] = field(default_factory=dict)
+    wrong_modes: list[str] = field(default_factory=list)
+    best_torch_mode: str = ""
+    ratio: float = 0.0
+    ratio_quartiles: tuple[float, float] = (0.0, 0.0)
+    gb_moved: float | None = None
+    of_limit: float | None = None
+    cold_ms: dict[str, float] = field(default_factory=dict)
+    cold_ratio: float | None = None
+    met: bool = False
+
+
+class Tensors:
+    """Initial values and two sets of gradients of a case, shared by all its algorithms and modes."""
+
+    def __init__(self, case: Case):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(std: float) -> list[Tensor]:
+            return [torch.empty(s, dtype=case.dtype).normal_(0, std, generator=generator) for s in case.shapes]
+
+        self.values = normal(0.02)
+        gradients = normal(0.1)
+        self.gradients = (gradients, torch._foreach_neg(gradients))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [nn.Parameter(value.clone()) for value in self.values]
+
+
+def hand_out(gradients: list[Tensor], optimizer: Any) -> None:
+    """Give the optimizer new gradient tensors, as a backward pass does."""
+    for p, grad in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        p.grad = grad
+
+
+def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[str, Any]:
+    ours = getattr(optim_ext, algorithm.class_name)(tensors.parameters(), **algorithm.options)
+    optimizers = {OURS: ours}
+    theirs = getattr(torch.optim, algorithm.class_name)
+    for mode, flags in TORCH_MODES.items():
+        if flags.keys() <= inspect.signature(theirs).parameters.keys():
+            optimizers[mode] = theirs(tensors.parameters(), **algorithm.options, **flags)
+    peer = deepspeed_class(algorithm, case)
+    if peer is not None:
+        optimizers[DEEPSPEED] = peer(tensors.parameters(), **algorithm.options)
+    return optimizers
+
+
+def deepspeed_class(algorithm: Algorithm, case: Case) -> Callable[..., Any] | None:
+    """DeepSpeed's CPU optimizer for an algorithm, where there is one and it is installed and compiles."""
+    if case.dtype != torch.float32 or algorithm.options.get("amsgrad"):
+        return None
+    if algorithm.class_name == "Adagrad":
+        return DEEPSPEED_OPTIMIZERS.get("adagrad")
+    adam = DEEPSPEED_OPTIMIZERS.get("adam")
+    if adam is None or algorithm.class_name not in ("Adam", "AdamW"):
+        return None
+    # torch's default weight decay, spelled out: DeepSpeed's is 0 in both modes.
+    decoupled = algorithm.class_name == "AdamW"
+    return lambda params, **options: adam(
+        params, adamw_mode=decoupled, weight_decay=1e-2 if decoupled else 0.0, **options
+    )
+
+
+def find_deepspeed() -> dict[str, Any]:
+    """DeepSpeed compiles its kernels at the first use: do that now, and say why if it does not work."""
+    # torch looks for ninja on the PATH, where a virtual environment that is not activated does not have it.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    try:
+        from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        for peer in (DeepSpeedCPUAdam, DeepSpeedCPUAdagrad):
+            peer([nn.Parameter(torch.zeros(1))])
+    except Exception as error:  # whatever its import or its compiler raises, the benchmark goes on without it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"Without DeepSpeed (pip install -r benchmarks/requirements.txt): {reason}", file=sys.stderr)
+        return {}
+    return {"adam": DeepSpeedCPUAdam, "adagrad": DeepSpeedCPUAdagrad}
+
+
+DEEPSPEED_OPTIMIZERS: dict[str, Any] = {}
+
+
+def share_memory(optimizers: dict[str, Any]) -> None:
+    """Let all modes work on the parameters and state of ours, each with its own step counters.
+
+    Where the system happens to put two equal tensors makes some of the difference that is to be measured here.
+    """
+    ours = optimizers[OURS]
+    for optimizer in optimizers.values():
+        pairs = zip(optimizer.param_groups[0]["params"], ours.param_groups[0]["params"], strict=True)
+        for p, shared in pairs if optimizer is not ours else ():
+            p.data = shared.data
+            state = optimizer.state.get(p, {})
+            for key, tensor in ours.state.get(shared, {}).items():
+                if key in state and key != "step":
+                    state[key] = tensor
+
+
+def state_lists(optimizer: Any) -> list[list[Tensor]]:
+    """The optimizer's element-wise state, one list over the parameters per kind of state."""
+    params = optimizer.param_groups[0]["params"]
+    kinds = [
+        key
+        for key, value in optimizer.state.get(params[0], {}).items()
+        if isinstance(value, Tensor) and value.shape == params[0].shape
+    ]
+    return [[optimizer.state[p][kind] for p in params] for kind in kinds]
+
+
+def extra_mib(step: Callable[[], Any]) -> float | None:
+    """How far one call raises the resident memory of the process at its highest, in MiB; None where Linux cannot say.
+
+    Free memory is given back to the system first, so that every page the call needs is counted.
+    """
+
+    def resident(field_name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field_name + ":"))
+
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        step()
+        return max(0, resident("VmHWM") - before) / 1024
+    except (OSError, AttributeError, StopIteration):
+        step()  # every mode takes the same number of steps, measured or not
+        return None
+
+
+def measure(case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, seconds: float) -> Cell:
+    case, algorithm = CASES[case_key], ALGORITHMS[algorithm_key]
+    optimizers = make_optimizers(algorithm, case, tensors)
+    calls: dict[str, Callable[[], Any]] = {mode: optimizer.step for mode, optimizer in optimizers.items()}
+    extra = {}
+    for mode, optimizer in optimizers.items():
+        hand_out(tensors.gradients[0], optimizer)
+        optimizer.step()  # makes the state
+        extra[mode] = extra_mib(optimizer.step)
+    wrong = wrong_modes(optimizers, tensors.values, case.dtype)
+    if OURS in wrong:
+        raise RuntimeError(f"{case_key}, {algorithm_key}: optim_ext moved the parameters elsewhere than torch")
+    share_memory(optimizers)
+    not_native = [str(group) for group in optim_ext.explain(optimizers[OURS]) if not group.native]
+    if not_native:
+        raise RuntimeError(f"optim_ext does not run natively: {not_native}")
+    bytes_moved = None
+    if case.measures_limit:
+        params = [p.data for p in optimizers[OURS].param_groups[0]["params"]]
+        loop = MemoryLoop(tensors.gradients[0], [params, *state_lists(optimizers[OURS])])
+        calls[LIMIT], bytes_moved = loop, loop.bytes
+
+    def new_gradients(turn: int) -> None:
+        for optimizer in optimizers.values():
+            hand_out(tensors.gradients[turn % 2], optimizer)
+
+    samples = in_rounds(calls, new_gradients, repeats, seconds, steps=WARM_TURN if case.small else 1)
+    cold = {}
+    if case.small:
+        lines = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
+        cold = in_rounds(calls, new_gradients, repeats, seconds, before_each=lambda: lines.add_(1))
+
+    medians = {mode: statistics.median(times) for mode, times in samples.items()}
+    best = min((mode for mode in TORCH_MODES if mode in medians and mode not in wrong), key=lambda mode: medians[mode])
+    ratios = paired_ratios(samples, best)
+    cell = Cell(
+        case=case_key,
+        case_title=case.title,
+        algorithm=algorithm_key,
+        algorithm_title=algorithm.title,
+        rounds=len(ratios),
+        required_ratio=case.required[algorithm_key],
+        required_of_limit=case.required_of_limit,
+        ms={mode: median * 1e3 for mode, median in medians.items()},
+        extra_mib=extra,
+        wrong_modes=wrong,
+        best_torch_mode=best,
+        ratio=statistics.median(ratios),
+    )
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [cell.ratio] * 3
+    cell.ratio_quartiles = (quartiles[0], quartiles[2])
+    if bytes_moved is not None:
+        cell.gb_moved = bytes_moved / 1e9
+        cell.of_limit = statistics.median(paired_ratios(samples, LIMIT))
+    if cold:
+        cell.cold_ms = {mode: statistics.median(times) * 1e3 for mode, times in cold.items()}
+        cell.cold_ratio = min(
+            statistics.median(paired_ratios(cold, mode)) for mode in TORCH_MODES if mode in cold and mode not in wrong
+        )
+    cell.met = (
+        cell.ratio >= cell.required_ratio
+        and (cell.required_of_limit is None or (cell.of_limit or 0.0) >= cell.required_of_limit)
+        and (cell.cold_ratio is None or cell.cold_ratio >= 1.0)
+    )
+    return cell
+
+
+def in_rounds(
+    calls: dict[str, Callable[[], Any]],
+    new_gradients: Callable[[int], None],
+    repeats: int,
+    seconds: float,
+    steps: int = 1,
+    before_each: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds per step of every mode, one value per round: the median of its ``steps`` steps in a row.
+
+    Two rounds to warm up, then ``repeats`` rounds or as many as fit into ``seconds``, whichever is more.
+    """
+    samples: dict[str, list[float]] = {mode: [] for mode in calls}
+    shuffle = random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        rounds, start = -2, time.perf_counter()
+        while rounds < repeats or (time.perf_counter() - start < seconds and rounds < MOST_ROUNDS):
+            new_gradients(rounds)
+            for mode in shuffle.sample(list(calls), len(calls)):
+                call, times = calls[mode], []
+                for _ in range(steps):
+                    before_each()
+                    before = time.perf_counter()
+                    call()
+                    times.append(time.perf_counter() - before)
+                if rounds >= 0:
+                    samples[mode].append(statistics.median(times))
+            rounds += 1
+    finally:
+        gc.enable()
+    return samples
+
+
+def paired_ratios(samples: dict[str, list[float]], mode: str) -> list[float]:
+    """How many times longer ``mode`` took than optim_ext, round by round."""
+    return [a / b for a, b in zip(samples[mode], samples[OURS], strict=True)]
+
+
+def wrong_modes(optimizers: dict[str, Any], initial: list[Tensor], dtype: torch.dtype) -> list[str]:
+    """The modes that, after the same steps, moved the parameters elsewhere than torch's plain loop did.
+
+    A speed counts only for the right result. torch 2.13 has such a mode: its fused SGD on the CPU leaves most of a bf16
+    parameter as it was (https://github.com/pytorch/pytorch/issues/191763).
+    """
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+
+    def moved(mode: str) -> list[Tensor]:
+        params = optimizers[mode].param_groups[0]["params"]
+        return [p.data.float() - value.float() for p, value in zip(params, initial, strict=True)]
+
+    def norm(tensors: list[Tensor]) -> float:
+        return torch.stack(torch._foreach_norm(tensors)).norm().item()
+
+    reference = moved("default")
+    largest_error = tolerance * norm(reference)
+    wrong = []
+    for mode in optimizers:
+        difference = moved(mode)
+        torch._foreach_sub_(difference, reference)
+        if not norm(difference) <= largest_error:
+            wrong.append(mode)
+    return wrong
+
+
+def environment(threads: int) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average_before": os.getloadavg()[0],
+        "optim_ext": optim_ext.build_info(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds at least; cheap cells take more (default 15)")
+    parser.add_argument("--quick", action="store_true", help="three rounds and no more")
+    parser.add_argument("--output-dir", type=Path, default=Path("bench_results"))
+    options = parser.parse_args(arguments)
+    repeats, seconds = (3, 0.0) if options.quick else (options.repeats, 2.0)
+    if repeats < 1 or options.threads < 1:
+        parser.error("--repeats and --threads must be at least 1")
+
+    torch.set_num_threads(options.threads)
+    started = environment(options.threads)
+    DEEPSPEED_OPTIMIZERS.update(find_deepspeed())
+    planned = [
+        (case, [key for key in options.algorithm if key in CASES[case].required])
+        for case in options.case  # one case at a time, to have the memory of one only
+    ]
+    cells = []
+    for case_key, algorithm_keys in planned:
+        tensors = Tensors(CASES[case_key])
+        for algorithm_key in algorithm_keys:
+            cell = measure(case_key, algorithm_key, tensors, repeats, seconds)
+            print(f"{cell.case_title}: {cell.algorithm_title} {cell.ratio:.2f}x", file=sys.stderr, flush=True)
+            cells.append(cell)
+        del tensors
+    started["load_average_after"] = os.getloadavg()[0]
+
+    print(report.heading(started))
+    print(report.tables(cells))
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    document = {"environment": started, "cells": [asdict(cell) for cell in cells]}
+    (options.output_dir / "step_time.json").write_text(json.dumps(document, indent=1) + "\n")
+    report.plot(cells, started, options.output_dir / "step_time.png")
+    print(f"{sum(cell.met for cell in cells)} of {len(cells)} cells meet what is required of them.")
+    print(f"Written: {options.output_dir}/step_time.json, step_time.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
