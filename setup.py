@@ -1,7 +1,7 @@
 """Builds optim_ext._C against the torch that is installed: the CPU part always, the CUDA part where it can be had.
 
 Environment:
-  OPTIM_EXT_CUDA        0: CPU only; 1: stop when CUDA cannot be built; unset: CUDA where torch has it and a toolkit fits
+  OPTIM_EXT_CUDA        0: CPU only; 1: stop where CUDA cannot be built; unset: CUDA if torch has it and a toolkit fits
   CUDA_HOME             the CUDA toolkit, looked at first
   TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0"; unset: those of the GPUs at hand, else those torch has
   MAX_JOBS              compilers to run at a time
@@ -20,11 +20,12 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_TORCH = (2, 13)
+OLDEST_TORCH = (2, 11)
 # One flag a line, read by CMake and clangd too. -fopenmp is for compiling only: without it at::parallel_for is serial,
 # but linking with it could bring in a second OpenMP runtime beside the one torch ships.
 CXX_FLAGS = (ROOT / "csrc/compile_flags.txt").read_text().split()
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo"]
+USUAL_TOOLKIT = Path("/usr/local/cuda")
 GET_TORCH = "install torch first (pip install torch), then run: pip install --no-build-isolation ."
 
 
@@ -37,7 +38,7 @@ def toolkit_candidates():
     """The places a CUDA toolkit may be, best first."""
     if os.environ.get("CUDA_HOME"):
         yield "CUDA_HOME", Path(os.environ["CUDA_HOME"])
-    yield "the usual folder", Path("/usr/local/cuda")
+    yield "the usual folder", USUAL_TOOLKIT
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return
@@ -71,7 +72,7 @@ def choose_cuda(torch):
         return None, "OPTIM_EXT_CUDA=0"
     if torch.version.cuda is None:
         if wish == "1":
-            sys.exit(f"OPTIM_EXT_CUDA=1, but torch {torch.__version__} is built without CUDA; install a CUDA build of torch.")
+            sys.exit(f"OPTIM_EXT_CUDA=1, but torch {torch.__version__} is built without CUDA; install one with CUDA.")
         return None, "torch is built without CUDA"
     toolkit, looked = find_toolkit(torch.version.cuda)
     if toolkit is None:
@@ -88,7 +89,8 @@ def cuda_archs(torch, toolkit):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     listed = subprocess.check_output([toolkit / "bin/nvcc", "--list-gpu-arch"], text=True)
     known = sorted(int(number) for number in re.findall(r"compute_(\d+)\b", listed))
-    visible = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    visible = {10 * major + minor for major, minor in capabilities}
     # A GPU newer than nvcc runs the newest code nvcc knows, through PTX.
     wanted = {min(number, known[-1]) for number in visible}
     wanted = wanted or {int(number) for number in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")}

@@ -40,7 +40,8 @@ _check_build(build_info())
 try:
     from optim_ext import _C as _C  # the same name once more: others take it from here
 except ImportError as error:
+    info = build_info()
     raise ImportError(
-        f"optim_ext's native module, built for torch {build_info()['torch']} and Python {build_info()['python']}, cannot "
-        f"be loaded with torch {torch.__version__} ({error}); to rebuild, {_BUILD}"
+        f"optim_ext's native module, built for torch {info['torch']} and Python {info['python']}, cannot be loaded with "
+        f"torch {torch.__version__} ({error}); to rebuild, {_BUILD}"
     ) from error

@@ -86,7 +86,7 @@ class Plan {
   // hypers: one tuple per call, in the order of the op's schema.
   bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale, const py::object& found_inf, bool check_only) {
     if (!is_current(state, param_groups)) return false;
-    TORCH_CHECK(py::len(hypers) == calls_.size(), "optim_ext: one tuple of hyper-parameters per call is needed");
+    TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
     const Scaler scaler{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr())};
     std::vector<Gathered> gathered(calls_.size());
     size_t to_make = 0;

@@ -22,7 +22,7 @@ struct Adagrad {
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& sum) const {
-    const V g = regularized(grad, param, maximize, weight_decay);
+    const V g = regularized(grad, param, maximize, V(weight_decay));
     sum = sum + g * g;
     param = param - V(decayed_lr) * (g / (root(sum) + V(eps)));
   }

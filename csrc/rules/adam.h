@@ -13,20 +13,22 @@ struct Adam {
 
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize, decoupled_weight_decay;
-  double step_size, bias_correction2_sqrt;  // filled in by at_step
+  double step_size, bias_correction2_sqrt, l2, decay;  // filled in by at_step
 
   OPTIM_EXT_RULE Adam at_step(double step) const {
     Adam rule = *this;
     rule.step_size = lr / (1.0 - power(beta1, step));
     rule.bias_correction2_sqrt = root(1.0 - power(beta2, step));
+    rule.l2 = decoupled_weight_decay ? 0.0 : weight_decay;
+    rule.decay = decoupled_weight_decay ? 1.0 - lr * weight_decay : 1.0;
     return rule;
   }
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq) const {
-    const V g = regularized(grad, param, maximize, decoupled_weight_decay ? 0.0 : weight_decay);
-    const V decayed = param * V(decoupled_weight_decay ? 1.0 - lr * weight_decay : 1.0);
-    exp_avg = lerp(exp_avg, g, 1.0 - beta1);
+    const V g = regularized(grad, param, maximize, V(l2));
+    const V decayed = V(decay) * param;
+    exp_avg = lerp(exp_avg, g, V(1.0 - beta1));
     exp_avg_sq = V(beta2) * exp_avg_sq + V(1.0 - beta2) * g * g;
     V second_moment = exp_avg_sq;
     if constexpr (kAmsgrad) second_moment = max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);

@@ -18,11 +18,11 @@ struct RMSprop {
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& square_avg, V& grad_avg, V& momentum_buffer) const {
-    const V g = regularized(grad, param, maximize, weight_decay);
+    const V g = regularized(grad, param, maximize, V(weight_decay));
     square_avg = V(alpha) * square_avg + V(1.0 - alpha) * g * g;
     V variance = square_avg;
     if constexpr (kCentered) {
-      grad_avg = lerp(grad_avg, g, 1.0 - alpha);
+      grad_avg = lerp(grad_avg, g, V(1.0 - alpha));
       variance = square_avg - grad_avg * grad_avg;
     }
     V update = g / (root(variance) + V(eps));

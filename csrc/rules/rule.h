@@ -30,15 +30,16 @@ OPTIM_EXT_RULE double root(double x) { return __builtin_sqrt(x); }
 // The larger of two values; NaN if either is NaN, as torch.maximum.
 template <class V>
 OPTIM_EXT_RULE V larger(V a, V b) {
-  return (a > b || a != a) ? a : b;
+  const V larger_or_b = a > b ? a : b;  // b also where one of them is NaN; two selects, as `||` would not vectorise
+  return a != a ? a : larger_or_b;
 }
 
 // Linear interpolation from `start` towards `end`, rounding as torch.lerp does: from the nearer end.
 template <class V>
-OPTIM_EXT_RULE V lerp(V start, V end, double weight) {
-  const bool near_start = weight < 0.5;
-  const V base = near_start ? start : end;
-  return base + V(near_start ? weight : weight - 1.0) * (end - start);
+OPTIM_EXT_RULE V lerp(V start, V end, V weight) {
+  const V base = weight < V(0.5) ? start : end;
+  const V step = weight < V(0.5) ? weight : weight - V(1);
+  return base + step * (end - start);
 }
 
 // base ** count for a step count. Counts are whole numbers, so the power is a fixed sequence of multiplications that
@@ -55,9 +56,9 @@ OPTIM_EXT_RULE double power(double base, double count) {
 // The gradient a rule starts from: turned around for `maximize`, with L2 regularisation added. A weight_decay of zero
 // adds nothing even where the parameter is infinite or NaN, as in torch.
 template <class V>
-OPTIM_EXT_RULE V regularized(V grad, V param, bool maximize, double weight_decay) {
-  const V direction = maximize ? -grad : grad;
-  return weight_decay != 0.0 ? direction + V(weight_decay) * param : direction;
+OPTIM_EXT_RULE V regularized(V grad, V param, bool maximize, V weight_decay) {
+  const V ascent = grad * (maximize ? V(-1) : V(1));
+  return weight_decay != V(0) ? ascent + weight_decay * param : ascent;
 }
 
 }  // namespace optim_ext::rules

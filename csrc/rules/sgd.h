@@ -19,7 +19,7 @@ struct Sgd {
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& momentum_buffer) const {
-    const V g = regularized(grad, param, maximize, weight_decay);
+    const V g = regularized(grad, param, maximize, V(weight_decay));
     V update = g;
     if constexpr (kMomentum) {
       momentum_buffer = V(is_first_step ? 0.0 : momentum) * momentum_buffer + V(is_first_step ? 1.0 : 1.0 - dampening) * g;

@@ -1,0 +1,92 @@
+# Everything a fresh clone needs: each target makes its own virtual environment first. Only Python (>= 3.10), g++ and make
+# have to be there. TORCH takes any pip arguments that name a torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
+CUDA_ARCHS ?= 9.0
+WORKERS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+CUDA_TREE := build/cuda-check
+PIP := pip install --disable-pip-version-check --no-input
+BUILD_TOOLS := 'setuptools>=77' ninja numpy
+# What the native module is made of: a change here rebuilds it (ninja compiles only what the change reaches).
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench lint format cpp-test sanitize cuda-check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo        train a small network with torch.optim and with optim_ext and compare'
+	@echo 'make test        all tests (PYTEST_ARGS=...)'
+	@echo 'make bench       time of a step against torch.optim (BENCH_ARGS=...)'
+	@echo 'make lint        formatters in check mode, ruff, mypy, the include rule;  make format mends the layout'
+	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
+	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/train_digits.py $(DEMO_ARGS)
+
+test: $(VENV)/test.stamp
+	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+
+# An environment with torch and what builds need.
+$(VENV)/torch.stamp .venv-cuda/torch.stamp: %/torch.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "optim_ext needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $*
+	$*/bin/$(PIP) $(TORCH) $(BUILD_TOOLS)
+	touch $@
+
+# optim_ext built into that environment, with the requirements of one purpose (an extra of pyproject.toml).
+PURPOSES := demo test bench lint
+$(PURPOSES:%=$(VENV)/%.stamp): $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(BIN)/$(PIP) --no-build-isolation --verbose -e '.[$*]'
+	touch $@
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/kernels || \
+	  { echo 'csrc/rules and csrc/kernels must not know torch (csrc/README.md)'; false; }
+	@! grep -rnE '#include *"' csrc/rules | grep -vE '"[a-z_]+\.h"' || \
+	  { echo 'csrc/rules includes only its own headers (csrc/README.md)'; false; }
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+cpp-test sanitize: $(VENV)/test.stamp
+	$(BIN)/cmake -S . -B build/$@ $(if $(filter sanitize,$@),-DOPTIM_EXT_SANITIZE=ON)
+	$(BIN)/cmake --build build/$@ -j $(WORKERS)
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure
+
+# A CUDA build needs another torch. It gets its own environment and its own copy of the sources, so that the module that
+# is built in place here stays as it is.
+cuda-check: .venv-cuda/torch.stamp
+	rm -rf $(CUDA_TREE)/csrc $(CUDA_TREE)/tests $(CUDA_TREE)/optim_ext/*.py
+	mkdir -p $(CUDA_TREE)
+	tar cf - --exclude='*.so' --exclude=_build_info.py --exclude=__pycache__ --exclude='./build' --exclude='./.[!c]*' . | \
+	  tar xf - -C $(CUDA_TREE)
+	cd $(CUDA_TREE) && OPTIM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCHS) \
+	  $(CURDIR)/.venv-cuda/bin/$(PIP) --no-build-isolation --verbose -e '.[test]'
+	cd $(CUDA_TREE) && $(CURDIR)/.venv-cuda/bin/python -m optim_ext
+	cd $(CUDA_TREE) && $(CURDIR)/.venv-cuda/bin/pytest -n $(WORKERS) $(PYTEST_ARGS) $(CUDA_CHECK_TESTS)
+
+.venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
+CUDA_CHECK_TESTS ?= tests/kernels tests/ops tests/package tests/cuda tests/rules
+
+clean:
+	rm -rf build dist *.egg-info .venv .venv-cuda .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f optim_ext/*.so optim_ext/_build_info.py
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

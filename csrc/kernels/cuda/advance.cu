@@ -1,0 +1,47 @@
+// Step counters that live on the device, and what the host needs to know about the device.
+#include <cuda_runtime.h>
+
+#include "launch.h"
+
+namespace optim_ext::cuda {
+
+namespace {
+
+template <int64_t kBytes>
+__global__ void __launch_bounds__(kThreads) advance(const __grid_constant__ Counters<kBytes> counters) {
+  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (i >= counters.count || (counters.found_inf && *counters.found_inf == 1.0f)) return;
+  if (i < counters.floats) {
+    *static_cast<float*>(counters.counter[i]) += 1.0f;
+  } else {
+    *static_cast<double*>(counters.counter[i]) += 1.0;
+  }
+}
+
+}  // namespace
+
+int64_t argument_bytes() {
+  static const int64_t bytes = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010 ? kLargeArgs : kSmallArgs;
+  }();
+  return bytes;
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
+}
+
+template <int64_t kBytes>
+cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream) {
+  if (counters.count == 0) return cudaSuccess;
+  void* pointers[] = {const_cast<Counters<kBytes>*>(&counters)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&advance<kBytes>), dim3((counters.count + kThreads - 1) / kThreads),
+                          dim3(kThreads), pointers, 0, stream);
+}
+
+template cudaError_t launch_advance<kSmallArgs>(const Counters<kSmallArgs>&, cudaStream_t);
+template cudaError_t launch_advance<kLargeArgs>(const Counters<kLargeArgs>&, cudaStream_t);
+
+}  // namespace optim_ext::cuda

@@ -1,0 +1,32 @@
+// The way into the kernels for the torch-facing side: arguments in, an error code out. Nothing here synchronises.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "batch.h"
+
+namespace optim_ext::cuda {
+
+// Step counters on the device, to be advanced by one before the update that reads them.
+template <int64_t kBytes>
+struct alignas(8) Counters {
+  static constexpr int64_t kRoom = (kBytes - 16) / 8;
+  const float* found_inf;  // 1: leave them as they are
+  int32_t count;
+  int32_t floats;          // the first so many are f32, the others f64
+  void* counter[kRoom];
+};
+
+// Bytes of arguments one launch may carry with the driver at hand.
+int64_t argument_bytes();
+
+int multiprocessors(int device);
+
+// One block per chunk. V is the type the rule computes in: float, or double as soon as one operand is stored as f64.
+template <class Rule, class V, int64_t kBytes>
+cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream);
+
+template <int64_t kBytes>
+cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream);
+
+}  // namespace optim_ext::cuda

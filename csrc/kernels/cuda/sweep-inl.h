@@ -1,0 +1,50 @@
+// The kernel around a block's work, instantiated for every rule with the value type OPTIM_EXT_VALUE. Two files include
+// this, so that a build with two jobs compiles them side by side.
+#include <cuda_runtime.h>
+
+#include "../../rules/all_rules.h"
+#include "block.h"
+#include "launch.h"
+
+#if CUDART_VERSION < 12010
+#error "optim_ext needs CUDA 12.1 or newer"
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
+#error "optim_ext needs compute capability 7.0 or newer; narrow TORCH_CUDA_ARCH_LIST"
+#endif
+
+namespace optim_ext::cuda {
+
+namespace {
+
+// Blocks a multiprocessor must be able to hold: leaves a thread 80 registers, which every rule fits without spilling.
+constexpr int kMinBlocks = 3;
+
+template <class Rule, class V, int64_t kBytes>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) sweep(const __grid_constant__ Args<Rule, kBytes> args) {
+  __shared__ Block<Rule> block;
+  if (threadIdx.x == 0) open_block(args.batch, args.batch.remote ? args.batch.remote : args.room, blockIdx.x, block);
+  __syncthreads();
+  if (!block.skip) sweep_thread<Rule, V>(block, static_cast<int>(threadIdx.x));
+}
+
+}  // namespace
+
+template <class Rule, class V, int64_t kBytes>
+cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream) {
+  if (chunks == 0) return cudaSuccess;
+  if (chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* pointers[] = {const_cast<Args<Rule, kBytes>*>(&args)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&sweep<Rule, V, kBytes>), dim3(static_cast<unsigned>(chunks)),
+                          dim3(kThreads), pointers, 0, stream);
+}
+
+#define OPTIM_EXT_INSTANTIATE_BYTES(bytes, ...)                                                                  \
+  template cudaError_t launch_sweep<rules::__VA_ARGS__, OPTIM_EXT_VALUE, bytes>(                                 \
+      const Args<rules::__VA_ARGS__, bytes>&, int64_t, cudaStream_t);
+#define OPTIM_EXT_INSTANTIATE(...)                         \
+  OPTIM_EXT_INSTANTIATE_BYTES(kSmallArgs, __VA_ARGS__)     \
+  OPTIM_EXT_INSTANTIATE_BYTES(kLargeArgs, __VA_ARGS__)
+OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
+
+}  // namespace optim_ext::cuda

@@ -1,0 +1,2 @@
+#define OPTIM_EXT_VALUE double
+#include "sweep-inl.h"

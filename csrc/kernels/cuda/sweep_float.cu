@@ -1,0 +1,2 @@
+#define OPTIM_EXT_VALUE float
+#include "sweep-inl.h"

@@ -1,0 +1,134 @@
+"""``python -m optim_ext``: a report to paste into a bug report, ending in a self-test of a few seconds.
+
+The exit status is 1 where the self-test finds an optimizer that differs from torch.optim's.
+"""
+
+import inspect
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.optim import Optimizer
+
+import optim_ext
+from optim_ext._load import _C
+
+# Largest difference from torch.optim in float64, relative to the largest parameter, that STEPS roundings may explain.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+STEPS = 5
+SHAPES = [(), (7,), (33, 65), (0, 3)]
+
+
+def main() -> int:
+    print(f"optim_ext {optim_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"system    {platform.platform()}")
+    for device in _devices():
+        print(f"device    {device}: {_device_name(device)}")
+    print(f"CPU code  {_C.isa()} (ATEN_CPU_CAPABILITY={os.environ.get('ATEN_CPU_CAPABILITY', 'unset')})")
+    print(f"threads   {torch.get_num_threads()} of {os.cpu_count()} cores, OpenMP: {', '.join(_openmp_runtimes())}")
+    for name, keys in _kernels():
+        print(f"kernels   {name}: {', '.join(keys)}")
+    for key, value in optim_ext.build_info().items():
+        print(f"build     {key}: {value}")
+    failures = 0
+    for device in _devices():
+        for ours, theirs, options in _cases():
+            for dtype, tolerance in TOLERANCE.items():
+                path, difference = _compare(ours, theirs, options, dtype, device)
+                good = difference <= tolerance  # false for NaN too
+                failures += not good
+                chosen = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+                line = f"{theirs.__name__}({chosen}) {str(dtype).split('.')[-1]} on {device}, {path}"
+                print(f"self-test {'ok  ' if good else 'FAIL'} {line}: differs from torch.optim by {difference:.1e}")
+    print(f"self-test {'passed' if failures == 0 else f'failed {failures} times'}")
+    return int(failures > 0)
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    if optim_ext.build_info()["cuda"] is not None:
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return devices
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _openmp_runtimes() -> list[str]:
+    """The OpenMP runtimes loaded into this process; more than one of them means threads that fight each other."""
+    try:
+        with open("/proc/self/maps") as lines:
+            paths = {line.split()[-1] for line in lines if re.search(r"lib(g|i|)omp", line)}
+    except OSError:
+        return ["unknown"]
+    return sorted(paths) or ["none"]
+
+
+def _kernels() -> Iterator[tuple[str, list[str]]]:
+    """Every op of this build with the dispatch keys it has a kernel for."""
+    for name in sorted(torch._C._dispatch_get_all_op_names()):
+        if name.startswith("optim_ext::"):
+            keys = ("CPU", "CUDA", "Meta")
+            yield name, [key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
+
+
+def _cases() -> Iterator[tuple[Callable[..., Optimizer], Callable[..., Optimizer], dict[str, object]]]:
+    """Every optimizer of ours with torch's twin, as it comes and with each switch its constructor has."""
+    switches: dict[str, dict[str, object]] = {
+        "amsgrad": {"amsgrad": True},
+        "centered": {"centered": True},
+        "momentum": {"momentum": 0.9},
+        "nesterov": {"momentum": 0.9, "nesterov": True},
+        "lr_decay": {"lr_decay": 0.1},
+        "weight_decay": {"weight_decay": 0.1},
+        "maximize": {"maximize": True},
+    }
+    for name, ours in sorted(vars(optim_ext).items()):
+        theirs = getattr(torch.optim, name, None)
+        is_optimizer = isinstance(ours, type) and issubclass(ours, Optimizer)
+        if not is_optimizer or theirs is None or ours is theirs:
+            continue
+        accepted = inspect.signature(ours).parameters
+        for options in ({}, *(options for switch, options in switches.items() if switch in accepted)):
+            yield ours, theirs, options
+
+
+def _compare(
+    ours: Callable[..., Optimizer],
+    theirs: Callable[..., Optimizer],
+    options: dict[str, object],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[str, float]:
+    """The path ours takes, and how far a few steps of it in `dtype` end from torch's in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
+
+    params = draw()
+    twins = [p.double() for p in params]
+    steppers = ours(params, lr=0.01, **options), theirs(twins, lr=0.01, **options)
+    for _ in range(STEPS):
+        for p, twin, grad in zip(params, twins, draw(), strict=True):
+            p.grad, twin.grad = grad, grad.double()
+        for stepper in steppers:
+            stepper.step()
+    path = "native" if all(report.native for report in optim_ext.explain(steppers[0])) else "torch's path"
+    ends, expected = (torch.cat([p.double().flatten() for p in end]) for end in (params, twins))
+    return path, float((ends - expected).abs().max() / expected.abs().max())  # torch's max() keeps a NaN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

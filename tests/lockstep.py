@@ -1,0 +1,160 @@
+"""Two optimizers side by side: ours, and torch's class of the same name, over equal parameters and equal gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from specs import Options, Spec, Tolerance
+from torch import Tensor
+
+SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0,), (3, 5), (2, 3, 4), (17, 33))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers, the same for every dtype of one kind but for rounding."""
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(tuple(shape), dtype=wide, generator=seeded(seed)).to(dtype)
+
+
+def make_params(shapes: Iterable[Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0) -> list:
+    return [torch.nn.Parameter(random(shape, dtype, seed + i)) for i, shape in enumerate(shapes)]
+
+
+def twin(params: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters equal to these, strides included, in memory of their own."""
+    twins = []
+    for param in params:
+        copy = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype).copy_(param.detach())
+        twins.append(torch.nn.Parameter(copy) if isinstance(param, torch.nn.Parameter) else copy)
+    return twins
+
+
+def give_grads(params: Iterable[Tensor], step: int, frozen: Iterable[int] = ()) -> None:
+    """Gradients that depend on the step and the place in the list only."""
+    for i, param in enumerate(params):
+        param.grad = None if i in frozen else random(param.shape, param.dtype, 1000 * (step + 1) + i)
+
+
+def copy_of(options: Options) -> Options:
+    """The same options with tensors of their own, so that two optimizers do not share a learning rate."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(own(entry) for entry in value)
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return {key: own(value) for key, value in options.items()}
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance, what: str = "") -> None:
+    torch.testing.assert_close(
+        ours.detach(),
+        theirs.detach(),
+        rtol=tolerance.rtol,
+        atol=tolerance.atol,
+        equal_nan=True,
+        check_stride=False,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: Tolerance) -> None:
+    """State of both, in state_dict's form: the same keys everywhere, values within the tolerance, steps exactly."""
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    assert mine["param_groups"] == other["param_groups"]
+    assert [group.keys() for group in mine["param_groups"]] == [group.keys() for group in other["param_groups"]]
+    assert mine["state"].keys() == other["state"].keys()
+    for index, entries in other["state"].items():
+        assert mine["state"][index].keys() == entries.keys(), index
+        for key, value in entries.items():
+            found = mine["state"][index][key]
+            assert type(found) is type(value), (index, key)
+            if not isinstance(value, Tensor):
+                assert found == value, (index, key)
+                continue
+            assert (found.dtype, found.device, found.shape) == (value.dtype, value.device, value.shape), (index, key)
+            assert_close(found, value, Tolerance(0, 0) if key == "step" else tolerance, f"state {index} {key}")
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything a step may change, by value, down to the bits, and by identity."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = [(id(key), dict(entries)) for key, entries in optimizer.state.items() if isinstance(entries, dict)]
+    return {
+        "params": [(id(p), p.data_ptr(), bits(p)) for p in params],
+        "grads": [None if p.grad is None or p.grad.layout != torch.strided else bits(p.grad) for p in params],
+        "state": [
+            (owner, {key: (id(value), bits(value)) if isinstance(value, Tensor) else value for key, value in d.items()})
+            for owner, d in state
+        ],
+    }
+
+
+def bits(tensor: Tensor) -> Any:
+    """Value, dtype and shape, comparable with == (NaN equals NaN, 0 differs from -0)."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return (str(tensor.dtype), tuple(tensor.shape), str(tensor.layout), tensor.device.type)
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    return (str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+
+
+class Lockstep:
+    """Drives both optimizers through the same steps. `groups` maps a list of parameters to what the constructor is
+    given; by default that is the list itself."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        options: Options | None = None,
+        params: list[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        groups: Callable[[list[Tensor]], Any] = lambda params: params,
+    ) -> None:
+        self.spec = spec
+        options = spec.typical if options is None else options
+        self.params = make_params(dtype=dtype) if params is None else params
+        self.twins = twin(self.params)
+        self.ours = spec.ours(groups(self.params), **copy_of(options))
+        self.theirs = spec.torch(groups(self.twins), **copy_of(options))
+        self.taken = 0
+
+    @property
+    def both(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        return self.ours, self.theirs
+
+    def step(self, count: int = 1, frozen: Iterable[int] = ()) -> Lockstep:
+        frozen = set(frozen)
+        for _ in range(count):
+            give_grads(self.params, self.taken, frozen)
+            give_grads(self.twins, self.taken, frozen)
+            for optimizer in self.both:
+                optimizer.step()
+            self.taken += 1
+        return self
+
+    def tolerance(self) -> Tolerance:
+        """The loosest among the dtypes at hand."""
+        return max((self.spec.tolerances[p.dtype] for p in self.params), key=lambda t: t.rtol)
+
+    def check(self, tolerance: Tolerance | None = None) -> Lockstep:
+        tolerance = tolerance or self.tolerance()
+        for i, (mine, other) in enumerate(zip(self.params, self.twins, strict=True)):
+            assert_close(mine, other, tolerance, f"parameter {i} after {self.taken} steps")
+        assert_same_state(self.ours, self.theirs, tolerance)
+        return self
+
+
+def native_ops(run: Callable[[], Any]) -> list[str]:
+    """Names of this library's ops that ran, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return [event.name for event in profile.events() if event.name.startswith("optim_ext::")]

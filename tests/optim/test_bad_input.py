@@ -1,0 +1,492 @@
+"""All or nothing: bad input is refused by name before anything is written, and the optimizer works once it is mended."""
+
+import math
+
+import pytest
+import torch
+from lockstep import copy_of, give_grads, make_params, random, snapshot
+from specs import SPECS, TENSOR_LRS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPES = ((3, 4), (5,), (2, 2), (6,))
+PLACES = {"first group": (0, 0), "first group, second": (0, 1), "second group": (1, 1)}
+
+
+class Scene:
+    """An optimizer of two groups, stepped `steps` times, whose parameter at `place` gets bad input."""
+
+    def __init__(self, spec, place=(1, 1), named=False, steps=2, dtype=torch.float32, options=None):
+        self.spec, self.place, self.named = spec, place, named
+        self.params = make_params(SHAPES, dtype)
+        names = ("fc.weight", "fc.bias", "head.weight", "head.bias")
+        entries = list(zip(names, self.params, strict=True)) if named else self.params
+        self.optimizer = spec.ours(
+            [{"params": entries[:2], "lr": 0.02}, {"params": entries[2:]}],
+            **copy_of(spec.typical if options is None else options),
+        )
+        for step in range(steps):
+            self.give(step)
+            self.optimizer.step()
+        self.give(steps)
+        self.index = 2 * place[0] + place[1]
+        self.name = names[self.index]
+        self.group = self.optimizer.param_groups[place[0]]
+
+    @property
+    def param(self):
+        return self.params[self.index]
+
+    @property
+    def state(self):
+        return self.optimizer.state[self.param]
+
+    @property
+    def state_key(self):
+        """The last state tensor that is not the counter."""
+        return sorted(self.spec.state(self.spec.typical) - {"step"})[-1]
+
+    @property
+    def called(self):
+        """What a message must call the parameter."""
+        return f"parameter '{self.name}'" if self.named else f"parameter {self.place[1]} of group {self.place[0]}"
+
+    def give(self, step):
+        give_grads(self.params, step)
+
+    def refused(self, *words, by=RuntimeError):
+        """The step raises, names the parameter and says these words, and leaves every bit as it was."""
+        before = snapshot(self.optimizer)
+        with pytest.raises(by) as caught:
+            self.optimizer.step()
+        message = str(caught.value)
+        assert type(caught.value) is by
+        assert snapshot(self.optimizer) == before
+        for word in (self.called, *words):
+            assert word in message, message
+        return message
+
+    def works(self):
+        """One more step writes every parameter."""
+        before = [p.detach().clone() for p in self.params]
+        self.optimizer.step()
+        assert all(not torch.equal(p, b) for p, b in zip(self.params, before, strict=True))
+
+
+def scenes(places=PLACES):
+    def decorate(test):
+        test = pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])(test)
+        test = pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])(test)
+        return pytest.mark.parametrize("place", places.values(), ids=places.keys())(test)
+
+    return decorate
+
+
+@scenes()
+def test_gradient_of_a_wrong_shape(spec, place, named, steps):
+    scene = Scene(spec, place, named, steps)
+    right = scene.param.grad
+    kept = scene.param.data
+    scene.param.data = torch.zeros(9)
+    scene.param.grad = torch.zeros(9)
+    scene.param.data = kept
+    scene.refused("grad", "[9]", str(list(kept.shape)))
+    scene.param.grad = right
+    scene.works()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.int8], ids=str)
+@scenes({"second group": (1, 1)})
+def test_gradient_of_a_wrong_dtype(spec, place, named, steps, dtype):
+    scene = Scene(spec, place, named, steps)
+    right = scene.param.grad
+    scene.param.grad_dtype = None
+    scene.param.grad = torch.ones(scene.param.shape).to(dtype)
+    scene.refused("grad", "dtype")
+    scene.param.grad = right
+    scene.works()
+
+
+def test_real_gradient_of_a_complex_parameter(spec):
+    scene = Scene(spec, dtype=torch.complex64)
+    right = scene.param.grad
+    scene.param.grad_dtype = None
+    scene.param.grad = torch.ones(scene.param.shape)
+    scene.refused("grad", "dtype", "complex")
+    scene.param.grad = right
+    scene.works()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64], ids=str)
+@scenes({"first group": (0, 0), "second group": (1, 1)})
+def test_state_of_a_wrong_dtype(spec, place, named, steps, dtype):
+    scene = Scene(spec, place, named, steps=max(steps, 1))
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = right.to(dtype)
+    scene.refused("dtype")
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+@scenes()
+def test_state_of_another_size(spec, place, named, steps):
+    scene = Scene(spec, place, named, steps=max(steps, 1))
+    right = scene.state[scene.state_key]
+    for wrong in (torch.zeros(2, 9), torch.zeros(()), torch.zeros(0)):
+        scene.state[scene.state_key] = wrong
+        scene.refused("shape", str(list(wrong.shape)), str(list(scene.param.shape)))
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+@scenes({"first group": (0, 0), "second group": (1, 1)})
+def test_state_on_another_device(spec, place, named, steps):
+    scene = Scene(spec, place, named, steps=max(steps, 1))
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = right.to("meta")
+    scene.refused("meta", "cpu")
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+@scenes({"first group": (0, 0), "second group": (1, 1)})
+def test_state_of_a_wrong_layout(spec, place, named, steps):
+    scene = Scene(spec, place, named, steps=max(steps, 1))
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = right.to_sparse()
+    scene.refused("layout", "parse")
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+COUNTERS = {
+    "two": torch.tensor([1.0, 2.0]),
+    "none": torch.zeros(0),
+    "integer": torch.tensor(3),
+    "half": torch.tensor(3.0, dtype=torch.float16),
+    "nan": torch.tensor(math.nan),
+    "negative": torch.tensor(-1.0),
+    "infinite": torch.tensor(math.inf),
+}
+
+
+@pytest.mark.parametrize("counting_spec", [s for s in SPECS if "step" in s.state(s.typical)], ids=lambda s: s.name)
+@pytest.mark.parametrize("counter", COUNTERS.values(), ids=COUNTERS.keys())
+def test_bad_counters(counting_spec, counter):
+    scene = Scene(counting_spec)
+    right = scene.state["step"]
+    scene.state["step"] = counter.clone()
+    scene.refused("step")
+    scene.state["step"] = right
+    scene.works()
+
+
+def test_missing_and_foreign_state_entries(spec):
+    """An entry deleted, or replaced by what is no tensor: an error, never a half-made step."""
+    for wrong in ("absent", "text", 3.5):
+        scene = Scene(spec)
+        right = scene.state[scene.state_key]
+        if wrong == "absent":
+            scene.state["other"] = 1  # so that the dict is not empty, which would mean: make it anew
+            del scene.state[scene.state_key]
+            if spec.name == "SGD":  # where torch, too, makes a missing buffer anew
+                scene.works()
+                continue
+        else:
+            scene.state[scene.state_key] = wrong
+        before = snapshot(scene.optimizer)
+        with pytest.raises((KeyError, TypeError, RuntimeError, AttributeError, ValueError)):
+            scene.optimizer.step()
+        assert snapshot(scene.optimizer) == before
+        scene.state[scene.state_key] = right
+        scene.works()
+
+
+OVERLAPS = {
+    "the same memory": lambda base: (base[:12], base[:12]),
+    "half of it": lambda base: (base[:12], base[6:18]),
+    "one element": lambda base: (base[:12], base[11:23]),
+    "one inside another": lambda base: (base[:12], base[3:5]),
+    "a transposed view": lambda base: (base[:12].view(3, 4), base[:12].view(3, 4).t()),
+    "a strided view of it": lambda base: (base[:12], base[:24:2]),
+    "two strided views": lambda base: (base[:24:2], base[2:26:2]),
+}
+
+
+@pytest.mark.parametrize("views", OVERLAPS.values(), ids=OVERLAPS.keys())
+def test_overlapping_parameters(spec, views):
+    """Two parameters in shared memory would race: refused."""
+    base = torch.randn(40)
+    one, two = views(base)
+    params = [torch.nn.Parameter(torch.randn(4)), torch.nn.Parameter(one), torch.nn.Parameter(two)]
+    optimizer = spec.ours(params, **spec.typical)
+    give_grads(params, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="parameter [12] of group 0.*(overlap|share|memory)"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    params[2].data = torch.randn(two.shape)
+    kept = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert all(not torch.equal(p, k) for p, k in zip(params, kept, strict=True))
+
+
+def test_interleaved_views_do_not_overlap(spec):
+    """Views that span one stretch of memory without sharing an element are fine."""
+    base = torch.randn(6, 2)
+    params = [torch.nn.Parameter(base[:, 0]), torch.nn.Parameter(base[:, 1])]
+    optimizer = spec.ours(params, **spec.typical)
+    give_grads(params, 0)
+    kept = base.clone()
+    optimizer.step()
+    assert (base != kept).all()
+
+
+def test_state_that_overlaps_its_parameter(spec):
+    scene = Scene(spec)
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = scene.param.detach()
+    scene.refused("overlap")
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+def test_state_shared_by_two_parameters(spec):
+    scene = Scene(spec, place=(0, 0))
+    other = scene.params[1]
+    scene.param.data = torch.randn(5)
+    scene.param.grad = torch.randn(5)
+    right = {k: torch.zeros(5) if k != "step" else v for k, v in scene.state.items()}
+    scene.state.update(right)
+    scene.state[scene.state_key] = scene.optimizer.state[other][scene.state_key]
+    before = snapshot(scene.optimizer)
+    with pytest.raises(RuntimeError, match="overlap"):
+        scene.optimizer.step()
+    assert snapshot(scene.optimizer) == before
+    scene.state[scene.state_key] = right[scene.state_key]
+    scene.works()
+
+
+@pytest.mark.parametrize("expanded", [lambda: torch.randn(1).expand(6), lambda: torch.randn(2).repeat(3).as_strided((6,), (0,))])
+def test_expanded_parameter(spec, expanded):
+    scene = Scene(spec, steps=0)
+    scene.param.data = expanded()
+    scene.param.grad = torch.ones(6)
+    scene.refused("memory")
+    scene.param.data = torch.randn(6)
+    scene.works()
+
+
+def test_expanded_state(spec):
+    scene = Scene(spec)
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = torch.ones(1).expand(6)
+    scene.refused("memory")
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+HYPERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay")
+
+
+@pytest.mark.parametrize("group_index", [0, 1])
+def test_nan_hyper_parameters(spec, group_index):
+    scene = Scene(spec)
+    group = scene.optimizer.param_groups[group_index]
+    for key in (k for k in HYPERS if k in group):
+        right = group[key]
+        for wrong in (math.nan, torch.tensor(math.nan)):
+            group[key] = wrong
+            before = snapshot(scene.optimizer)
+            with pytest.raises(ValueError, match=f"{key}.*NaN"):
+                scene.optimizer.step()
+            assert snapshot(scene.optimizer) == before, key
+        group[key] = right
+    if "betas" in group:
+        right = group["betas"]
+        for which in (0, 1):
+            group["betas"] = tuple(math.nan if i == which else b for i, b in enumerate(right))
+            before = snapshot(scene.optimizer)
+            with pytest.raises(ValueError, match=f"beta{which + 1}.*NaN"):
+                scene.optimizer.step()
+            assert snapshot(scene.optimizer) == before
+        group["betas"] = right
+    scene.works()
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("wrong", ["fast", None, [0.1], torch.tensor([0.1, 0.2])], ids=repr)
+def test_lr_that_is_no_number(spec, steps, wrong):
+    scene = Scene(spec, steps=steps)
+    right, scene.group["lr"] = scene.group["lr"], wrong
+    before = snapshot(scene.optimizer)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        scene.optimizer.step()
+    assert snapshot(scene.optimizer) == before
+    scene.group["lr"] = right
+    scene.works()
+
+
+@pytest.mark.parametrize("options", TENSOR_LRS, ids=["scalar", "one-double", "one-by-one"])
+def test_tensor_lr_that_turns_nan(spec, options):
+    scene = Scene(spec, options={**spec.typical, **options})
+    lr = scene.optimizer.param_groups[1]["lr"]
+    lr.fill_(math.nan)
+    before = snapshot(scene.optimizer)
+    with pytest.raises(ValueError, match="lr.*NaN"):
+        scene.optimizer.step()
+    assert snapshot(scene.optimizer) == before
+    lr.fill_(0.1)
+    scene.works()
+
+
+def test_missing_option(spec):
+    """A key lost from a group, in the second group."""
+    scene = Scene(spec)
+    right = scene.group.pop("weight_decay")
+    before = snapshot(scene.optimizer)
+    with pytest.raises(KeyError, match="weight_decay"):
+        scene.optimizer.step()
+    assert snapshot(scene.optimizer) == before
+    scene.group["weight_decay"] = right
+    scene.works()
+
+
+def test_sparse_gradient_torch_refuses_after_a_good_group(spec):
+    """The first group must not have stepped when torch's path refuses the second."""
+    scene = Scene(spec)
+    right = scene.param.grad
+    scene.param.grad = torch.ones(scene.param.shape).to_sparse()
+    before = snapshot(scene.optimizer)
+    with pytest.raises(RuntimeError, match="sparse"):  # weight_decay is on, so SGD and Adagrad refuse it, too
+        scene.optimizer.step()
+    assert snapshot(scene.optimizer) == before
+    scene.param.grad = right
+    scene.works()
+
+
+def test_inference_parameter_outside_inference_mode(spec):
+    with torch.inference_mode():
+        frozen = torch.randn(6)
+    scene = Scene(spec, steps=0)
+    scene.optimizer.param_groups[1]["params"][1] = frozen
+    scene.params[3] = frozen
+    if spec.name == "Adagrad":
+        scene.optimizer.state[frozen] = {"step": torch.tensor(0.0), "sum": torch.zeros(6)}
+    with torch.inference_mode():
+        frozen.grad = torch.ones(6)
+    scene.refused("inference")
+
+
+def test_exceptions_from_closure_and_hooks(spec):
+    scene = Scene(spec)
+    before = snapshot(scene.optimizer)
+
+    def closure():
+        raise LookupError("from the closure")
+
+    def hook(*_):
+        raise LookupError("from the hook")
+
+    with pytest.raises(LookupError, match="closure"):
+        scene.optimizer.step(closure)
+    assert snapshot(scene.optimizer) == before
+    handle = scene.optimizer.register_step_pre_hook(hook)
+    with pytest.raises(LookupError, match="hook"):
+        scene.optimizer.step()
+    handle.remove()
+    assert snapshot(scene.optimizer) == before
+    scene.works()
+
+
+# Faults from below: any operation of torch may fail, for want of memory for one.
+
+
+class Fault(Exception):
+    pass
+
+
+class FailAt(TorchDispatchMode):
+    """Raises instead of running the n-th operation."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.left == 0:
+            raise Fault(str(func))
+        self.left -= 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+def test_faults_at_every_operation(spec, steps):
+    """Whichever operation of a step fails, up to the first that writes, nothing has changed; then the step succeeds."""
+    for dtype in (torch.float32, torch.complex64):
+        scene = Scene(spec, steps=steps, dtype=dtype)
+        failures = 0
+        while True:
+            before = snapshot(scene.optimizer)
+            try:
+                with FailAt(failures):
+                    scene.optimizer.step()
+                break
+            except Fault as fault:
+                failures += 1
+                if "optim_ext" in str(fault) and snapshot(scene.optimizer) != before:
+                    break  # the second group's op, made to fail after the first has run
+                assert snapshot(scene.optimizer) == before, str(fault)
+        assert failures > 0
+    scene = Scene(spec, steps=steps)
+    with pytest.raises(Fault), FailAt(0):
+        scene.optimizer.step()
+    scene.works()
+
+
+def test_failed_first_step_makes_no_state(spec):
+    """State that was being made when the step failed is not left behind, half-made or whole."""
+    scene = Scene(spec, steps=0)
+    keys = {id(p): set(e) for p, e in scene.optimizer.state.items()}
+    scene.param.data = torch.zeros(3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="shape"):
+            scene.optimizer.step()
+        assert {id(p): set(e) for p, e in scene.optimizer.state.items()} == keys
+
+
+def test_many_bad_steps_then_a_good_one(spec):
+    """An optimizer that failed is the one that did not: its next good step gives the same bytes."""
+    failed, spared = Scene(spec, steps=1), Scene(spec, steps=1)
+    right = failed.param.grad
+    for wrong in (right.to_sparse(), None):
+        failed.param.grad = wrong
+        if wrong is None:
+            failed.group["lr"], lr = math.nan, failed.group["lr"]
+        with pytest.raises((RuntimeError, ValueError)):
+            failed.optimizer.step()
+        if wrong is None:
+            failed.group["lr"] = lr
+        failed.param.grad = right
+    failed.works()
+    spared.works()
+    assert all(torch.equal(a, b) for a, b in zip(failed.params, spared.params, strict=True))
+
+
+def test_negative_and_lazy_views_as_parameters(spec):
+    """Parameters that are lazy conjugate views go torch's way or are refused, never misread."""
+    base = random((4,), torch.complex128, 1)
+    param = base.conj()
+    kept = param.resolve_conj().clone()
+    param.grad = torch.ones(4, dtype=torch.complex128)
+    optimizer = spec.ours([param], **spec.typical)
+    other = torch.nn.Parameter(kept.clone())
+    other.grad = param.grad.clone()
+    reference = spec.torch([other], **spec.typical)
+    reference.step()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "view" in str(error)
+        assert torch.equal(param.resolve_conj(), kept)
+    else:
+        torch.testing.assert_close(param.resolve_conj(), other.detach(), rtol=1e-11, atol=1e-12)

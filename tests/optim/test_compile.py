@@ -1,0 +1,154 @@
+"""torch.compile of a step: one graph, the same numbers as eager, and no recompilation under a schedule."""
+
+import optim_ext
+import pytest
+import torch
+from lockstep import copy_of, give_grads, make_params, twin
+from specs import TENSOR_LRS
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+SHAPES = ((3, 4), (5,), ())
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(optimizer, backend="aot_eager"):
+    """A function of one compiled step, and the counter of its graphs; a graph break is an error."""
+    counter = CompileCounterWithBackend(backend)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step():
+        optimizer.step()
+
+    return step, counter
+
+
+def compare(spec, options, steps=4, backend="aot_eager", dtype=torch.float64):
+    params = make_params(SHAPES, dtype)
+    others = twin(params)
+    eager, traced = spec.ours(others, **copy_of(options)), spec.ours(params, **copy_of(options))
+    step, counter = compiled(traced, backend)
+    for i in range(steps):
+        give_grads(params, i)
+        give_grads(others, i)
+        eager.step()
+        step()
+    for mine, other in zip(params, others, strict=True):
+        assert torch.equal(mine, other)
+        assert traced.state.get(mine, {}).keys() == eager.state.get(other, {}).keys()
+        for key, value in eager.state.get(other, {}).items():
+            assert torch.equal(traced.state[mine][key], value), key
+    return counter
+
+
+def ops_in(graph):
+    return {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+
+
+def test_equals_eager_in_one_graph(variant):
+    counter = compare(variant.spec, variant.options)
+    # The first step makes the state; from the second on the graph is the last one.
+    assert counter.frame_count <= 2
+    assert any(f"optim_ext.{variant.spec.op}" in "".join(ops_in(graph)) for graph in counter.graphs)
+
+
+def test_inductor(spec):
+    compare(spec, spec.typical, steps=3, backend="inductor", dtype=torch.float32)
+
+
+def set_lr(optimizer, value):
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
+
+
+@pytest.mark.parametrize("tensor_lr", [True, False], ids=["tensor lr", "number"])
+def test_a_schedule_recompiles_nothing(spec, tensor_lr):
+    """Once the state is there, 100 steps under 100 learning rates run what has been compiled."""
+    options = {**spec.typical, **(TENSOR_LRS[0] if tensor_lr else {})}
+    params = make_params(SHAPES)
+    others = twin(params)
+    optimizer, eager = spec.ours(params, **copy_of(options)), spec.ours(others, **copy_of(options))
+    give_grads(params, 0)
+    give_grads(others, 0)
+    step, counter = compiled(optimizer, "eager")
+    for i in range(3):  # makes the state, and sees the learning rate change
+        for one, run in ((eager, eager.step), (optimizer, step)):
+            set_lr(one, 0.1 / (i + 1))
+            run()
+    frames, recompiles = counter.frame_count, sum(counters["recompiles"].values())
+    for i in range(100):
+        for one, run in ((eager, eager.step), (optimizer, step)):
+            set_lr(one, 0.1 / (i + 4))
+            run()
+    assert counter.frame_count == frames
+    assert sum(counters["recompiles"].values()) == recompiles
+    assert sum(counters["graph_break"].values()) == 0
+    for mine, other in zip(params, others, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_with_a_scheduler(spec):
+    """torch's scheduler wraps step(); whatever that does to the graph, the numbers are eager's."""
+    params = make_params(SHAPES, torch.float64)
+    others = twin(params)
+    optimizers = [spec.ours(own, **{**spec.typical, "lr": torch.tensor(0.1)}) for own in (params, others)]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in optimizers]
+    step = torch.compile(optimizers[0].step, backend="eager")
+    for i in range(5):
+        give_grads(params, i)
+        give_grads(others, i)
+        step()
+        optimizers[1].step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(params, others, strict=True))
+
+
+def test_a_whole_training_step():
+    """Forward, backward by compiled autograd's rules, and the step: as a user compiles it."""
+    finals = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+        optimizer = optim_ext.AdamW(model.parameters(), lr=0.05)
+
+        def train(x, y, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        run = train if backend is None else torch.compile(train, backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+            run(x, x.sum(1, keepdim=True))
+        finals.append([p.detach().clone() for p in model.parameters()])
+    for mine, other in zip(*finals, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+
+
+def test_eager_after_compiled_and_back(spec):
+    """State made by one serves the other."""
+    params = make_params(SHAPES, torch.float64)
+    others = twin(params)
+    optimizer, reference = spec.ours(params, **spec.typical), spec.ours(others, **spec.typical)
+    step, _ = compiled(optimizer, "eager")
+    for i, run in enumerate((optimizer.step, step, optimizer.step, step, optimizer.step)):
+        give_grads(params, i)
+        give_grads(others, i)
+        run()
+        reference.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(params, others, strict=True))

@@ -1,0 +1,262 @@
+"""foreach, fused, differentiable, capturable, sparse gradients, and what explain() says about each."""
+
+import optim_ext
+import pytest
+import torch
+from lockstep import Lockstep, give_grads, make_params, native_ops, snapshot
+from specs import SPECS
+
+FUSED = [spec for spec in SPECS if spec.fused]
+SPARSE = [spec for spec in SPECS if spec.sparse is not None]
+
+
+def name(spec):
+    return spec.name
+
+
+def test_explain_native(case):
+    for flags in case.spec.flags:
+        if flags.get("foreach") and any(isinstance(v, torch.Tensor | tuple) for v in case.options.values()):
+            continue
+        params = make_params()
+        optimizer = case.spec.ours([{"params": params[:2]}, {"params": params[2:]}], **case.options, **flags)
+        for give in (False, True):
+            if give:
+                give_grads(params, 0)
+            reports = optim_ext.explain(optimizer)
+            assert [(report.group, report.native) for report in reports] == [(0, True), (1, True)]
+            assert all(isinstance(report.reason, str) and str(report) for report in reports)
+
+
+def test_explain_is_only_a_look(spec):
+    params = make_params()
+    optimizer = spec.ours(params, **spec.typical)
+    give_grads(params, 0)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optim_ext.explain(optimizer)
+    assert snapshot(optimizer) == before
+    fresh = spec.ours(params, **spec.typical)
+    keys = len(fresh.state)
+    optim_ext.explain(fresh)
+    assert len(fresh.state) == keys
+
+
+def test_explain_an_optimizer_that_is_not_ours():
+    params = make_params()
+    for optimizer in (torch.optim.AdamW(params), optim_ext.NAdam(params)):
+        assert [(report.group, report.native) for report in optim_ext.explain(optimizer)] == [(0, False)]
+        assert optim_ext.explain(optimizer)[0].reason
+
+
+@pytest.mark.parametrize("fused_spec", FUSED, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_fused_equals_torchs(fused_spec, dtype):
+    options = {**fused_spec.typical, **fused_spec.half_options, "fused": True}
+    lockstep = Lockstep(fused_spec, options, dtype=dtype).step(5).check()
+    assert lockstep.ours._step_supports_amp_scaling
+
+
+def test_amp_attribute_only_when_fused(spec):
+    """GradScaler and Lightning behave otherwise when they see it."""
+    for flags in spec.flags:
+        optimizer = spec.ours(make_params(), **flags)
+        reference = spec.torch(make_params(), **flags)
+        expected = getattr(reference, "_step_supports_amp_scaling", None)
+        assert getattr(optimizer, "_step_supports_amp_scaling", None) == expected
+
+
+@pytest.mark.parametrize("fused_spec", FUSED, ids=name)
+def test_fused_on_meta_is_torchs_error_and_leaves_nothing(fused_spec):
+    params = [torch.nn.Parameter(torch.empty(3, device="meta"))]
+    params[0].grad = torch.empty(3, device="meta")
+    optimizer = fused_spec.ours(params, fused=True)
+    keys = {id(p): set(e) for p, e in optimizer.state.items()}
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+        optimizer.step()
+    assert {id(p): set(e) for p, e in optimizer.state.items()} == keys
+    real = make_params(((3,),))
+    optimizer.param_groups[0]["params"] = real
+    give_grads(real, 0)
+    before = real[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(real[0], before)
+
+
+def test_meta_parameters_take_torchs_path(spec):
+    """Shapes without data: torch's code runs on them, so does ours."""
+    param = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = spec.ours([param], **{k: v for k, v in spec.typical.items() if k != "momentum"})
+    param.grad = torch.empty(3, device="meta")
+    assert not optim_ext.explain(optimizer)[0].native
+    optimizer.step()
+    for entries in optimizer.state.values():
+        assert all(v.device.type == "meta" for k, v in entries.items() if k != "step")
+
+
+def test_capturable_on_cpu_is_torchs_error(spec):
+    params = make_params(((3,),))
+    if "capturable" not in spec.torch(params).defaults:
+        return
+    messages = []
+    for make in (spec.torch, spec.ours):
+        optimizer = make(params, capturable=True)
+        give_grads(params, 0)
+        before = params[0].detach().clone()
+        with pytest.raises(AssertionError) as caught:
+            optimizer.step()
+        messages.append(str(caught.value))
+        assert torch.equal(params[0], before)
+    assert messages[0] == messages[1]
+
+
+# differentiable=True: torch's path.
+
+
+def differentiable_step(make, options, through):
+    """One differentiable step as a function of the parameter, its gradient and its state."""
+    keys = sorted(through)
+
+    def run(param, grad, *state):
+        param = param.clone()
+        param.grad = grad
+        optimizer = make([param], **options, differentiable=True)
+        entries = {key: value.clone() for key, value in zip(keys, state, strict=True)}
+        if "step" in optimizer.state[param] or "step" in through_steps:
+            entries["step"] = torch.tensor(10.0, dtype=torch.float64)
+        optimizer.state[param].update(entries)
+        optimizer.step()
+        return (param, *(v for v in optimizer.state[param].values() if v.requires_grad))
+
+    through_steps = {"step"} if make.__name__ != "SGD" else set()
+    return run
+
+
+def test_differentiable_gradcheck(spec):
+    keys = sorted(spec.state(spec.typical) - {"step"})
+    param = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    grad = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    state = [(torch.rand(6, dtype=torch.float64) + 0.5 + (key == "square_avg")).requires_grad_() for key in keys]
+    options = {k: v for k, v in spec.typical.items() if k != "lr"}
+    run = differentiable_step(spec.ours, {**options, "lr": 0.9}, keys)
+    torch.autograd.gradcheck(run, (param, grad, *state))
+
+
+@pytest.mark.parametrize("betas_spec", [s for s in SPECS if s.betas], ids=name)
+def test_differentiable_hyper_parameters(betas_spec):
+    """lr, betas and weight_decay given as tensors that require grad receive gradients."""
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    decay = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    param = torch.rand(5, dtype=torch.float64, requires_grad=True).clone()
+    param.grad = torch.rand(5, dtype=torch.float64)
+    optimizer = betas_spec.ours([param], lr=lr, weight_decay=decay, differentiable=True)
+    optimizer.state[param] = {
+        "step": torch.tensor(3.0, dtype=torch.float64),
+        "exp_avg": torch.rand(5, dtype=torch.float64),
+        "exp_avg_sq": torch.rand(5, dtype=torch.float64),
+    }
+    optimizer.step()
+    param.sum().backward()
+    assert lr.grad is not None and lr.grad.item() != 0
+    assert decay.grad is not None and decay.grad.item() != 0
+
+
+def test_differentiable_is_explained_and_equals_torch(spec):
+    lockstep = Lockstep(spec, {**spec.typical, "differentiable": True}, dtype=torch.float64)
+    report = optim_ext.explain(lockstep.ours)[0]
+    assert not report.native and "differentiable" in report.reason and "differentiable" in str(report)
+    for params in (lockstep.params, lockstep.twins):
+        for param in params:
+            param.requires_grad_(False)
+    lockstep.step(3).check()
+    give_grads(lockstep.params, 9)
+    assert native_ops(lockstep.ours.step) == []
+
+
+# Sparse gradients: torch's path, where torch has one.
+
+
+def give_sparse(params, step):
+    for i, param in enumerate(params):
+        gen = torch.Generator().manual_seed(100 * step + i)
+        rows = torch.randint(0, param.shape[0], (1, 4), generator=gen)
+        values = torch.randn(4, *param.shape[1:], dtype=param.dtype, generator=gen)
+        param.grad = torch.sparse_coo_tensor(rows, values, param.shape)
+
+
+@pytest.mark.parametrize("sparse_spec", SPARSE, ids=name)
+def test_sparse_gradients(sparse_spec):
+    lockstep = Lockstep(sparse_spec, sparse_spec.sparse, make_params(((6, 3), (5,)), torch.float64))
+    for step in range(5):
+        for params in (lockstep.params, lockstep.twins):
+            give_sparse(params, step)
+        report = optim_ext.explain(lockstep.ours)[0]
+        assert not report.native and "sparse" in report.reason
+        for optimizer in lockstep.both:
+            optimizer.step()
+        lockstep.check()
+    lockstep.step(2).check()  # dense again
+    give_grads(lockstep.params, 50)
+    assert optim_ext.explain(lockstep.ours)[0].native
+
+
+@pytest.mark.parametrize("sparse_spec", SPARSE, ids=name)
+def test_sparse_and_dense_in_one_optimizer(sparse_spec):
+    def groups(params):
+        return [{"params": params[:2]}, {"params": params[2:]}]
+
+    lockstep = Lockstep(sparse_spec, sparse_spec.sparse, make_params([(6, 3)] * 4, torch.float64), groups=groups)
+    for step in range(4):
+        for params in (lockstep.params, lockstep.twins):
+            give_grads(params, step)
+            give_sparse(params[1:2], step)
+        for optimizer in lockstep.both:
+            optimizer.step()
+        lockstep.check()
+
+
+def test_embedding_trains_sparsely_and_densely_alike():
+    """Uncoalesced gradients from a real layer."""
+    finals = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(7, 4, sparse=sparse).double()
+        optimizer = optim_ext.Adagrad(table.parameters(), lr=0.1)
+        for step in range(20):
+            optimizer.zero_grad()
+            table(torch.tensor([1, step % 7, 1])).square().sum().backward()
+            optimizer.step()
+        finals.append(table.weight.detach())
+    torch.testing.assert_close(finals[0], finals[1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dense_spec", [s for s in SPECS if s.sparse is None], ids=name)
+def test_sparse_gradients_are_torchs_error(dense_spec):
+    messages = []
+    for make in (dense_spec.torch, dense_spec.ours):
+        params = make_params(((6, 3),))
+        give_sparse(params, 0)
+        optimizer = make(params)
+        before = params[0].detach().clone()
+        with pytest.raises(RuntimeError, match="does not support sparse gradients") as caught:
+            optimizer.step()
+        messages.append(str(caught.value))
+        assert torch.equal(params[0], before)
+    assert messages[0] == messages[1]
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass that sees every operation: kernels that read its memory would go past it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensor_subclass_takes_torchs_path(spec):
+    param = torch.randn(4).as_subclass(Tagged)
+    param.grad = torch.ones(4)
+    optimizer = spec.ours([param], lr=0.1)
+    report = optim_ext.explain(optimizer)[0]
+    assert not report.native and report.reason
+    assert native_ops(optimizer.step) == []

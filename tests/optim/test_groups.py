@@ -1,0 +1,216 @@
+"""param_groups: overrides, live edits by hand and by schedulers, groups added later."""
+
+import pytest
+import torch
+from lockstep import Lockstep, copy_of, make_params, twin
+from specs import TENSOR_LRS
+from torch.optim import lr_scheduler
+
+
+def test_group_options_win(case):
+    def groups(params):
+        return [
+            {"params": params[:2], "lr": 0.3},
+            {"params": params[2:4], "weight_decay": 0.2},
+            {"params": params[4:], "maximize": True},
+        ]
+
+    lockstep = Lockstep(case.spec, case.options, dtype=torch.float64, groups=groups).step(4).check()
+    assert [g["lr"] for g in lockstep.ours.param_groups] == [g["lr"] for g in lockstep.theirs.param_groups]
+
+
+def test_every_option_set_as_a_group_of_its_own(spec):
+    """One optimizer, one group per option set."""
+    options = [copy_of(o) for o in spec.options]
+    params = make_params([(4, 3)] * len(options), torch.float64)
+    lockstep = Lockstep(
+        spec, {}, params, groups=lambda ps: [{"params": [p], **copy_of(o)} for p, o in zip(ps, options, strict=True)]
+    )
+    lockstep.step(4).check()
+
+
+EDITS = {
+    "lr": [0.2, 0.0, 1e-3],
+    "weight_decay": [0.3, 0.0, 0.01],
+    "maximize": [True, False, True],
+    "betas": [(0.5, 0.6), (0.0, 0.0), (0.95, 0.99)],
+    "eps": [1e-3, 1e-1, 1e-8],
+    "momentum": [0.5, 0.1, 0.95],
+    "dampening": [0.5, 0.0, 0.9],
+    "alpha": [0.5, 0.9, 0.1],
+    "lr_decay": [0.5, 0.0, 0.1],
+    "foreach": [True, False, None],
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_live_edits(variant, key):
+    """Written by hand between steps, in the group that is there."""
+    lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64)
+    if key not in lockstep.theirs.param_groups[0]:
+        return  # this optimizer has no such option
+    if key == "foreach" and isinstance(variant.options.get("lr", 0), torch.Tensor):
+        return  # torch itself refuses at the step
+    if key == "momentum" and variant.options.get("momentum", 0) == 0:
+        return  # torch has no buffer to go on with: test_switching_momentum_on
+    lockstep.step(2)
+    for value in EDITS[key]:
+        for optimizer in lockstep.both:
+            optimizer.param_groups[0][key] = value
+        lockstep.step(2).check()
+
+
+def test_switching_sgd_momentum_on_and_off():
+    from specs import SPECS
+
+    sgd = next(spec for spec in SPECS if spec.name == "SGD")
+    lockstep = Lockstep(sgd, {"lr": 0.1}, dtype=torch.float64).step(2).check()
+    for momentum in (0.9, 0.0, 0.5):
+        for optimizer in lockstep.both:
+            optimizer.param_groups[0]["momentum"] = momentum
+        lockstep.step(2).check()
+
+
+def test_replacing_the_group_and_the_list(spec):
+    """param_groups is a plain list of plain dicts: both may be replaced."""
+    lockstep = Lockstep(spec, dtype=torch.float64).step(1)
+    for optimizer in lockstep.both:
+        optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.3}
+    lockstep.step(2).check()
+    for optimizer in lockstep.both:
+        group = optimizer.param_groups[0]
+        optimizer.param_groups = [{**group, "params": group["params"][:3]}, {**group, "params": group["params"][3:], "lr": 0.01}]
+    lockstep.step(2).check()
+
+
+def test_changing_the_params_of_a_group(spec):
+    """Removed, reordered and swapped for others, as pruning and layer-wise training do."""
+    lockstep = Lockstep(spec, dtype=torch.float64).step(2)
+    for optimizer in lockstep.both:
+        optimizer.param_groups[0]["params"].reverse()
+    lockstep.step(2).check()
+    for optimizer in lockstep.both:
+        optimizer.param_groups[0]["params"].pop()
+    lockstep.step(2).check()
+    new = make_params([(5, 2)], torch.float64, seed=70)
+    for optimizer, own in zip(lockstep.both, (new, twin(new)), strict=True):
+        old = optimizer.param_groups[0]["params"][1]
+        optimizer.state.pop(old, None)
+        optimizer.param_groups[0]["params"][1] = own[0]
+        if "sum" in spec.state(spec.typical):
+            optimizer.state[own[0]] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(own[0])}
+        (lockstep.params if optimizer is lockstep.ours else lockstep.twins).append(own[0])
+    lockstep.step(2).check()
+
+
+def test_add_param_group_after_steps(variant):
+    lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64).step(2)
+    late = make_params(((4,), (2, 2)), torch.float64, seed=90)
+    late_twins = twin(late)
+    for optimizer, params in zip(lockstep.both, (late, late_twins), strict=True):
+        if variant.spec.name == "Adagrad":  # torch makes Adagrad's state in the constructor only, or where it is empty
+            optimizer.add_param_group({"params": params, "lr": 0.2})
+        else:
+            optimizer.add_param_group({"params": params, "lr": 0.2, "weight_decay": 0.05})
+    lockstep.params += late
+    lockstep.twins += late_twins
+    lockstep.step(3).check()
+
+
+def test_empty_groups_do_nothing(spec):
+    lockstep = Lockstep(spec, groups=lambda p: [{"params": []}, {"params": p}, {"params": []}]).step(3).check()
+    lockstep.step(1, frozen=range(len(lockstep.params))).check()
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, gamma=0.5, step_size=2),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=6),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, factor=0.4, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, power=0.9, total_iters=4),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, factor=0.2, total_iters=3), lr_scheduler.ExponentialLR(o, gamma=0.7)], [3]
+    ),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.3, anneal_epochs=4),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+def test_schedulers(spec, make, tensor_lr):
+    options = {**spec.typical, **(TENSOR_LRS[0] if tensor_lr else {})}
+    lockstep = Lockstep(spec, options, dtype=torch.float64)
+    schedulers = [make(optimizer) for optimizer in lockstep.both]
+    for _ in range(8):
+        lockstep.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        lockstep.check()
+    assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
+    if tensor_lr:
+        assert isinstance(lockstep.ours.param_groups[0]["lr"], torch.Tensor)
+
+
+@pytest.mark.parametrize("make", [
+    lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=10),
+    lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.2, step_size_up=3),
+], ids=["OneCycleLR", "CyclicLR"])
+def test_schedulers_that_cycle_momentum(spec, make):
+    lockstep = Lockstep(spec, dtype=torch.float64)
+    if not {"momentum", "betas"} & lockstep.theirs.defaults.keys():
+        for optimizer in lockstep.both:
+            with pytest.raises(ValueError, match="momentum"):
+                make(optimizer)
+        return
+    schedulers = [make(optimizer) for optimizer in lockstep.both]
+    for _ in range(8):
+        lockstep.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        lockstep.check()
+
+
+def test_reduce_on_plateau(spec):
+    lockstep = Lockstep(spec, dtype=torch.float64)
+    schedulers = [lr_scheduler.ReduceLROnPlateau(optimizer, patience=1) for optimizer in lockstep.both]
+    for loss in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
+        lockstep.step()
+        for scheduler in schedulers:
+            scheduler.step(loss)
+        lockstep.check()
+    assert lockstep.ours.param_groups[0]["lr"] < spec.typical["lr"]
+
+
+def test_warning_when_the_scheduler_steps_first(spec):
+    optimizer = spec.ours(make_params())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with pytest.warns(UserWarning, match="before `optimizer.step\\(\\)`"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+def test_descends(case, contiguous):
+    """Twenty steps lower a quadratic loss; with maximize they raise it."""
+    options = {key: value for key, value in case.options.items() if key != "weight_decay"}
+    if options.get("lr", 1) == 0.0:
+        return
+    source = torch.randn(10, 5, 2)
+    weight = torch.nn.Parameter(source[..., 0].contiguous() if contiguous else source[..., 0])
+    bias, data = torch.nn.Parameter(torch.randn(10)), torch.randn(5)
+    optimizer = case.spec.ours([weight, bias], **copy_of(options))
+    scheduler = lr_scheduler.StepLR(optimizer, gamma=0.95, step_size=10)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight.mv(data) + bias).pow(2).sum()
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(20):
+        optimizer.step(closure)
+        scheduler.step()
+    last = closure().item()
+    assert last > first if options.get("maximize") else last < first

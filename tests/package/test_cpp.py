@@ -1,0 +1,50 @@
+"""The C++ tests, and what the objects of the torch-free rooms are allowed to contain."""
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests/cpp").glob("*.cpp")))
+def test_cpp(cpp_build, name):
+    done = subprocess.run([cpp_build / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def object_of(cpp_build, isa):
+    (found,) = cpp_build.glob(f"**/kernels.dir/**/{isa}.cpp.o")
+    return found
+
+
+@on_x86
+@pytest.mark.parametrize("isa", ["isa_baseline", "isa_avx2", "isa_avx512"])
+def test_isa_objects_define_only_their_sweeps(cpp_build, isa):
+    """Any other symbol could be picked by the linker for everybody, and crash on a CPU without that instruction set."""
+    lines = subprocess.check_output(["nm", "-C", "--defined-only", "-g", object_of(cpp_build, isa)], text=True)
+    names = [line.split(" ", 2)[2] for line in lines.splitlines()]
+    assert names
+    strangers = [name for name in names if not re.match(rf"void optim_ext::cpu::{isa}::sweep<", name)]
+    assert strangers == []
+
+
+@on_x86
+@pytest.mark.parametrize(("isa", "register"), [("isa_baseline", "xmm"), ("isa_avx2", "ymm"), ("isa_avx512", "zmm")])
+def test_rules_are_vectorised(cpp_build, isa, register):
+    code = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", object_of(cpp_build, isa)], text=True)
+    for instruction in ("sqrtps", "sqrtpd", "divps", "divpd"):
+        packed = re.findall(rf"v?{instruction}\s.*%{register}", code)
+        assert packed, f"no packed {instruction} in {isa}"
+
+
+@on_x86
+@pytest.mark.parametrize("isa", ["isa_baseline", "isa_avx2", "isa_avx512"])
+def test_nothing_is_contracted(cpp_build, isa):
+    """A fused multiply-add rounds once where a*b+c rounds twice: the bits would depend on the instruction set."""
+    code = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", object_of(cpp_build, isa)], text=True)
+    assert re.findall(r"vfn?m(?:add|sub)\w+", code) == []

@@ -1,0 +1,116 @@
+"""What happens at import: one OpenMP runtime, a build that fits, and a clear sentence where it does not."""
+
+import pytest
+import torch
+
+import optim_ext
+
+# Runs in a fresh process: replaces modules before optim_ext is imported, then says how that went.
+IMPORT_WITH = """
+import sys, types
+record = types.ModuleType("optim_ext._build_info")
+record.BUILD_INFO = {info!r}
+sys.modules["optim_ext._build_info"] = record
+sys.modules.update({modules!r})
+try:
+    import optim_ext
+except ImportError as error:
+    print(error)
+else:
+    print("imported")
+"""
+REBUILD = "pip install --no-build-isolation"
+
+
+def test_build_info_describes_this_build():
+    info = optim_ext.build_info()
+    assert info["version"] == optim_ext.__version__
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert "-ffp-contract=off" in info["cxx_flags"] and "fast-math" not in info["cxx_flags"]
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("optim_ext::adamw_", "CUDA")
+    assert has_cuda == (info["cuda"] is not None)
+    assert (info["cuda_archs"] is not None) == has_cuda
+
+
+def test_build_info_is_a_copy():
+    optim_ext.build_info()["torch"] = "changed"
+    assert optim_ext.build_info()["torch"] != "changed"
+
+
+@pytest.mark.parametrize("torch_version", ["1.99.0", "2.1.0+cpu", "99.0.1"])
+def test_another_torch_minor(python, torch_version):
+    info = {**optim_ext.build_info(), "torch": torch_version}
+    said = python(IMPORT_WITH.format(info=info, modules={})).stdout
+    assert f"built for torch {torch_version} " in said and f"found torch {torch.__version__} " in said
+    assert REBUILD in said and "undefined symbol" not in said
+
+
+def test_another_patch_release_is_fine(python):
+    major, minor = torch.__version__.split(".")[:2]
+    info = {**optim_ext.build_info(), "torch": f"{major}.{minor}.99+other"}
+    assert python(IMPORT_WITH.format(info=info, modules={})).stdout == "imported\n"
+
+
+def test_another_cuda(python):
+    info = {**optim_ext.build_info(), "cuda": "1.0"}
+    said = python(IMPORT_WITH.format(info=info, modules={})).stdout
+    assert "CUDA: 1.0" in said and f"CUDA: {torch.version.cuda or 'none'}" in said and REBUILD in said
+
+
+def test_not_built(python):
+    """Neither the record of a build nor the module: a source folder that was only unpacked."""
+    said = python(IMPORT_WITH.format(info={}, modules={"optim_ext._build_info": None})).stdout
+    assert "no native module" in said and REBUILD in said
+
+
+def test_module_cannot_be_loaded(python):
+    """A record of a build, but no module for this Python."""
+    info = optim_ext.build_info()
+    said = python(IMPORT_WITH.format(info=info, modules={"optim_ext._C": None})).stdout
+    assert f"built for torch {info['torch']} and Python {info['python']}" in said and REBUILD in said
+
+
+def test_one_openmp_runtime_and_it_has_threads(python):
+    """parallel_for is silently serial when the module is compiled without OpenMP, and slow with two runtimes."""
+    runtimes, before, after = python(
+        """
+import os, numpy, torch, optim_ext
+torch.set_num_threads(2)
+params = [torch.from_numpy(numpy.ones(1 << 20, numpy.float32)).requires_grad_()]
+params[0].grad = torch.from_numpy(numpy.ones(1 << 20, numpy.float32))
+optimizer = optim_ext.SGD(params, lr=0.1)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+optimizer.step()
+runtimes = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}
+print(len(runtimes), before, threads())
+""",
+        OMP_NUM_THREADS="2",
+    ).stdout.split()
+    assert runtimes == "1"
+    assert int(after) == int(before) + 1
+
+
+def test_report(python):
+    done = python("import runpy; runpy.run_module('optim_ext', run_name='__main__')", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"torch {torch.__version__}" in done.stdout
+    assert "kernels   optim_ext::adamw_: CPU" in done.stdout
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):
+        assert f"self-test ok   {name}(defaults) float32 on cpu, native" in done.stdout
+    assert "self-test passed" in done.stdout
+
+
+def test_report_finds_a_wrong_optimizer(python):
+    """The self-test is worth something only if it can fail."""
+    done = python(
+        """
+import runpy, torch, optim_ext
+hypers = optim_ext.RMSprop._hypers
+optim_ext.RMSprop._hypers = lambda self, group: hypers(self, {**group, "alpha": 0.5})
+runpy.run_module("optim_ext", run_name="__main__")
+""",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "self-test FAIL RMSprop" in done.stdout and "self-test ok   AdamW" in done.stdout

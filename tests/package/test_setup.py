@@ -1,0 +1,135 @@
+"""setup.py: what it decides, what it refuses and how, and what a source distribution holds."""
+
+import runpy
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+
+# Runs setup.py as a build tool would, in a process where torch cannot be imported.
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["setup.py", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def setup(root, monkeypatch):
+    """setup.py's functions, with no switch set and no toolkit in sight."""
+    for name in ("OPTIM_EXT_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    names = runpy.run_path(str(root / "setup.py"))
+    monkeypatch.setitem(names["find_toolkit"].__globals__, "USUAL_TOOLKIT", root / "no such folder")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return SimpleNamespace(**names)
+
+
+def make_toolkit(folder, release):
+    (folder / "bin").mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "include/cuda_runtime.h").touch()
+    nvcc = folder / "bin/nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+  *--dryrun*) echo '#$ TOP={folder}/bin/..' >&2 ;;
+  *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+esac
+"""
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+def torch_with(cuda, archs="sm_70 sm_75 sm_80 sm_90 sm_120", gpus=()):
+    return SimpleNamespace(
+        __version__="2.14.1",
+        version=SimpleNamespace(cuda=cuda),
+        cuda=SimpleNamespace(device_count=lambda: len(gpus), get_device_capability=lambda index: gpus[index]),
+        _C=SimpleNamespace(_cuda_getArchFlags=lambda: archs),
+    )
+
+
+def test_cpu_torch_needs_no_toolkit(setup, monkeypatch):
+    assert setup.choose_cuda(torch_with(None)) == (None, "torch is built without CUDA")
+    monkeypatch.setenv("OPTIM_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"OPTIM_EXT_CUDA=1, but torch 2\.14\.1 is built without CUDA"):
+        setup.choose_cuda(torch_with(None))
+
+
+def test_no_toolkit(setup, monkeypatch):
+    toolkit, why = setup.choose_cuda(torch_with("13.0"))
+    assert toolkit is None and "no CUDA toolkit fits torch's CUDA 13.0" in why
+    monkeypatch.setenv("OPTIM_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match="no such folder"):
+        setup.choose_cuda(torch_with("13.0"))
+
+
+def test_toolkit_of_another_major_version(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "old", "12.8")))
+    monkeypatch.setenv("OPTIM_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"CUDA_HOME: .*/old \(CUDA 12\.8\)"):
+        setup.choose_cuda(torch_with("13.0"))
+
+
+def test_cuda_home_comes_first(setup, monkeypatch, tmp_path):
+    home, other = (make_toolkit(tmp_path / name, "13.1") for name in ("home", "other"))
+    monkeypatch.setenv("PATH", f"{other}/bin:/usr/bin:/bin")
+    assert setup.choose_cuda(torch_with("13.0"))[0] == other
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert setup.choose_cuda(torch_with("13.0"))[0] == home
+    monkeypatch.setenv("OPTIM_EXT_CUDA", "0")
+    assert setup.choose_cuda(torch_with("13.0"))[0] is None
+
+
+def test_nvcc_on_path_may_be_a_wrapper(setup, monkeypatch, tmp_path):
+    toolkit = make_toolkit(tmp_path / "real", "13.0")
+    wrapper = tmp_path / "wrapped/bin/nvcc"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
+    assert setup.choose_cuda(torch_with("13.0"))[0] == toolkit
+
+
+def test_unknown_switch(setup, monkeypatch):
+    monkeypatch.setenv("OPTIM_EXT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="OPTIM_EXT_CUDA=yes is not understood"):
+        setup.choose_cuda(torch_with(None))
+
+
+def test_archs(setup, monkeypatch, tmp_path):
+    toolkit = make_toolkit(tmp_path, "13.0")
+    assert setup.cuda_archs(torch_with("13.0"), toolkit) == "7.5;8.0;9.0+PTX"
+    assert setup.cuda_archs(torch_with("13.0", gpus=[(8, 0), (8, 0)]), toolkit) == "8.0+PTX"
+    assert setup.cuda_archs(torch_with("13.0", gpus=[(8, 0), (12, 0)]), toolkit) == "8.0;9.0+PTX"
+    assert setup.cuda_archs(torch_with("13.0", archs=""), toolkit) == "9.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert setup.cuda_archs(torch_with("13.0"), toolkit) == "9.0a"
+
+
+@pytest.mark.parametrize("command", ["bdist_wheel", "dist_info", "editable_wheel"])
+def test_without_torch_it_stops_with_one_sentence(python, root, command):
+    """As in pip's isolated build, or before torch is installed."""
+    done = python(WITHOUT_TORCH, command, cwd=root, check=False)
+    assert done.returncode == 1
+    assert "pip install --no-build-isolation ." in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_source_distribution_needs_no_torch(python, root, tmp_path):
+    python(WITHOUT_TORCH, "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, cwd=root)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        files = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    for folder in ("csrc", "optim_ext", "tests", "examples"):
+        for path in (root / folder).rglob("*"):
+            name = str(path.relative_to(root))
+            generated = path.suffix in (".so", ".pyc") or path.name in ("_build_info.py", "__pycache__")
+            if not generated and path.is_file():
+                assert name in files, f"{name} is missing"
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "CMakeLists.txt"} <= files
+    assert not [name for name in files if name.endswith((".so", ".pyc", "_build_info.py"))]

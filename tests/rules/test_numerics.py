@@ -1,0 +1,209 @@
+"""Every option set against torch.optim: in float64, in the same dtype, and against a float64 trajectory."""
+
+import pytest
+import torch
+from lockstep import SHAPES, Lockstep, copy_of, give_grads, make_params, native_ops
+from specs import SPECS, TENSOR_LRS
+
+WIDE = (torch.float64, torch.complex128)
+NARROW = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def options_for(case, dtype):
+    return {**(case.spec.half_options if dtype == torch.float16 else {}), **case.options}
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=short)
+def test_equals_torch_in_double(case, dtype):
+    Lockstep(case.spec, case.options, dtype=dtype).step(7).check()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=short)
+def test_equals_torch_in_the_same_dtype(case, dtype):
+    Lockstep(case.spec, options_for(case, dtype), dtype=dtype).step(5).check()
+
+
+def trajectory(optimizer_class, options, params, grads_of, steps):
+    optimizer = optimizer_class(params, **copy_of(options))
+    for step in range(steps):
+        grads_of(params, step)
+        optimizer.step()
+    return params, optimizer
+
+
+def rms(tensors, reference):
+    wide = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    exact = [torch.view_as_real(t) if t.is_complex() else t for t in reference]
+    difference = torch.cat([(t.detach().double() - r.detach()).flatten() for t, r in zip(wide, exact, strict=True)])
+    return difference.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=short)
+def test_error_is_no_larger_than_torchs(case, dtype):
+    """Root mean square distance from the trajectory computed in double from the same values and gradients."""
+    shapes, steps = ((61, 83), (1000,)), 8
+    options = options_for(case, dtype)
+    exact_dtype = torch.complex128 if dtype.is_complex else torch.float64
+
+    def rounded_grads(params, step):
+        give_grads(params, step)
+        for param in params:
+            param.grad = param.grad.to(dtype).to(param.dtype)
+
+    def start(as_dtype):
+        return [torch.nn.Parameter(p.detach().to(as_dtype)) for p in make_params(shapes, dtype)]
+
+    exact, _ = trajectory(case.spec.torch, options, start(exact_dtype), rounded_grads, steps)
+    theirs, _ = trajectory(case.spec.torch, options, start(dtype), rounded_grads, steps)
+    ours, _ = trajectory(case.spec.ours, options, start(dtype), rounded_grads, steps)
+    slack = 1e-3 * torch.finfo(dtype).eps
+    assert rms(ours, exact) <= 1.05 * rms(theirs, exact) + slack
+
+
+def test_every_option_set_is_native(case):
+    params = make_params()
+    optimizer = case.spec.ours(params, **copy_of(case.options))
+    give_grads(params, 0)
+    assert native_ops(optimizer.step) == [f"optim_ext::{case.spec.op}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=short)
+def test_flags_change_nothing(spec, dtype):
+    """foreach and fused choose among torch's implementations; here each value gives the same bytes."""
+    finals = []
+    for flags in spec.flags:
+        if dtype.is_complex and flags.get("fused"):
+            continue  # torch's constructor flag asks for real floating point
+        params = make_params(dtype=dtype)
+        optimizer = spec.ours(params, **spec.typical, **flags)
+        for step in range(4):
+            give_grads(params, step)
+            optimizer.step()
+        finals.append(params)
+    for params in finals[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(finals[0], params, strict=True))
+
+
+@pytest.mark.parametrize("options", TENSOR_LRS, ids=["scalar", "one-double", "one-by-one"])
+def test_tensor_lr_equals_its_number(spec, options):
+    lr, finals = options["lr"], []
+    for value in (lr.clone(), lr.item()):
+        params = make_params(dtype=torch.float64)
+        optimizer = spec.ours(params, **{**spec.typical, "lr": value})
+        for step in range(5):
+            give_grads(params, step)
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] is value
+        finals.append(params)
+    assert all(torch.equal(first, other) for first, other in zip(*finals, strict=True))
+
+
+@pytest.mark.parametrize("spec_with_betas", [s for s in SPECS if s.betas], ids=lambda s: s.name)
+def test_tensor_betas_live_on(spec_with_betas):
+    """Betas given as tensors are read at each step, as their owner may fill them anew."""
+    lockstep = Lockstep(
+        spec_with_betas, {"betas": (torch.tensor(0.8), torch.tensor(0.95))}, dtype=torch.float64
+    )
+    for beta1, beta2 in ((0.8, 0.95), (0.5, 0.9), (0.9, 0.99)):
+        for optimizer in lockstep.both:
+            betas = optimizer.param_groups[0]["betas"]
+            betas[0].fill_(beta1)
+            betas[1].fill_(beta2)
+        lockstep.step(2).check()
+
+
+def test_many_steps(case):
+    """Bias corrections and decays far from the start, in double."""
+    lockstep = Lockstep(case.spec, case.options, params=make_params(((4,), (2, 3)), torch.float64))
+    lockstep.step(150).check()
+
+
+def test_shapes_are_ragged_and_nothing_is_left_out(spec):
+    """Each tensor of a list is updated once: a list at once equals its tensors one by one."""
+    together, alone = make_params(SHAPES * 3), make_params(SHAPES * 3)
+    optimizer = spec.ours(together, **spec.typical)
+    singles = [spec.ours([param], **spec.typical) for param in alone]
+    for step in range(3):
+        give_grads(together, step)
+        give_grads(alone, step)
+        for one in (optimizer, *singles):
+            one.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_mixed_dtypes_in_one_optimizer(spec):
+    """Each parameter behaves as if alone with its dtype."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64, torch.complex128]
+    params = [p for dtype in dtypes for p in make_params(((5, 3), (9,)), dtype)]
+    lockstep = Lockstep(spec, {**spec.typical, **spec.half_options}, params=params)
+    lockstep.step(4)
+    for i, (mine, other) in enumerate(zip(lockstep.params, lockstep.twins, strict=True)):
+        tolerance = spec.tolerances[mine.dtype]
+        torch.testing.assert_close(mine, other, rtol=tolerance.rtol, atol=tolerance.atol, msg=lambda m, i=i: f"{i} {m}")
+        for key, value in lockstep.theirs.state[other].items():
+            found = lockstep.ours.state[mine][key]
+            assert found.dtype == value.dtype
+            torch.testing.assert_close(found, value, rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+PAIRS = [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.float64),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float32),
+    (torch.complex64, torch.complex128),
+]
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS, ids=lambda d: short(d))
+def test_gradient_of_another_dtype(spec, dtype, grad_dtype):
+    """A gradient in another dtype counts with its own value; what torch has in the parameter's dtype, so have we."""
+    mixed, plain = make_params(((19, 3), (5,)), dtype), make_params(((19, 3), (5,)), torch.promote_types(dtype, grad_dtype))
+    with torch.no_grad():
+        for wide, narrow in zip(plain, mixed, strict=True):
+            wide.copy_(narrow)
+    ours = spec.ours(mixed, **{**spec.typical, "lr": 0.01})
+    wide_run = spec.torch(plain, **{**spec.typical, "lr": 0.01})
+    for step in range(3):
+        give_grads(plain, step)
+        for wide, narrow in zip(plain, mixed, strict=True):
+            grad = wide.grad.to(grad_dtype)
+            wide.grad = grad.to(wide.dtype)
+            narrow.grad_dtype = grad_dtype
+            narrow.grad = grad
+        ours.step()
+        wide_run.step()
+    tolerance = spec.tolerances[dtype]
+    for narrow, wide in zip(mixed, plain, strict=True):
+        assert narrow.dtype == dtype and narrow.grad.dtype == grad_dtype
+        torch.testing.assert_close(narrow, wide.to(dtype), rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=short)
+def test_complex_is_its_two_real_parts(variant, dtype):
+    """The same bytes as a real optimizer over view_as_real, state included; real and complex share a list."""
+    shapes = ((), (5,), (3, 4), (0, 2))
+    whole = [*make_params(shapes, dtype), *make_params(shapes, dtype.to_real(), seed=50)]
+    with torch.no_grad():
+        parts = [torch.nn.Parameter(torch.view_as_real(p).clone() if p.is_complex() else p.clone()) for p in whole]
+    optimizers = [variant.spec.ours(params, **copy_of(variant.options)) for params in (whole, parts)]
+    for step in range(3):
+        give_grads(whole, step)
+        for param, part in zip(whole, parts, strict=True):
+            part.grad = torch.view_as_real(param.grad) if param.is_complex() else param.grad
+        for optimizer in optimizers:
+            optimizer.step()
+        for param, part in zip(whole, parts, strict=True):
+            as_real = torch.view_as_real(param) if param.is_complex() else param
+            assert torch.equal(as_real, part)
+            for key, value in optimizers[0].state.get(param, {}).items():
+                assert value.dtype == (param.dtype if key != "step" else torch.float32)
+                if variant.options.get("initial_accumulator_value"):
+                    continue  # starts at v in the real run and at v + vi in the complex one, as view_as_real has it
+                as_real = torch.view_as_real(value) if value.is_complex() else value
+                assert torch.equal(as_real, optimizers[1].state[part][key]), key

@@ -1,0 +1,223 @@
+"""One row per optimizer. Shared tests are parametrised from these rows; a new optimizer is a new row and nothing else."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import optim_ext
+import torch
+from torch.testing._internal.common_optimizers import optim_db
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How close parameters and state stay to torch's for-loop in the same dtype over the shared runs."""
+
+    rtol: float
+    atol: float
+
+
+_TOLERANCES = {
+    torch.float64: Tolerance(1e-11, 1e-12),
+    torch.complex128: Tolerance(1e-11, 1e-12),
+    torch.float32: Tolerance(2e-5, 2e-6),
+    torch.complex64: Tolerance(2e-5, 2e-6),
+    torch.bfloat16: Tolerance(3e-2, 3e-2),
+    torch.float16: Tolerance(5e-3, 5e-3),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`name` is the class here and in torch.optim; `op` lives in torch.ops.optim_ext; `state` gives the keys of a
+    parameter's state for a set of options; `grid` are this project's own option sets, to which optim_db's are added."""
+
+    name: str
+    op: str
+    state: Callable[[Options], set[str]]
+    grid: tuple[Options, ...]
+    typical: Options  # one set that uses every list of the op, for tests that are not about options
+    half_options: Options = field(default_factory=dict)  # what float16 needs so as not to overflow in torch itself
+    fused: bool = True  # whether torch's constructor has the flag
+    betas: bool = False
+    sparse: Options | None = None  # options under which torch takes sparse gradients
+    tolerances: dict[torch.dtype, Tolerance] = field(default_factory=lambda: _TOLERANCES)
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+    @property
+    def ours(self) -> type[torch.optim.Optimizer]:
+        return getattr(optim_ext, self.name)
+
+    @property
+    def torch(self) -> type[torch.optim.Optimizer]:
+        return getattr(torch.optim, self.name)
+
+    @property
+    def options(self) -> list[Options]:
+        """Every option set of the row: the grid, and what torch's own tests use on this device."""
+        listed = next(info for info in optim_db if info.optim_cls is self.torch)
+        return [*self.grid, *(entry.kwargs for entry in listed.optim_inputs_func(device="cpu"))]
+
+    @property
+    def error_inputs(self) -> list[Any]:
+        listed = next(info for info in optim_db if info.optim_cls is self.torch)
+        return listed.optim_error_inputs_func("cpu", torch.float32)
+
+    @property
+    def flags(self) -> list[Options]:
+        """Every value of the flags by which torch chooses an implementation."""
+        flags: list[Options] = [{}, {"foreach": False}, {"foreach": True}]
+        return [*flags, {"fused": False}, {"fused": True}] if self.fused else flags
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: Spec
+    options: Options
+
+    @property
+    def id(self) -> str:
+        shown = ",".join(f"{key}={_short(value)}" for key, value in self.options.items())
+        return f"{self.spec.name}({shown})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(_short, value))
+    if isinstance(value, torch.Tensor):
+        return f"tensor{list(value.shape)}{str(value.dtype)[-2:]}"
+    return str(value).replace(" ", "")
+
+
+def grid(*also: Options, allowed: Callable[[Options], bool] = lambda options: True, **axes: Iterable[Any]) -> tuple:
+    """The single sets, and then every combination of the axes that is allowed."""
+    sets = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    return (*also, *(options for options in sets if allowed(options)))
+
+
+TENSOR_LRS = [
+    {"lr": torch.tensor(0.01)},
+    {"lr": torch.tensor([0.01], dtype=torch.float64)},
+    {"lr": torch.tensor([[0.01]])},
+]
+TENSOR_BETAS = {"betas": (torch.tensor([[[0.8]]]), torch.tensor([0.95], dtype=torch.float64))}
+
+SPECS = [
+    Spec(
+        "SGD",
+        op="sgd_",
+        state=lambda options: {"momentum_buffer"} if options.get("momentum", 0) != 0 else set(),
+        grid=grid(
+            *TENSOR_LRS,
+            {"lr": 0.0, "momentum": 0.9},
+            lr=[0.05],
+            momentum=[0, 0.9],
+            dampening=[0, 0.3],
+            weight_decay=[0, 0.1],
+            nesterov=[False, True],
+            maximize=[False, True],
+            allowed=lambda o: not o["nesterov"] or (o["momentum"] > 0 and o["dampening"] == 0),
+        ),
+        typical={"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+        sparse={"lr": 0.05},
+    ),
+    Spec(
+        "Adam",
+        op="adam_",
+        state=lambda o: {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if o.get("amsgrad") else set()),
+        grid=grid(
+            *TENSOR_LRS,
+            TENSOR_BETAS,
+            {"lr": torch.tensor(0.01), **TENSOR_BETAS, "amsgrad": True},
+            {"betas": (0.0, 0.0)},
+            {"betas": (0.3, 0.6), "eps": 1e-3},
+            {"lr": 0.0, "weight_decay": 0.1},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            amsgrad=[False, True],
+            maximize=[False, True],
+            decoupled_weight_decay=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
+        half_options={"eps": 1e-3},
+        betas=True,
+    ),
+    Spec(
+        "AdamW",
+        op="adamw_",
+        state=lambda o: {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if o.get("amsgrad") else set()),
+        grid=grid(
+            *TENSOR_LRS,
+            TENSOR_BETAS,
+            {"betas": (0.3, 0.6), "eps": 1e-3},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            amsgrad=[False, True],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
+        half_options={"eps": 1e-3},
+        betas=True,
+    ),
+    Spec(
+        "RMSprop",
+        op="rmsprop_",
+        state=lambda o: (
+            {"step", "square_avg"}
+            | ({"grad_avg"} if o.get("centered") else set())
+            | ({"momentum_buffer"} if o.get("momentum", 0) > 0 else set())
+        ),
+        grid=grid(
+            *TENSOR_LRS,
+            {"alpha": 0.5, "eps": 1e-3, "centered": True},
+            {"alpha": 0.0},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            momentum=[0, 0.9],
+            centered=[False, True],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "centered": True},
+        half_options={"eps": 1e-3},
+        fused=False,
+    ),
+    Spec(
+        "Adagrad",
+        op="adagrad_",
+        state=lambda o: {"step", "sum"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"eps": 1e-3},
+            lr=[0.05],
+            lr_decay=[0, 0.5],
+            weight_decay=[0, 0.1],
+            initial_accumulator_value=[0, 0.2],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.05, "lr_decay": 0.5, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        sparse={"lr": 0.05, "lr_decay": 0.1},
+    ),
+]
+
+CASES = [Case(spec, options) for spec in SPECS for options in spec.options]
+
+
+def _variants() -> list[Case]:
+    """One option set for each set of state tensors an optimizer may keep, the one with most switches on, and one with a
+    tensor lr: for tests that are about state and lists rather than about formulas."""
+    found: dict[Any, Case] = {}
+    for spec in SPECS:
+        for options in spec.grid:
+            tensor = any(isinstance(value, torch.Tensor) for value in options.values())
+            found[spec.name, tensor, () if tensor else frozenset(spec.state(options))] = Case(spec, options)
+    return list(found.values())
+
+
+VARIANTS = _variants()
