@@ -42,6 +42,6 @@ try:
 except ImportError as error:
     info = build_info()
     raise ImportError(
-        f"optim_ext's native module, built for torch {info['torch']} and Python {info['python']}, cannot be loaded with "
-        f"torch {torch.__version__} ({error}); to rebuild, {_BUILD}"
+        f"optim_ext's native module, built for torch {info['torch']} and Python {info['python']}, cannot be loaded "
+        f"with torch {torch.__version__} ({error}); to rebuild, {_BUILD}"
     ) from error

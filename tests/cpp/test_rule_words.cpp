@@ -25,17 +25,16 @@ void test_lerp() {
   Random random{1};
   const V unit = std::numeric_limits<V>::epsilon();
   for (int i = 0; i < 10000; ++i) {
-    const V start = V(random.uniform(-2, 2)), end = V(random.uniform(-2, 2));
-    const double weight = random.uniform(0, 1);
-    const long double exact = start + static_cast<long double>(V(weight)) * (static_cast<long double>(end) - start);
+    const V start = V(random.uniform(-2, 2)), end = V(random.uniform(-2, 2)), weight = V(random.uniform(0, 1));
+    const long double exact = start + static_cast<long double>(weight) * (static_cast<long double>(end) - start);
     const V got = lerp(start, end, weight);
     check(std::fabs(static_cast<double>(got - exact)) <= 8 * unit, "lerp(%g, %g, %g) = %g", double(start), double(end),
-          weight, double(got));
+          double(weight), double(got));
   }
   // From the nearer end, so both ends are met exactly, as a plain start + weight * (end - start) does not.
-  check(lerp(V(1e8), V(0.1), 1.0) == V(0.1), "lerp with weight 1 is not the end");
-  check(lerp(V(0.1), V(1e8), 0.0) == V(0.1), "lerp with weight 0 is not the start");
-  check(lerp(V(3), V(5), 0.25) == V(3.5) && lerp(V(3), V(5), 0.75) == V(4.5), "lerp between 3 and 5");
+  check(lerp(V(1e8), V(0.1), V(1)) == V(0.1), "lerp with weight 1 is not the end");
+  check(lerp(V(0.1), V(1e8), V(0)) == V(0.1), "lerp with weight 0 is not the start");
+  check(lerp(V(3), V(5), V(0.25)) == V(3.5) && lerp(V(3), V(5), V(0.75)) == V(4.5), "lerp between 3 and 5");
 }
 
 void test_power() {
@@ -57,10 +56,10 @@ void test_power() {
 template <class V>
 void test_regularized() {
   const V inf = std::numeric_limits<V>::infinity();
-  check(regularized(V(2), V(3), false, 0.5) == V(3.5), "weight decay");
-  check(regularized(V(2), V(3), true, 0.5) == V(-0.5), "weight decay while maximizing");
-  check(regularized(V(2), V(3), true, 0.0) == V(-2), "maximize");
-  check(regularized(V(2), inf, false, 0.0) == V(2), "no weight decay of an infinite parameter");
+  check(regularized(V(2), V(3), false, V(0.5)) == V(3.5), "weight decay");
+  check(regularized(V(2), V(3), true, V(0.5)) == V(-0.5), "weight decay while maximizing");
+  check(regularized(V(2), V(3), true, V(0.0)) == V(-2), "maximize");
+  check(regularized(V(2), inf, false, V(0.0)) == V(2), "no weight decay of an infinite parameter");
 }
 
 template <class V>
