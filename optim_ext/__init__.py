@@ -4,6 +4,7 @@
 runs natively; every other public name is torch's own.
 """
 
+import torch.optim
 from torch.optim import *  # noqa: F403
 from torch.optim import (  # noqa: F401
     LBFGS,
@@ -31,3 +32,6 @@ from optim_ext.rmsprop import RMSprop
 from optim_ext.sgd import SGD
 
 __version__ = "0.1.0"
+
+__all__ = [name for name in dir(torch.optim) if not name.startswith("_") and name in globals()]  # noqa: PLE0605
+__all__ += ["GroupReport", "build_info", "explain"]

@@ -20,6 +20,19 @@ Group = dict[str, Any]
 # What one op call needs besides tensors: which entries of group["params"], and the op's hyper-parameters in order.
 Call = tuple[list[int], tuple[Any, ...]]
 
+# The hyper-parameters of each op in order, and whether the op takes them as tensors.
+_HYPERS = {
+    op: [
+        (argument.name, isinstance(argument.type, torch.TensorType))
+        for argument in getattr(torch.ops.optim_ext, op).default._schema.arguments
+        if argument.kwarg_only and not argument.has_default_value()
+    ]
+    for op in _C.ops()
+}
+
+# Implementations of __torch_function__ that leave a tensor an ordinary one.
+_PLAIN = (getattr(Tensor.__torch_function__, "__func__", None), torch.nn.Parameter.__torch_function__)
+
 
 def _grad_mode_of_defaults(step: Callable[..., Any]) -> Callable[..., Any]:
     """Run ``step`` without autograd, or with it for ``differentiable=True``, as torch's optimizers do."""
@@ -102,11 +115,11 @@ class FusedStep(Optimizer):
     def _planning_step(self, signature: list[tuple[Any, ...]]) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
         by_torch = [group for group in self.param_groups if self._torch_reason(group) is not None]
-        if len(by_torch) == len(self.param_groups) > 0:
-            self._torch_step(by_torch)
-            return
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
+            if len(by_torch) == len(self.param_groups) > 0:
+                self._torch_step(by_torch)
+                return
             reusable = True
             calls, hypers = [], []
             for index, group in enumerate(self.param_groups):
@@ -145,7 +158,7 @@ class FusedStep(Optimizer):
         for index, p in enumerate(group["params"]):
             if p.grad is None and not (ahead and p.requires_grad):
                 continue
-            problem = _C.unsupported(p)
+            problem = _C.unsupported(p) if _is_plain(p) else "it is a tensor subclass with operations of its own"
             if problem is not None:
                 return f"parameter {index}: {problem}"
             if group.get("capturable") and p.device.type == "cpu":
@@ -163,9 +176,14 @@ class FusedStep(Optimizer):
         if getattr(step, "hooked", False):
             step = step.__wrapped__
         all_groups = self.param_groups
+        counters = [(entry["step"], entry["step"].clone()) for entry in self.state.values() if _has_counter(entry)]
         self.param_groups = groups
         try:
             step(self)
+        except BaseException:
+            for counter, count in counters:  # torch counts before it refuses
+                counter.copy_(count)
+            raise
         finally:
             self.param_groups = all_groups
 
@@ -179,12 +197,17 @@ class FusedStep(Optimizer):
                 op(*lists, **self._named_hypers(group))
 
     def _named_hypers(self, group: Group) -> dict[str, Any]:
-        arguments = getattr(torch.ops.optim_ext, self._op).default._schema.arguments
-        named = {}
-        for argument, value in zip((a for a in arguments if a.kwarg_only), self._hypers(group), strict=False):
-            is_tensor_argument = isinstance(argument.type, torch.TensorType)
-            named[argument.name] = torch.as_tensor(value) if is_tensor_argument else value
-        return named
+        named = zip(_HYPERS[self._op], self._hypers(group), strict=True)
+        return {name: torch.as_tensor(value) if is_tensor else value for (name, is_tensor), value in named}
+
+
+def _has_counter(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("step"), Tensor) and not entry["step"].requires_grad
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    implementation = type(tensor).__torch_function__
+    return getattr(implementation, "__func__", implementation) in _PLAIN
 
 
 def _restore(state: dict[Any, Any], before: dict[Any, Any]) -> None:

@@ -1,12 +1,14 @@
 #include "call.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <c10/util/hash.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <sstream>
+#include <unordered_set>
 
 namespace optim_ext::ops {
 
@@ -50,27 +52,65 @@ double host_value(const void* data, Storage storage) {
   }
 }
 
+// Memory one tensor of a call writes. `key` tells apart strided tensors that span the same addresses.
 struct Interval {
   const char* begin;
   const char* end;
-  bool operator==(const Interval& other) const { return begin == other.begin && end == other.end; }
+  size_t key;  // 0 for dense memory
+  const at::Tensor* tensor;
+  bool operator==(const Interval& other) const { return begin == other.begin && end == other.end && key == other.key; }
 };
 
+Interval interval_of(const at::Tensor& tensor) {
+  int64_t span = 1;
+  size_t key = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    span += (tensor.size(d) - 1) * tensor.stride(d);
+    key = c10::hash_combine(key, c10::get_hash(tensor.size(d), tensor.stride(d)));
+  }
+  const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + span * tensor.element_size(), tensor.is_non_overlapping_and_dense() ? 0 : key | 1, &tensor};
+}
+
+void collect_addresses(const at::Tensor& tensor, int64_t d, const char* at, std::unordered_set<const char*>& out) {
+  if (d == tensor.dim()) {
+    out.insert(at);
+    return;
+  }
+  for (int64_t i = 0; i < tensor.size(d); ++i) {
+    collect_addresses(tensor, d + 1, at + i * tensor.stride(d) * tensor.element_size(), out);
+  }
+}
+
+// Whether two tensors whose intervals meet share an element. Views may interleave (the columns of one matrix), so where
+// one of them is strided the elements themselves are compared.
+bool share_elements(const Interval& a, const Interval& b) {
+  if (a.key == 0 && b.key == 0) return true;
+  std::unordered_set<const char*> first, second;
+  collect_addresses(*a.tensor, 0, a.begin, first);
+  collect_addresses(*b.tensor, 0, b.begin, second);
+  return std::any_of(second.begin(), second.end(), [&](const char* at) { return first.count(at) != 0; });
+}
+
 // Memory written by one call must be disjoint: the sweep runs in parallel. Sorting thousands of addresses at every step
-// would cost more than a small model's update, so lists found disjoint are remembered by content.
-bool disjoint(const std::vector<Interval>& intervals, std::vector<Interval>& sorted) {
+// would cost more than a small model's update, so lists found disjoint are remembered by content. Returns the offender.
+const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
   thread_local std::array<std::vector<Interval>, 8> known;
   thread_local size_t next = 0;
   for (const auto& list : known) {
-    if (list == intervals) return true;
+    if (list == intervals) return nullptr;
   }
-  sorted = intervals;
-  std::sort(sorted.begin(), sorted.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < sorted.size(); ++i) {
-    if (sorted[i].begin < sorted[i - 1].end) return false;
+  std::vector<Interval> sorted = intervals, open;
+  std::stable_sort(sorted.begin(), sorted.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  for (const Interval& interval : sorted) {
+    std::erase_if(open, [&](const Interval& other) { return other.end <= interval.begin; });
+    for (const Interval& other : open) {
+      if (share_elements(other, interval)) return interval.tensor;
+    }
+    open.push_back(interval);
   }
   known[next++ % known.size()] = intervals;
-  return true;
+  return nullptr;
 }
 
 }  // namespace
@@ -262,22 +302,16 @@ void Call::check_overlap() const {
   std::vector<Interval> intervals;
   intervals.reserve(bundles.size() * operands_);
   for (size_t i = 0; i < bundles.size(); ++i) {
-    for (int k = 0; k < operands_; ++k) {
-      // Only dense memory: views that interleave span one interval and still share nothing.
-      if (!((written >> k) & 1u) || bundles[i].numel == 0 || !lists[k].tensors[i].is_non_overlapping_and_dense()) continue;
-      const char* const begin = static_cast<const char*>(bundles[i].data[k]);
-      intervals.push_back({begin, begin + bundles[i].numel * bytes_of(bundles[i].storage[k])});
+    for (int k = 0; bundles[i].numel != 0 && k < operands_; ++k) {
+      if ((written >> k) & 1u) intervals.push_back(interval_of(lists[k].tensors[i]));
     }
   }
-  std::vector<Interval> sorted;
-  if (disjoint(intervals, sorted)) return;
-  for (size_t s = 1; s < sorted.size(); ++s) {
-    if (sorted[s].begin >= sorted[s - 1].end) continue;
-    for (int64_t i = static_cast<int64_t>(bundles.size()) - 1; i >= 0; --i) {
-      for (int k = 0; k < operands_; ++k) {
-        if (((written >> k) & 1u) && bundles[i].data[k] == sorted[s].begin) {
-          refuse(lists[k].name, i, "overlaps in memory with another tensor this step writes; each needs memory of its own");
-        }
+  const at::Tensor* const offender = find_overlap(intervals);
+  if (offender == nullptr) return;
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    for (int k = 0; k < operands_; ++k) {
+      if (((written >> k) & 1u) && &lists[k].tensors[i] == offender) {
+        refuse(lists[k].name, static_cast<int64_t>(i), "overlaps in memory with another tensor this step writes; each needs memory of its own");
       }
     }
   }

@@ -47,6 +47,7 @@ bool is_intercepted(const Tensor& tensor) {
 // Why no kernel can read `grad`; None if one can, or if it is bad input that the op itself refuses.
 std::optional<std::string> unsupported_grad(const Tensor& grad) {
   if (is_intercepted(grad)) return "it is a tensor subclass that intercepts its operations";
+  if (grad.is_sparse()) return "it is sparse";
   if (grad.layout() != at::kStrided) return "its layout is not strided";
   return std::nullopt;
 }
