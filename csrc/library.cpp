@@ -11,25 +11,26 @@ using namespace optim_ext::ops;
 // Argument names are torch.optim's own. Gradients are marked as written because GradScaler's grad_scale unscales them
 // in place, as torch's fused optimizers do; without it they are only read.
 #define SCALER_ARGUMENTS "Tensor? grad_scale=None, Tensor? found_inf=None"
-#define ADAM_ARGUMENTS                                                                                                \
-  "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "                       \
-  "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, Tensor lr, Tensor beta1, Tensor beta2, "                \
-  "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, " SCALER_ARGUMENTS ") -> ()"
+#define ADAM_ARGUMENTS                                                                                         \
+  "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "                \
+  "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, Tensor lr, Tensor beta1, Tensor beta2, "         \
+  "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, " SCALER_ARGUMENTS \
+  ") -> ()"
 
 // X(op, function template, schema)
-#define FOR_EACH_OP(X)                                                                                                \
-  X(sgd_, sgd_,                                                                                                       \
-    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "         \
-    "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " SCALER_ARGUMENTS        \
-    ") -> ()")                                                                                                        \
-  X(adam_, adam_, ADAM_ARGUMENTS)                                                                                     \
-  X(adamw_, adam_, ADAM_ARGUMENTS)                                                                                    \
-  X(rmsprop_, rmsprop_,                                                                                               \
-    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers, "             \
-    "Tensor(e!)[] grad_avgs, Tensor(f!)[] state_steps, *, Tensor lr, float alpha, float eps, float weight_decay, "    \
-    "float momentum, bool centered, bool maximize, " SCALER_ARGUMENTS ") -> ()")                                      \
-  X(adagrad_, adagrad_,                                                                                               \
-    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state_sums, Tensor(d!)[] state_steps, *, Tensor lr, "     \
+#define FOR_EACH_OP(X)                                                                                             \
+  X(sgd_, sgd_,                                                                                                    \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "      \
+    "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " SCALER_ARGUMENTS     \
+    ") -> ()")                                                                                                     \
+  X(adam_, adam_, ADAM_ARGUMENTS)                                                                                  \
+  X(adamw_, adam_, ADAM_ARGUMENTS)                                                                                 \
+  X(rmsprop_, rmsprop_,                                                                                            \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers, "          \
+    "Tensor(e!)[] grad_avgs, Tensor(f!)[] state_steps, *, Tensor lr, float alpha, float eps, float weight_decay, " \
+    "float momentum, bool centered, bool maximize, " SCALER_ARGUMENTS ") -> ()")                                   \
+  X(adagrad_, adagrad_,                                                                                            \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state_sums, Tensor(d!)[] state_steps, *, Tensor lr, "  \
     "float lr_decay, float weight_decay, float eps, bool maximize, " SCALER_ARGUMENTS ") -> ()")
 
 TORCH_LIBRARY(optim_ext, m) {

@@ -7,11 +7,11 @@ runs natively; every other public name is torch's own.
 import torch.optim
 from torch.optim import *  # noqa: F403
 from torch.optim import (  # noqa: F401
+    ASGD,
     LBFGS,
     Adadelta,
     Adafactor,
     Adamax,
-    ASGD,
     Muon,
     NAdam,
     Optimizer,
@@ -25,13 +25,13 @@ from torch.optim import (  # noqa: F401
 from optim_ext import _fakes  # noqa: F401
 from optim_ext._explain import GroupReport, explain
 from optim_ext._load import build_info
-from optim_ext.adagrad import Adagrad
-from optim_ext.adam import Adam
-from optim_ext.adamw import AdamW
-from optim_ext.rmsprop import RMSprop
-from optim_ext.sgd import SGD
+from optim_ext.adagrad import Adagrad as Adagrad
+from optim_ext.adam import Adam as Adam
+from optim_ext.adamw import AdamW as AdamW
+from optim_ext.rmsprop import RMSprop as RMSprop
+from optim_ext.sgd import SGD as SGD
 
 __version__ = "0.1.0"
 
-__all__ = [name for name in dir(torch.optim) if not name.startswith("_") and name in globals()]  # noqa: PLE0605
+__all__ = [name for name in dir(torch.optim) if not name.startswith("_") and name in globals()]
 __all__ += ["GroupReport", "build_info", "explain"]

@@ -58,6 +58,7 @@ class FusedStep(Optimizer):
 
     _op: ClassVar[str]
     _plan: _C.Plan | None
+    _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         raise NotImplementedError

@@ -145,7 +145,9 @@ class Lockstep:
         """The loosest among the dtypes at hand."""
         found = [self.spec.tolerances[p.dtype] for p in self.params]
         # torch multiplies float32 hyper-parameters among themselves in float32, here they are widened first.
-        values = [v for g in self.theirs.param_groups for o in g.values() for v in (o if isinstance(o, tuple) else (o,))]
+        values = [
+            v for g in self.theirs.param_groups for o in g.values() for v in (o if isinstance(o, tuple) else (o,))
+        ]
         if any(isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in values):
             found.append(Tolerance(1e-6, 1e-7))
         return max(found, key=lambda t: t.rtol)

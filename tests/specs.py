@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import optim_ext
 import torch
 from torch.testing._internal.common_optimizers import optim_db
+
+import optim_ext
 
 Options = dict[str, Any]
 

@@ -51,8 +51,8 @@ struct Bundle {
 
 // Values GradScaler hands over. On the CPU they are read on the host; on a GPU they stay where they are.
 struct Amp {
-  double grad_scale = 1.0;                  // gradients are divided by it and written back, as torch's fused path does
-  bool unscale = false;                     // whether grad_scale is there at all
+  double grad_scale = 1.0;                   // gradients are divided by it and written back, as torch's fused path does
+  bool unscale = false;                      // whether grad_scale is there at all
   const float* device_grad_scale = nullptr;  // set instead of grad_scale when the value lives on the device
   const float* device_found_inf = nullptr;   // 1: skip the whole step
 };

@@ -9,12 +9,9 @@ void adagrad_(TensorList params, TensorList grads, TensorList state_sums, Tensor
               const OptionalTensor& found_inf) {
   rules::Adagrad rule{};
   rule.maximize = maximize;
-  const CallSpec spec{"adagrad_",
-                      {{"params", params}, {"grads", grads}, {"state_sums", state_sums}},
-                      true,
-                      state_steps,
-                      grad_scale,
-                      found_inf};
+  const CallSpec spec{"adagrad_", {{"params", params}, {"grads", grads}, {"state_sums", state_sums}},
+                      true,       state_steps,
+                      grad_scale, found_inf};
   run<Driver>(rule, spec,
               {{"lr", rule.lr, lr},
                {"lr_decay", rule.lr_decay, lr_decay},

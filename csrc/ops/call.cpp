@@ -101,7 +101,8 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
     if (list == intervals) return nullptr;
   }
   std::vector<Interval> sorted = intervals, open;
-  std::stable_sort(sorted.begin(), sorted.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
   for (const Interval& interval : sorted) {
     std::erase_if(open, [&](const Interval& other) { return other.end <= interval.begin; });
     for (const Interval& other : open) {
@@ -116,7 +117,8 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
 }  // namespace
 
 BadInput::BadInput(const std::string& op, const std::string& list, int64_t index, const std::string& problem)
-    : c10::Error(text("optim_ext::", op, ": ", list, index < 0 ? "" : text("[", index, "]"), " ", problem), c10::Backtrace()),
+    : c10::Error(text("optim_ext::", op, ": ", list, index < 0 ? "" : text("[", index, "]"), " ", problem),
+                 c10::Backtrace()),
       list(list),
       problem(problem),
       index(index) {}
@@ -139,7 +141,8 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
   if (amp.unscale || amp.device_grad_scale) {
     for (size_t i = 0; i < params.size(); ++i) {
       if (at::has_internal_overlap(spec_.operands.begin()[kGrad].tensors[i]) == at::MemOverlap::Yes) {
-        refuse("grads", static_cast<int64_t>(i), "has elements that share memory (an expanded tensor?), so it cannot be unscaled in place");
+        refuse("grads", static_cast<int64_t>(i),
+               "has elements that share memory (an expanded tensor?), so it cannot be unscaled in place");
       }
     }
   }
@@ -152,8 +155,8 @@ void Call::check_lengths() const {
   for (int k = 0; k < operands_; ++k) {
     const size_t found = lists[k].tensors.size();
     const bool used = (used_ >> k) & 1u;
-    TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.op, ": params has ", n, " tensors but ", lists[k].name,
-                      " has ", found, "; the lists must be equally long");
+    TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.op, ": params has ", n, " tensors but ",
+                      lists[k].name, " has ", found, "; the lists must be equally long");
   }
   TORCH_CHECK_VALUE(!spec_.counts_steps || spec_.state_steps.size() == n, "optim_ext::", spec_.op, ": params has ", n,
                     " tensors but state_steps has ", spec_.state_steps.size(), "; the lists must be equally long");
@@ -169,19 +172,28 @@ void Call::add_bundle(int64_t i) {
     const at::Tensor& tensor = lists[k].tensors[i];
     const char* const name = lists[k].name;
     if (!tensor.defined()) refuse(name, i, "is undefined");
-    if (tensor.layout() != at::kStrided) refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
+    if (tensor.layout() != at::kStrided)
+      refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
     if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
     const auto storage = storage_of(tensor.scalar_type());
     if (!storage) {
-      refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected a floating point or complex type (Float, Double, BFloat16, Half, ComplexFloat, ComplexDouble)"));
+      refuse(name, i,
+             text("has dtype ", tensor.scalar_type(),
+                  ", expected a floating point or complex type (Float, Double, BFloat16, Half, ComplexFloat, "
+                  "ComplexDouble)"));
     }
     if (k != kParam) {
       if (tensor.is_complex() != param.is_complex()) {
-        refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected ", param.is_complex() ? "a complex type as its parameter's, " : "a real type as its parameter's, ", param.scalar_type()));
+        refuse(name, i,
+               text("has dtype ", tensor.scalar_type(), ", expected ",
+                    param.is_complex() ? "a complex type as its parameter's, " : "a real type as its parameter's, ",
+                    param.scalar_type()));
       }
-      if (!tensor.sizes().equals(param.sizes())) refuse(name, i, text("has shape ", tensor.sizes(), ", expected its parameter's shape ", param.sizes()));
+      if (!tensor.sizes().equals(param.sizes()))
+        refuse(name, i, text("has shape ", tensor.sizes(), ", expected its parameter's shape ", param.sizes()));
     }
-    if (tensor.is_conj() || tensor.is_neg()) refuse(name, i, "is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
+    if (tensor.is_conj() || tensor.is_neg())
+      refuse(name, i, "is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
     if ((updates_ >> k) & 1u) {
       if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
         refuse(name, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
@@ -225,7 +237,8 @@ void Call::add_layout(int64_t i, Bundle& bundle) {
     }
     dims.push_back(dim);
   }
-  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.strides[kParam] > b.strides[kParam]; });
+  std::stable_sort(dims.begin(), dims.end(),
+                   [](const Dim& a, const Dim& b) { return a.strides[kParam] > b.strides[kParam]; });
   if (width == 2) {
     Dim pair{2, {}};
     pair.strides.fill(1);
@@ -245,7 +258,9 @@ void Call::add_layout(int64_t i, Bundle& bundle) {
     }
   }
   if (merged.size() > static_cast<size_t>(kMaxDims)) {
-    refuse("params", i, text("and its gradient or state differ in memory layout over more than ", kMaxDims, " dimensions; make them contiguous"));
+    refuse("params", i,
+           text("and its gradient or state differ in memory layout over more than ", kMaxDims,
+                " dimensions; make them contiguous"));
   }
   Layout& layout = layouts_.emplace_back();
   layout.ndim = static_cast<int32_t>(merged.size());
@@ -259,13 +274,17 @@ void Call::add_layout(int64_t i, Bundle& bundle) {
 void Call::add_step(int64_t i, Bundle& bundle) {
   const at::Tensor& step = spec_.state_steps[i];
   if (!step.defined()) refuse("state_steps", i, "is undefined");
-  if (step.numel() != 1 || step.layout() != at::kStrided) refuse("state_steps", i, text("has shape ", step.sizes(), ", expected a tensor with one element"));
-  if (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble) refuse("state_steps", i, text("has dtype ", step.scalar_type(), ", expected Float or Double"));
-  if (!step.is_cpu() && step.device() != device) refuse("state_steps", i, text("is on ", step.device(), ", expected cpu or ", device));
+  if (step.numel() != 1 || step.layout() != at::kStrided)
+    refuse("state_steps", i, text("has shape ", step.sizes(), ", expected a tensor with one element"));
+  if (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble)
+    refuse("state_steps", i, text("has dtype ", step.scalar_type(), ", expected Float or Double"));
+  if (!step.is_cpu() && step.device() != device)
+    refuse("state_steps", i, text("is on ", step.device(), ", expected cpu or ", device));
   bundle.step_storage = *storage_of(step.scalar_type());
   if (step.is_cpu()) {
     const double count = host_value(step.const_data_ptr(), bundle.step_storage);
-    if (!(count >= 0.0) || std::isinf(count)) refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
+    if (!(count >= 0.0) || std::isinf(count))
+      refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
   } else {
     bundle.device_step = step.mutable_data_ptr();
     steps_on_device = true;
@@ -275,9 +294,11 @@ void Call::add_step(int64_t i, Bundle& bundle) {
 void Call::read_amp() {
   const auto one_float = [&](const std::optional<at::Tensor>& value, const char* name) -> const float* {
     if (!value || !value->defined()) return nullptr;
-    TORCH_CHECK_VALUE(value->numel() == 1 && value->scalar_type() == at::kFloat && value->layout() == at::kStrided, "optim_ext::", spec_.op, ": ", name,
-                      " must be one Float element, found ", value->scalar_type(), " of shape ", value->sizes());
-    TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", spec_.op, ": ", name, " is on ", value->device(), ", expected ", device);
+    TORCH_CHECK_VALUE(value->numel() == 1 && value->scalar_type() == at::kFloat && value->layout() == at::kStrided,
+                      "optim_ext::", spec_.op, ": ", name, " must be one Float element, found ", value->scalar_type(),
+                      " of shape ", value->sizes());
+    TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", spec_.op, ": ", name, " is on ", value->device(),
+                      ", expected ", device);
     return value->const_data_ptr<float>();
   };
   const float* const scale = one_float(spec_.grad_scale, "grad_scale");
@@ -292,7 +313,9 @@ void Call::read_amp() {
   amp.device_found_inf = found;
   if (!found || !spec_.counts_steps) return;
   for (size_t i = 0; i < bundles.size(); ++i) {
-    if (!bundles[i].device_step) refuse("state_steps", static_cast<int64_t>(i), text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
+    if (!bundles[i].device_step)
+      refuse("state_steps", static_cast<int64_t>(i),
+             text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
   }
 }
 
@@ -311,7 +334,8 @@ void Call::check_overlap() const {
   for (size_t i = 0; i < bundles.size(); ++i) {
     for (int k = 0; k < operands_; ++k) {
       if (((written >> k) & 1u) && &lists[k].tensors[i] == offender) {
-        refuse(lists[k].name, static_cast<int64_t>(i), "overlaps in memory with another tensor this step writes; each needs memory of its own");
+        refuse(lists[k].name, static_cast<int64_t>(i),
+               "overlaps in memory with another tensor this step writes; each needs memory of its own");
       }
     }
   }
@@ -324,11 +348,12 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
     double value = hyper.value;
     if (hyper.tensor) {
       const at::Tensor& tensor = *hyper.tensor;
-      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.op, ": ", hyper.name,
-                        " must be a number or a real tensor with one element");
+      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.op, ": ",
+                        hyper.name, " must be a number or a real tensor with one element");
       if (!tensor.is_cpu() && tensor.device() == device) {
         const auto storage = storage_of(tensor.scalar_type());
-        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.op, ": ", hyper.name, " has dtype ", tensor.scalar_type(), ", expected a floating point type");
+        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.op, ": ", hyper.name, " has dtype ", tensor.scalar_type(),
+                          ", expected a floating point type");
         device_hypers.push_back({offset, tensor.const_data_ptr(), *storage});
         continue;
       }

@@ -1,5 +1,5 @@
-// One call of an op, from the lists torch hands over to the bundles a driver sweeps. Every check of this library is made
-// here, before anything is written.
+// One call of an op, from the lists torch hands over to the bundles a driver sweeps. Every check of this library is
+// made here, before anything is written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -71,7 +71,7 @@ class Call {
   std::vector<uint8_t> in_double;  // per bundle: compute in double
   std::vector<DeviceHyper> device_hypers;
   Amp amp;
-  bool skip = false;               // found_inf, where the host can see it
+  bool skip = false;  // found_inf, where the host can see it
   bool steps_on_device = false;
 
  private:

@@ -38,7 +38,8 @@ struct CpuDriver {
         const Bundle& bundle = call.bundles[i];
         if (bundle.step != ready_for) ready = rule.at_step(ready_for = bundle.step);
         const int64_t stop = std::min(end, first_tile[i + 1]);
-        const int64_t from = (begin - first_tile[i]) * kTile, to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
+        const int64_t from = (begin - first_tile[i]) * kTile,
+                      to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
         if (from < to) (call.in_double[i] ? in_double : in_float)(ready, bundle, from, to, call.amp);
         begin = stop;
       }

@@ -21,7 +21,8 @@ CudaTable::CudaTable(const CudaPlace& place, int64_t bytes)
       device_(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes))) {}
 
 const unsigned char* CudaTable::send() {
-  check_cuda(cudaMemcpyAsync(device_.get(), host_.get(), static_cast<size_t>(bytes_), cudaMemcpyHostToDevice, place_.stream));
+  check_cuda(
+      cudaMemcpyAsync(device_.get(), host_.get(), static_cast<size_t>(bytes_), cudaMemcpyHostToDevice, place_.stream));
   const auto stream = c10::cuda::getCurrentCUDAStream(device_.device().index());
   at::getHostAllocator(at::kCUDA)->record_event(host_.get(), host_.get_context(), stream.unwrap());
   return static_cast<const unsigned char*>(device_.get());
@@ -55,10 +56,12 @@ void advance(const std::vector<std::vector<void*>>& counters_by_storage, const C
 void advance_counters(const Call& call, const CudaPlace& place) {
   std::vector<std::vector<void*>> counters(2);  // floats, then doubles
   for (const Bundle& bundle : call.bundles) {
-    if (bundle.device_step) counters[bundle.step_storage == Storage::f64].push_back(const_cast<void*>(bundle.device_step));
+    if (bundle.device_step)
+      counters[bundle.step_storage == Storage::f64].push_back(const_cast<void*>(bundle.device_step));
   }
-  const bool large = cuda::argument_bytes() >= cuda::kLargeArgs &&
-                     counters[0].size() + counters[1].size() > static_cast<size_t>(cuda::Counters<cuda::kSmallArgs>::kRoom);
+  const bool large =
+      cuda::argument_bytes() >= cuda::kLargeArgs &&
+      counters[0].size() + counters[1].size() > static_cast<size_t>(cuda::Counters<cuda::kSmallArgs>::kRoom);
   large ? advance<cuda::kLargeArgs>(counters, call, place) : advance<cuda::kSmallArgs>(counters, call, place);
 }
 

@@ -40,7 +40,8 @@ OptionalTensor optional_tensor(PyObject* value) {
 
 // A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
 bool is_intercepted(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet intercepting({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize});
+  constexpr c10::DispatchKeySet intercepting({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
+                                              c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize});
   return (tensor.key_set() & intercepting) != c10::DispatchKeySet();
 }
 
@@ -62,15 +63,21 @@ std::optional<std::string> unsupported(const Tensor& tensor) {
   if (!tensor.is_cpu()) return "there is no kernel for device " + tensor.device().str();
 #endif
   switch (tensor.scalar_type()) {
-    case at::kFloat: case at::kDouble: case at::kBFloat16: case at::kHalf: case at::kComplexFloat: case at::kComplexDouble: break;
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf:
+    case at::kComplexFloat:
+    case at::kComplexDouble: break;
     default: return std::string("there is no kernel for dtype ") + c10::toString(tensor.scalar_type());
   }
   if (tensor.is_conj() || tensor.is_neg()) return "it is a lazy conjugate or negative view";
   return std::nullopt;
 }
 
-// A cache of what one optimizer hands to its op: parameters and state tensors as vectors. The truth stays in Python: every
-// step first walks param_groups and state and compares identities, and reports itself stale where anything was replaced.
+// A cache of what one optimizer hands to its op: parameters and state tensors as vectors. The truth stays in Python:
+// every step first walks param_groups and state and compares identities, and reports itself stale where anything was
+// replaced.
 class Plan {
  public:
   // calls: one (group index, indices into group["params"], state keys) each; a key of None leaves that list empty.
@@ -85,7 +92,8 @@ class Plan {
 
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
   // hypers: one tuple per call, in the order of the op's schema.
-  bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale, const py::object& found_inf, bool check_only) {
+  bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale,
+            const py::object& found_inf, bool check_only) {
     if (!is_current(state, param_groups)) return false;
     TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
     const Scaler scaler{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr())};
@@ -110,9 +118,9 @@ class Plan {
     std::vector<uint8_t> ready;              // whether the state of a parameter is there
   };
   struct Gathered {
-    bool all = true;                          // every parameter takes part: the plan's own lists serve
+    bool all = true;  // every parameter takes part: the plan's own lists serve
     std::vector<Tensor> grads;
-    std::vector<int64_t> members;             // into the call's lists, where not all take part
+    std::vector<int64_t> members;  // into the call's lists, where not all take part
   };
   struct Item {
     PyObject* key;
@@ -137,7 +145,8 @@ class Plan {
     const auto group = py::cast<size_t>(spec[0]);
     const auto params = params_of(param_groups, group);
     const auto keys = py::cast<py::tuple>(spec[2]);
-    TORCH_CHECK(keys.size() + kFirstState == op_->lists(), "optim_ext: ", keys.size(), " state keys given, the op takes ", op_->lists() - kFirstState);
+    TORCH_CHECK(keys.size() + kFirstState == op_->lists(), "optim_ext: ", keys.size(),
+                " state keys given, the op takes ", op_->lists() - kFirstState);
     // One call per device, and per occurrence of a parameter that is in the group more than once: torch updates it that
     // many times in turn.
     std::map<std::pair<std::string, int>, size_t> call_of;
@@ -161,7 +170,8 @@ class Plan {
       bool ready = true;
       for (size_t k = 0; k < keys.size(); ++k) {
         if (keys[k].is_none()) continue;
-        PyObject* const value = entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
+        PyObject* const value =
+            entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         const bool there = value != nullptr && THPVariable_Check(value);
         call.lists[kFirstState + k].push_back(there ? THPVariable_Unpack(value) : Tensor());
@@ -179,7 +189,8 @@ class Plan {
       Entry entry{key, value, {}};
       if (PyDict_Check(value)) {
         PyObject *name, *item;
-        for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);) entry.items.push_back({name, ours_.count(item) ? item : nullptr});
+        for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);)
+          entry.items.push_back({name, ours_.count(item) ? item : nullptr});
       }
       entries_.push_back(std::move(entry));
     }
@@ -191,7 +202,8 @@ class Plan {
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
       PyObject* const params = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
-      if (!params || !PyList_Check(params) || static_cast<size_t>(PyList_GET_SIZE(params)) != groups_[g].size()) return false;
+      if (!params || !PyList_Check(params) || static_cast<size_t>(PyList_GET_SIZE(params)) != groups_[g].size())
+        return false;
       for (size_t i = 0; i < groups_[g].size(); ++i) {
         if (PyList_GET_ITEM(params, i) != groups_[g][i]) return false;
       }
@@ -212,7 +224,8 @@ class Plan {
     return true;
   }
 
-  // Reads the gradients. False where a plan cannot serve: state still to be made, a gradient or parameter of another kind.
+  // Reads the gradients. False where a plan cannot serve: state still to be made, a gradient or parameter of another
+  // kind.
   static bool gather(const PlannedCall& call, Gathered& out) {
     const auto& params = call.lists[kParams];
     out.grads.reserve(params.size());
@@ -225,22 +238,28 @@ class Plan {
         }
         continue;
       }
-      if (!call.ready[i] || grad.layout() != at::kStrided || is_intercepted(grad) || params[i].device() != call.device || is_intercepted(params[i])) return false;
+      if (!call.ready[i] || grad.layout() != at::kStrided || is_intercepted(grad) ||
+          params[i].device() != call.device || is_intercepted(params[i]))
+        return false;
       out.grads.push_back(grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad);
       if (!out.all) out.members.push_back(static_cast<int64_t>(i));
     }
     return true;
   }
 
-  void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const Scaler& scaler, const py::list& param_groups, bool check_only) const {
+  void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const Scaler& scaler,
+               const py::list& param_groups, bool check_only) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (size_t c = 0; c < calls_.size(); ++c) {
-      if (!gathered[c].grads.empty()) run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), scaler, param_groups, check_only);
+      if (!gathered[c].grads.empty())
+        run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), scaler, param_groups, check_only);
     }
   }
 
-  void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const Scaler& scaler, const py::list& param_groups, bool check_only) const {
-    TORCH_CHECK(PyTuple_Check(hypers) && static_cast<size_t>(PyTuple_GET_SIZE(hypers)) == op_->hypers(), "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
+  void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const Scaler& scaler,
+               const py::list& param_groups, bool check_only) const {
+    TORCH_CHECK(PyTuple_Check(hypers) && static_cast<size_t>(PyTuple_GET_SIZE(hypers)) == op_->hypers(),
+                "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
     std::vector<TensorList> lists(op_->lists());
     std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : op_->lists());
     for (size_t k = 0; k < lists.size(); ++k) {
@@ -256,7 +275,8 @@ class Plan {
       }
     }
     const auto on_device = [&](const OptionalTensor& value) {
-      return value && value->device() != call.device ? OptionalTensor(value->to(call.device, /*non_blocking=*/true)) : value;
+      return value && value->device() != call.device ? OptionalTensor(value->to(call.device, /*non_blocking=*/true))
+                                                     : value;
     };
     try {
       op_->run(lists, hypers, on_device(scaler.grad_scale), on_device(scaler.found_inf), check_only);
@@ -271,7 +291,8 @@ class Plan {
     const auto options = py::cast<py::dict>(param_groups[group]);
     std::ostringstream out;
     if (options.contains("param_names")) {
-      out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)])) << "'";
+      out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)]))
+          << "'";
     } else {
       out << "parameter " << index << " of group " << group;
     }
@@ -279,9 +300,10 @@ class Plan {
   }
 
   std::shared_ptr<PlannedOp> op_;
-  std::vector<std::vector<PyObject*>> groups_;  // identities; the tensors behind them are held by calls_ or by their group
+  std::vector<std::vector<PyObject*>>
+      groups_;  // identities; the tensors behind them are held by calls_ or by their group
   std::vector<PlannedCall> calls_;
-  std::vector<size_t> source_;                  // which tuple of hyper-parameters a call takes
+  std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
   std::vector<Entry> entries_;
   std::unordered_map<PyObject*, bool> ours_;
@@ -291,23 +313,31 @@ class Plan {
 
 void bind_plan(py::module_& m, PlannedOps ops) {
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
-      .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state, const py::list& calls) {
-             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls);
-           }), py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"))
-      .def("step", [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale, const py::object& found_inf, bool check_only) {
-             try {
-               return plan.step(state, param_groups, hypers, grad_scale, found_inf, check_only);
-             } catch (const py::error_already_set&) {
-               throw;
-             } catch (const std::exception&) {  // as torch's own bindings: ValueError, OutOfMemoryError, ...
-               torch::translate_exception_to_python(std::current_exception());
-               throw py::error_already_set();
-             }
-           }, py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("check_only") = false);
-  m.def("unsupported_grad", [](const py::object& grad) { return unsupported_grad(THPVariable_Unpack(grad.ptr())); },
-        "Why no kernel can read the gradient, or None.");
-  m.def("unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
-        "Why no kernel of this build can update the tensor, or None.");
+      .def(py::init(
+               [ops](const std::string& op, const py::list& param_groups, const py::dict& state,
+                     const py::list& calls) { return std::make_unique<Plan>(ops.at(op), param_groups, state, calls); }),
+           py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"))
+      .def(
+          "step",
+          [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers,
+             const py::object& grad_scale, const py::object& found_inf, bool check_only) {
+            try {
+              return plan.step(state, param_groups, hypers, grad_scale, found_inf, check_only);
+            } catch (const py::error_already_set&) {
+              throw;
+            } catch (const std::exception&) {  // as torch's own bindings: ValueError, OutOfMemoryError, ...
+              torch::translate_exception_to_python(std::current_exception());
+              throw py::error_already_set();
+            }
+          },
+          py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
+          py::arg("check_only") = false);
+  m.def(
+      "unsupported_grad", [](const py::object& grad) { return unsupported_grad(THPVariable_Unpack(grad.ptr())); },
+      "Why no kernel can read the gradient, or None.");
+  m.def(
+      "unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
+      "Why no kernel of this build can update the tensor, or None.");
 }
 
 }  // namespace optim_ext::ops

@@ -11,12 +11,9 @@ void sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, cons
     rule.nesterov = nesterov;
     rule.maximize = maximize;
     rule.is_first_step = is_first_step;
-    const CallSpec spec{"sgd_",
-                        {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
-                        false,
-                        {},
-                        grad_scale,
-                        found_inf};
+    const CallSpec spec{"sgd_",     {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
+                        false,      {},
+                        grad_scale, found_inf};
     run<Driver>(rule, spec,
                 {{"lr", rule.lr, lr},
                  {"momentum", rule.momentum, momentum},

@@ -4,7 +4,8 @@
 
 namespace optim_ext::rules {
 
-// Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and, with decoupled weight decay, AdamW (Loshchilov & Hutter 2019).
+// Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and, with decoupled weight decay, AdamW (Loshchilov & Hutter
+// 2019).
 template <bool kAmsgrad>
 struct Adam {
   static constexpr int kOperands = 5;  // param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq

@@ -1,4 +1,5 @@
-// The one list of rules. Each kernel file instantiates it, so a rule named here exists for every instruction set and GPU.
+// The one list of rules. Each kernel file instantiates it, so a rule named here exists for every instruction set and
+// GPU.
 #pragma once
 
 #include "adagrad.h"

@@ -22,7 +22,8 @@ struct Sgd {
     const V g = regularized(grad, param, maximize, V(weight_decay));
     V update = g;
     if constexpr (kMomentum) {
-      momentum_buffer = V(is_first_step ? 0.0 : momentum) * momentum_buffer + V(is_first_step ? 1.0 : 1.0 - dampening) * g;
+      momentum_buffer =
+          V(is_first_step ? 0.0 : momentum) * momentum_buffer + V(is_first_step ? 1.0 : 1.0 - dampening) * g;
       update = nesterov ? g + V(momentum) * momentum_buffer : momentum_buffer;
     }
     param = param - V(lr) * update;

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import optim_ext
 import pytest
 import torch
 from lockstep import bits, copy_of, give_grads, make_params, random
+
+import optim_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 # Larger than one thread's share, ragged, and short: every way the work can be dealt out.
@@ -41,7 +42,9 @@ def threads():
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
+)
 def test_threads(spec, dtype, strided, threads):
     results = []
     for count in (1, 2, 3, 7):
@@ -139,7 +142,9 @@ def capabilities():
 
 
 def in_process(code, **environment):
-    path = os.pathsep.join([str(ROOT / "tests"), str(Path(optim_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(ROOT / "tests"), str(Path(optim_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment, "PYTHONPATH": path},

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from lockstep import bits, copy_of, make_params, random
-from optim_ext import _C
 from specs import CASES, SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from optim_ext import _C
 
 STATE_KEYS = {"state_sums": "sum", "state_steps": "step"}
 
@@ -247,6 +248,5 @@ def test_step_on_fake_tensors(spec):
 
 
 def test_every_op_has_a_row():
-    from optim_ext import _C
 
     assert sorted(_C.ops()) == sorted(spec.op for spec in SPECS)

@@ -266,7 +266,9 @@ def test_state_shared_by_two_parameters(spec):
     scene.works()
 
 
-@pytest.mark.parametrize("expanded", [lambda: torch.randn(1).expand(6), lambda: torch.randn(2).repeat(3).as_strided((6,), (0,))])
+@pytest.mark.parametrize(
+    "expanded", [lambda: torch.randn(1).expand(6), lambda: torch.randn(2).repeat(3).as_strided((6,), (0,))]
+)
 def test_expanded_parameter(spec, expanded):
     scene = Scene(spec, steps=0)
     scene.param.data = expanded()

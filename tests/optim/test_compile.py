@@ -1,12 +1,13 @@
 """torch.compile of a step: one graph, the same numbers as eager, and no recompilation under a schedule."""
 
-import optim_ext
 import pytest
 import torch
 from lockstep import copy_of, give_grads, make_params, twin
 from specs import TENSOR_LRS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+
+import optim_ext
 
 SHAPES = ((3, 4), (5,), ())
 

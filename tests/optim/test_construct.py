@@ -3,10 +3,11 @@
 import inspect
 import warnings
 
-import optim_ext
 import pytest
 import torch
 from lockstep import Lockstep, copy_of, give_grads, make_params, twin
+
+import optim_ext
 
 
 def test_public_names():

@@ -1,10 +1,11 @@
 """foreach, fused, differentiable, capturable, sparse gradients, and what explain() says about each."""
 
-import optim_ext
 import pytest
 import torch
 from lockstep import Lockstep, give_grads, make_params, native_ops, snapshot
 from specs import SPECS
+
+import optim_ext
 
 FUSED = [spec for spec in SPECS if spec.fused]
 SPARSE = [spec for spec in SPECS if spec.sparse is not None]

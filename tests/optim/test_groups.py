@@ -79,7 +79,10 @@ def test_replacing_the_group_and_the_list(spec):
     lockstep.step(2).check()
     for optimizer in lockstep.both:
         group = optimizer.param_groups[0]
-        optimizer.param_groups = [{**group, "params": group["params"][:3]}, {**group, "params": group["params"][3:], "lr": 0.01}]
+        optimizer.param_groups = [
+            {**group, "params": group["params"][:3]},
+            {**group, "params": group["params"][3:], "lr": 0.01},
+        ]
     lockstep.step(2).check()
 
 
@@ -153,10 +156,14 @@ def test_schedulers(spec, make, tensor_lr):
         assert isinstance(lockstep.ours.param_groups[0]["lr"], torch.Tensor)
 
 
-@pytest.mark.parametrize("make", [
-    lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=10),
-    lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.2, step_size_up=3),
-], ids=["OneCycleLR", "CyclicLR"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=10),
+        lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.2, step_size_up=3),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
 def test_schedulers_that_cycle_momentum(spec, make):
     lockstep = Lockstep(spec, dtype=torch.float64)
     if not {"momentum", "betas"} & lockstep.theirs.defaults.keys():

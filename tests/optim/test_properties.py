@@ -90,7 +90,9 @@ def test_mixed_dtypes_equal_each_alone(spec, data):
     options = {**draw(st.sampled_from(spec.options)), **spec.half_options}
 
     def parameters():
-        return [torch.nn.Parameter(build(l, d, i)) for i, (l, d) in enumerate(zip(drawn, dtypes, strict=True))]
+        return [
+            torch.nn.Parameter(build(layout, d, i)) for i, (layout, d) in enumerate(zip(drawn, dtypes, strict=True))
+        ]
 
     together, alone = parameters(), parameters()
     optimizer = spec.ours(together, **copy_of(options))

@@ -304,7 +304,9 @@ def test_tensors_overwritten_in_place_between_steps(variant):
             for i, param in enumerate(params):
                 param.copy_(random(param.shape, torch.float64, 500 + i))
                 for k, (key, value) in enumerate(sorted(optimizer.state.get(param, {}).items())):
-                    value.copy_(torch.tensor(5.0) if key == "step" else random(param.shape, torch.float64, 90 + k).abs())
+                    value.copy_(
+                        torch.tensor(5.0) if key == "step" else random(param.shape, torch.float64, 90 + k).abs()
+                    )
     lockstep.step(3).check()
 
 

@@ -105,9 +105,7 @@ def test_tensor_lr_equals_its_number(spec, options):
 @pytest.mark.parametrize("spec_with_betas", [s for s in SPECS if s.betas], ids=lambda s: s.name)
 def test_tensor_betas_live_on(spec_with_betas):
     """Betas given as tensors are read at each step, as their owner may fill them anew."""
-    lockstep = Lockstep(
-        spec_with_betas, {"betas": (torch.tensor(0.8), torch.tensor(0.95))}, dtype=torch.float64
-    )
+    lockstep = Lockstep(spec_with_betas, {"betas": (torch.tensor(0.8), torch.tensor(0.95))}, dtype=torch.float64)
     for beta1, beta2 in ((0.8, 0.95), (0.5, 0.9), (0.9, 0.99)):
         for optimizer in lockstep.both:
             betas = optimizer.param_groups[0]["betas"]
@@ -163,7 +161,10 @@ PAIRS = [
 @pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS, ids=lambda d: short(d))
 def test_gradient_of_another_dtype(spec, dtype, grad_dtype):
     """A gradient in another dtype counts with its own value; what torch has in the parameter's dtype, so have we."""
-    mixed, plain = make_params(((19, 3), (5,)), dtype), make_params(((19, 3), (5,)), torch.promote_types(dtype, grad_dtype))
+    mixed, plain = (
+        make_params(((19, 3), (5,)), dtype),
+        make_params(((19, 3), (5,)), torch.promote_types(dtype, grad_dtype)),
+    )
     with torch.no_grad():
         for wide, narrow in zip(plain, mixed, strict=True):
             wide.copy_(narrow)

@@ -27,9 +27,9 @@ struct MakeIndices<0, I...> {
 template <class Rule>
 using Sweep = void (*)(const Rule&, const Bundle&, int64_t begin, int64_t end, const Amp&);
 
-#define OPTIM_EXT_DECLARE_ISA(isa)                                                       \
-  namespace isa {                                                                        \
-  template <class Rule, class V>                                                         \
+#define OPTIM_EXT_DECLARE_ISA(isa)                                                                \
+  namespace isa {                                                                                 \
+  template <class Rule, class V>                                                                  \
   void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Amp& amp); \
   }
 OPTIM_EXT_DECLARE_ISA(isa_baseline)

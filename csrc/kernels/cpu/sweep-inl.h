@@ -20,20 +20,52 @@ constexpr Storage kNative = sizeof(V) == 8 ? Storage::f64 : Storage::f32;
 template <class V>
 OPTIM_EXT_INLINE void widen(const void* from, Storage storage, V* to, int64_t n) {
   switch (storage) {
-    case Storage::f32: { const float* x = static_cast<const float*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]); break; }
-    case Storage::f64: { const double* x = static_cast<const double*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]); break; }
-    case Storage::bf16: { const uint16_t* x = static_cast<const uint16_t*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_bf16(x[i])); break; }
-    case Storage::f16: { const uint16_t* x = static_cast<const uint16_t*>(from); OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_f16(x[i])); break; }
+    case Storage::f32: {
+      const float* x = static_cast<const float*>(from);
+      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]);
+      break;
+    }
+    case Storage::f64: {
+      const double* x = static_cast<const double*>(from);
+      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]);
+      break;
+    }
+    case Storage::bf16: {
+      const uint16_t* x = static_cast<const uint16_t*>(from);
+      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_bf16(x[i]));
+      break;
+    }
+    case Storage::f16: {
+      const uint16_t* x = static_cast<const uint16_t*>(from);
+      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_f16(x[i]));
+      break;
+    }
   }
 }
 
 template <class V>
 OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, int64_t n) {
   switch (storage) {
-    case Storage::f32: { float* x = static_cast<float*>(to); OPTIM_EXT_FOR(i, n) x[i] = static_cast<float>(from[i]); break; }
-    case Storage::f64: { double* x = static_cast<double*>(to); OPTIM_EXT_FOR(i, n) x[i] = static_cast<double>(from[i]); break; }
-    case Storage::bf16: { uint16_t* x = static_cast<uint16_t*>(to); OPTIM_EXT_FOR(i, n) x[i] = narrow_bf16(static_cast<float>(from[i])); break; }
-    case Storage::f16: { uint16_t* x = static_cast<uint16_t*>(to); OPTIM_EXT_FOR(i, n) x[i] = narrow_f16(static_cast<float>(from[i])); break; }
+    case Storage::f32: {
+      float* x = static_cast<float*>(to);
+      OPTIM_EXT_FOR(i, n) x[i] = static_cast<float>(from[i]);
+      break;
+    }
+    case Storage::f64: {
+      double* x = static_cast<double*>(to);
+      OPTIM_EXT_FOR(i, n) x[i] = static_cast<double>(from[i]);
+      break;
+    }
+    case Storage::bf16: {
+      uint16_t* x = static_cast<uint16_t*>(to);
+      OPTIM_EXT_FOR(i, n) x[i] = narrow_bf16(static_cast<float>(from[i]));
+      break;
+    }
+    case Storage::f16: {
+      uint16_t* x = static_cast<uint16_t*>(to);
+      OPTIM_EXT_FOR(i, n) x[i] = narrow_f16(static_cast<float>(from[i]));
+      break;
+    }
   }
 }
 
@@ -133,9 +165,11 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
   }
 }
 
-#define OPTIM_EXT_INSTANTIATE(...)                                                                                \
-  template void sweep<rules::__VA_ARGS__, float>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, const Amp&); \
-  template void sweep<rules::__VA_ARGS__, double>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, const Amp&);
+#define OPTIM_EXT_INSTANTIATE(...)                                                                            \
+  template void sweep<rules::__VA_ARGS__, float>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t,  \
+                                                 const Amp&);                                                 \
+  template void sweep<rules::__VA_ARGS__, double>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, \
+                                                  const Amp&);
 OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
 #undef OPTIM_EXT_INSTANTIATE
 #undef OPTIM_EXT_FOR

@@ -37,8 +37,8 @@ template <int64_t kBytes>
 cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream) {
   if (counters.count == 0) return cudaSuccess;
   void* pointers[] = {const_cast<Counters<kBytes>*>(&counters)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&advance<kBytes>), dim3((counters.count + kThreads - 1) / kThreads),
-                          dim3(kThreads), pointers, 0, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&advance<kBytes>),
+                          dim3((counters.count + kThreads - 1) / kThreads), dim3(kThreads), pointers, 0, stream);
 }
 
 template cudaError_t launch_advance<kSmallArgs>(const Counters<kSmallArgs>&, cudaStream_t);

@@ -47,7 +47,7 @@ struct Entry {
   int32_t layout;           // where its Layout lies, in bytes from the start of the table; 0: dense, all in one order
   Storage storage[kSlots<Rule>];
   Storage step_storage;
-  bool vector;              // dense, of one storage, aligned: 16 bytes at a time
+  bool vector;  // dense, of one storage, aligned: 16 bytes at a time
 };
 
 template <class Rule>

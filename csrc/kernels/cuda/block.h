@@ -34,7 +34,8 @@ struct Block {
 
 // Done by one thread of the block before all others start.
 template <class Rule>
-OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index, Block<Rule>& block) {
+OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
+                                      Block<Rule>& block) {
   block.skip = batch.found_inf != nullptr && *batch.found_inf == 1.0f;
   if (block.skip) return;
   const int32_t* const first_chunk = reinterpret_cast<const int32_t*>(table);
@@ -59,7 +60,8 @@ OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned c
     *reinterpret_cast<double*>(reinterpret_cast<char*>(&block.rule) + hyper.offset) = value;
   }
   const void* const counter = block.entry.device_step;
-  block.rule = block.rule.at_step(counter ? load_element<double>(counter, block.entry.step_storage, 0) : block.entry.step);
+  block.rule =
+      block.rule.at_step(counter ? load_element<double>(counter, block.entry.step_storage, 0) : block.entry.step);
 }
 
 OPTIM_EXT_HOST_DEVICE double bits_to_double(uint64_t bits) { return __builtin_bit_cast(double, bits); }
@@ -89,9 +91,7 @@ struct VectorAccess {
   OPTIM_EXT_HOST_DEVICE VectorAccess(void* data, Storage, int64_t begin)
       : piece_(static_cast<char*>(in_global(data)) + begin * kWidth) {}
 
-  OPTIM_EXT_HOST_DEVICE Raw load(int32_t i) const {
-    return *reinterpret_cast<const Words*>(piece_ + i * kWidth);
-  }
+  OPTIM_EXT_HOST_DEVICE Raw load(int32_t i) const { return *reinterpret_cast<const Words*>(piece_ + i * kWidth); }
   OPTIM_EXT_HOST_DEVICE void store(int32_t i, const Raw& raw) const {
     *reinterpret_cast<Words*>(piece_ + i * kWidth) = raw;
   }

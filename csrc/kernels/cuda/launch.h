@@ -13,7 +13,7 @@ struct alignas(8) Counters {
   static constexpr int64_t kRoom = (kBytes - 16) / 8;
   const float* found_inf;  // 1: leave them as they are
   int32_t count;
-  int32_t floats;          // the first so many are f32, the others f64
+  int32_t floats;  // the first so many are f32, the others f64
   void* counter[kRoom];
 };
 

@@ -39,11 +39,11 @@ cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStr
                           dim3(kThreads), pointers, 0, stream);
 }
 
-#define OPTIM_EXT_INSTANTIATE_BYTES(bytes, ...)                                                                  \
-  template cudaError_t launch_sweep<rules::__VA_ARGS__, OPTIM_EXT_VALUE, bytes>(                                 \
+#define OPTIM_EXT_INSTANTIATE_BYTES(bytes, ...)                                  \
+  template cudaError_t launch_sweep<rules::__VA_ARGS__, OPTIM_EXT_VALUE, bytes>( \
       const Args<rules::__VA_ARGS__, bytes>&, int64_t, cudaStream_t);
-#define OPTIM_EXT_INSTANTIATE(...)                         \
-  OPTIM_EXT_INSTANTIATE_BYTES(kSmallArgs, __VA_ARGS__)     \
+#define OPTIM_EXT_INSTANTIATE(...)                     \
+  OPTIM_EXT_INSTANTIATE_BYTES(kSmallArgs, __VA_ARGS__) \
   OPTIM_EXT_INSTANTIATE_BYTES(kLargeArgs, __VA_ARGS__)
 OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
 
