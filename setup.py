@@ -26,7 +26,10 @@ OLDEST_TORCH = (2, 11)
 CXX_FLAGS = (ROOT / "csrc/compile_flags.txt").read_text().split()
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo"]
 USUAL_TOOLKIT = Path("/usr/local/cuda")
-GET_TORCH = "install torch first (pip install torch), then run: pip install --no-build-isolation ."
+NEEDS_TORCH = (
+    "optim_ext is built against the torch you have, and here (perhaps in pip's isolated build) there is none; run: "
+    "pip install --no-build-isolation . (after pip install torch, if you have none yet)"
+)
 
 
 def sources(*suffixes):
@@ -110,7 +113,7 @@ def build_switches():
     try:
         import torch
     except ImportError:
-        sys.exit(f"optim_ext is built against the torch you have, and none can be imported here: {GET_TORCH}")
+        sys.exit(NEEDS_TORCH)
     if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
         sys.exit(f"optim_ext needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -153,7 +156,14 @@ def native_build():
     os.environ.setdefault("MAX_JOBS", str(default_jobs()))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    # One build folder per torch: objects made for one are of no use to another.
+    base = f"build/torch-{switches['torch']}-{'cuda' if switches['cuda'] else 'cpu'}-{sys.implementation.cache_tag}"
+
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = f"{base}/objects"  # kept from one editable build to the next too, for ninja to reuse
+
         def run(self):
             super().run()
             # Beside the module, not into the sources: each build of one tree keeps its own record.
@@ -167,8 +177,6 @@ def native_build():
         define_macros=[("OPTIM_EXT_WITH_CUDA", None)] if switches["cuda"] else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
-    # One build folder per torch: objects made for one are of no use to another.
-    base = f"build/torch-{switches['torch']}-{'cuda' if switches['cuda'] else 'cpu'}"
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}, "options": {"build": {"build_base": base}}}
 
 
