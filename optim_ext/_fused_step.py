@@ -30,6 +30,11 @@ _HYPERS = {
     for op in _C.ops()
 }
 
+# Torch's check that an optimizer met inside a CUDA graph is capturable; newer versions gave it another name.
+_HEALTH_CHECK: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
+
 # Implementations of __torch_function__ that leave a tensor an ordinary one.
 _PLAIN = (getattr(Tensor.__torch_function__, "__func__", None), torch.nn.Parameter.__torch_function__)
 
@@ -89,7 +94,7 @@ class FusedStep(Optimizer):
         if torch.compiler.is_compiling():
             self._traced_step()
         else:
-            self._cuda_graph_capture_health_check()
+            _HEALTH_CHECK(self)
             self._eager_step()
         return loss
 
@@ -199,7 +204,10 @@ class FusedStep(Optimizer):
 
     def _named_hypers(self, group: Group) -> dict[str, Any]:
         named = zip(_HYPERS[self._op], self._hypers(group), strict=True)
-        return {name: torch.as_tensor(value) if is_tensor else value for (name, is_tensor), value in named}
+        return {
+            name: torch.as_tensor(value, dtype=torch.float64) if is_tensor and not isinstance(value, Tensor) else value
+            for (name, is_tensor), value in named
+        }
 
 
 def _has_counter(entry: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optim_ext._fused_step import Call, FusedStep, Group
 
@@ -19,6 +20,25 @@ class SGD(FusedStep, torch.optim.SGD):
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return (*self._options(group), False)
+
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor | None]
+    ) -> bool:
+        """As torch's, but without dampening a missing buffer is made at once: zeros give torch's first step."""
+        has_sparse_grad = bool(super()._init_group(group, params, grads, momentum_buffers))
+        if group["dampening"] == 0 and not has_sparse_grad:
+            for index, (p, buffer) in enumerate(zip(params, momentum_buffers, strict=False)):
+                if buffer is None:
+                    zeros = torch.zeros_like(grads[index], memory_format=torch.preserve_format)
+                    self.state[p]["momentum_buffer"] = momentum_buffers[index] = zeros
+        return has_sparse_grad
+
+    def _traced_step(self) -> None:
+        """With dampening the first step is another formula, and a traced graph cannot tell; torch's code can."""
+        if any(group["momentum"] != 0 and group["dampening"] != 0 for group in self.param_groups):
+            self._torch_step(self.param_groups)
+        else:
+            super()._traced_step()
 
     def _prepare(self, group: Group) -> list[Call]:
         """A missing buffer starts at zero, which gives torch's first step unless that must go undampened."""

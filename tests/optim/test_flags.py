@@ -53,6 +53,10 @@ def test_explain_an_optimizer_that_is_not_ours():
 @pytest.mark.parametrize("fused_spec", FUSED, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fused_equals_torchs(fused_spec, dtype):
+    if fused_spec.name == "SGD" and dtype in (torch.bfloat16, torch.float16):
+        pytest.skip(
+            "torch 2.13's fused SGD skips most elements of half-precision parameters on the CPU (pytorch#191763)"
+        )
     options = {**fused_spec.typical, **fused_spec.half_options, "fused": True}
     lockstep = Lockstep(fused_spec, options, dtype=dtype).step(5).check()
     assert lockstep.ours._step_supports_amp_scaling

@@ -86,26 +86,6 @@ def test_replacing_the_group_and_the_list(spec):
     lockstep.step(2).check()
 
 
-def test_changing_the_params_of_a_group(spec):
-    """Removed, reordered and swapped for others, as pruning and layer-wise training do."""
-    lockstep = Lockstep(spec, dtype=torch.float64).step(2)
-    for optimizer in lockstep.both:
-        optimizer.param_groups[0]["params"].reverse()
-    lockstep.step(2).check()
-    for optimizer in lockstep.both:
-        optimizer.param_groups[0]["params"].pop()
-    lockstep.step(2).check()
-    new = make_params([(5, 2)], torch.float64, seed=70)
-    for optimizer, own in zip(lockstep.both, (new, twin(new)), strict=True):
-        old = optimizer.param_groups[0]["params"][1]
-        optimizer.state.pop(old, None)
-        optimizer.param_groups[0]["params"][1] = own[0]
-        if "sum" in spec.state(spec.typical):
-            optimizer.state[own[0]] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(own[0])}
-        (lockstep.params if optimizer is lockstep.ours else lockstep.twins).append(own[0])
-    lockstep.step(2).check()
-
-
 def test_add_param_group_after_steps(variant):
     lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64).step(2)
     late = make_params(((4,), (2, 2)), torch.float64, seed=90)
