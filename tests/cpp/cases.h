@@ -1,5 +1,5 @@
-// Made-up work for a sweep: rules with numbers in them, parameters with their state in memory that is exactly as long as
-// needed, and the comparison of two such sets of memory.
+// Made-up work for a sweep: rules with numbers in them, parameters with their state in memory that is exactly as long
+// as needed, and the comparison of two such sets of memory.
 #pragma once
 
 #include <cmath>

@@ -210,6 +210,7 @@ OPTIM_EXT_HOST_DEVICE void sweep_range(const Block<Rule>& block, const Rule& rul
     }
     V grad[kUnroll][kPack];
     OPTIM_EXT_UNROLL for (int u = 0; u < kUnroll; ++u) {
+      if (start + u * kStride >= to) continue;
       OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) grad[u][j] = access[kGradSlot].get(raw[u][kGradSlot], j);
     }
     if (block.unscale) {
