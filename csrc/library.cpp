@@ -10,28 +10,28 @@ using namespace optim_ext::ops;
 
 // Argument names are torch.optim's own. Gradients are marked as written because GradScaler's grad_scale unscales them
 // in place, as torch's fused optimizers do; without it they are only read.
-#define SCALER_ARGUMENTS "Tensor? grad_scale=None, Tensor? found_inf=None"
+#define COMMON_ARGUMENTS "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None"
 #define ADAM_ARGUMENTS                                                                                         \
   "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "                \
   "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, Tensor lr, Tensor beta1, Tensor beta2, "         \
-  "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, " SCALER_ARGUMENTS \
+  "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, " COMMON_ARGUMENTS \
   ") -> ()"
 
 // X(op, function template, schema)
 #define FOR_EACH_OP(X)                                                                                             \
   X(sgd_, sgd_,                                                                                                    \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "      \
-    "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " SCALER_ARGUMENTS     \
+    "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " COMMON_ARGUMENTS     \
     ") -> ()")                                                                                                     \
   X(adam_, adam_, ADAM_ARGUMENTS)                                                                                  \
   X(adamw_, adam_, ADAM_ARGUMENTS)                                                                                 \
   X(rmsprop_, rmsprop_,                                                                                            \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers, "          \
     "Tensor(e!)[] grad_avgs, Tensor(f!)[] state_steps, *, Tensor lr, float alpha, float eps, float weight_decay, " \
-    "float momentum, bool centered, bool maximize, " SCALER_ARGUMENTS ") -> ()")                                   \
+    "float momentum, bool centered, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                   \
   X(adagrad_, adagrad_,                                                                                            \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state_sums, Tensor(d!)[] state_steps, *, Tensor lr, "  \
-    "float lr_decay, float weight_decay, float eps, bool maximize, " SCALER_ARGUMENTS ") -> ()")
+    "float lr_decay, float weight_decay, float eps, bool maximize, " COMMON_ARGUMENTS ") -> ()")
 
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, function, schema) m.def(#op schema);
@@ -40,20 +40,21 @@ TORCH_LIBRARY(optim_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
-#define IMPLEMENT(op, function, schema) m.impl(#op, &function<CpuDriver>);
+#define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CpuDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
 
 #if defined(OPTIM_EXT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
-#define IMPLEMENT(op, function, schema) m.impl(#op, &function<CudaDriver>);
+#define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
-#define PLAN_ENTRY(op, function, schema) {#op, planned<&function<CpuDriver>, &function<CudaDriver>>("optim_ext::" #op)},
+#define PLAN_ENTRY(op, function, schema) \
+  {#op, planned<&Op<#op, &function<CpuDriver>>::call, &Op<#op, &function<CudaDriver>>::call>("optim_ext::" #op)},
 #else
-#define PLAN_ENTRY(op, function, schema) {#op, planned<&function<CpuDriver>>("optim_ext::" #op)},
+#define PLAN_ENTRY(op, function, schema) {#op, planned<&Op<#op, &function<CpuDriver>>::call>("optim_ext::" #op)},
 #endif
 
 PYBIND11_MODULE(_C, m) {

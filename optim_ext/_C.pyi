@@ -22,6 +22,7 @@ class Plan:
         hypers: list[tuple[Any, ...]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        grad_factor: Tensor | None,
         check_only: bool = False,
     ) -> bool: ...
 

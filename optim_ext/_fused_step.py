@@ -103,7 +103,7 @@ class FusedStep(Optimizer):
         plan = self.__dict__.get("_plan")
         if plan is not None and plan.signature == signature:
             hypers = [self._hypers(group) for group in self.param_groups]
-            if plan.step(self.state, self.param_groups, hypers, *self._scaler()):
+            if plan.step(self.state, self.param_groups, hypers, *self._common()):
                 return
         self._plan = None
         self._planning_step(signature)
@@ -112,11 +112,14 @@ class FusedStep(Optimizer):
         """The options a plan is built for: where one changes, the plan is built anew."""
         return (self._state_keys(group), group.get("differentiable"), group.get("capturable"), group.get("fused"))
 
-    def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        """GradScaler's (grad_scale, found_inf), which it leaves on optimizers that were made with ``fused=True``."""
+    def _common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What every op takes besides its own arguments: (grad_scale, found_inf, grad_factor).
+
+        The first two are GradScaler's, which it leaves on optimizers that were made with ``fused=True``.
+        """
         if not any(group.get("fused") for group in self.param_groups):
-            return None, None
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            return None, None, None
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None), None
 
     def _planning_step(self, signature: list[tuple[Any, ...]]) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
@@ -136,7 +139,7 @@ class FusedStep(Optimizer):
                     calls.append((index, members, self._state_keys(group)))
                     hypers.append(values)
             plan = _C.Plan(self._op, self.param_groups, self.state, calls)
-            arguments = (self.state, self.param_groups, hypers, *self._scaler())
+            arguments = (self.state, self.param_groups, hypers, *self._common())
             if by_torch:
                 plan.step(*arguments, check_only=True)
                 self._torch_step(by_torch)

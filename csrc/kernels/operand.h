@@ -49,12 +49,16 @@ struct Bundle {
   Storage step_storage;
 };
 
-// Values GradScaler hands over. On the CPU they are read on the host; on a GPU they stay where they are.
-struct Amp {
+// What happens to the gradients on the way into a rule. On the CPU the values are read on the host; on a GPU they stay
+// where they are.
+struct Pass {
   double grad_scale = 1.0;                   // gradients are divided by it and written back, as torch's fused path does
   bool unscale = false;                      // whether grad_scale is there at all
+  double grad_factor = 1.0;                  // multiplies what the rule sees; the gradients stay as they are
   const float* device_grad_scale = nullptr;  // set instead of grad_scale when the value lives on the device
   const float* device_found_inf = nullptr;   // 1: skip the whole step
+  const void* device_grad_factor = nullptr;  // set instead of grad_factor when the value lives on the device
+  Storage grad_factor_storage = Storage::f32;
 };
 
 }  // namespace optim_ext

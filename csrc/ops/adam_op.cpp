@@ -4,23 +4,20 @@
 namespace optim_ext::ops {
 
 template <class Driver>
-void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs,
-           TensorList state_steps, const Tensor& lr, const Tensor& beta1, const Tensor& beta2, double weight_decay,
-           double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, const OptionalTensor& grad_scale,
-           const OptionalTensor& found_inf) {
+void adam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+           TensorList max_exp_avg_sqs, TensorList state_steps, const Tensor& lr, const Tensor& beta1,
+           const Tensor& beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
+           bool decoupled_weight_decay) {
   const auto update = [&](auto rule) {
     rule.maximize = maximize;
     rule.decoupled_weight_decay = decoupled_weight_decay;
-    const CallSpec spec{"adam_",
+    const CallSpec spec{common,
                         {{"params", params},
                          {"grads", grads},
                          {"exp_avgs", exp_avgs},
                          {"exp_avg_sqs", exp_avg_sqs},
                          {"max_exp_avg_sqs", max_exp_avg_sqs}},
-                        true,
-                        state_steps,
-                        grad_scale,
-                        found_inf};
+                        state_steps};
     run<Driver>(rule, spec,
                 {{"lr", rule.lr, lr},
                  {"beta1", rule.beta1, beta1},

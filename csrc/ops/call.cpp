@@ -124,7 +124,7 @@ BadInput::BadInput(const std::string& op, const std::string& list, int64_t index
       index(index) {}
 
 void Call::refuse(const char* list, int64_t index, const std::string& problem) const {
-  throw BadInput(spec_.op, list, index, problem);
+  throw BadInput(spec_.common.op, list, index, problem);
 }
 
 Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
@@ -137,8 +137,8 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
   bundles.reserve(params.size());
   in_double.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) add_bundle(static_cast<int64_t>(i));
-  read_amp();
-  if (amp.unscale || amp.device_grad_scale) {
+  read_pass();
+  if (pass.unscale || pass.device_grad_scale) {
     for (size_t i = 0; i < params.size(); ++i) {
       if (at::has_internal_overlap(spec_.operands.begin()[kGrad].tensors[i]) == at::MemOverlap::Yes) {
         refuse("grads", static_cast<int64_t>(i),
@@ -155,11 +155,12 @@ void Call::check_lengths() const {
   for (int k = 0; k < operands_; ++k) {
     const size_t found = lists[k].tensors.size();
     const bool used = (used_ >> k) & 1u;
-    TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.op, ": params has ", n, " tensors but ",
-                      lists[k].name, " has ", found, "; the lists must be equally long");
+    TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.common.op, ": params has ", n,
+                      " tensors but ", lists[k].name, " has ", found, "; the lists must be equally long");
   }
-  TORCH_CHECK_VALUE(!spec_.counts_steps || spec_.state_steps.size() == n, "optim_ext::", spec_.op, ": params has ", n,
-                    " tensors but state_steps has ", spec_.state_steps.size(), "; the lists must be equally long");
+  TORCH_CHECK_VALUE(!spec_.state_steps || spec_.state_steps->size() == n, "optim_ext::", spec_.common.op,
+                    ": params has ", n, " tensors but state_steps has ", spec_.state_steps->size(),
+                    "; the lists must be equally long");
 }
 
 void Call::add_bundle(int64_t i) {
@@ -202,7 +203,7 @@ void Call::add_bundle(int64_t i) {
         refuse(name, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
       }
     }
-    const bool written = ((updates_ | (spec_.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
+    const bool written = ((updates_ | (spec_.common.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
     bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     bundle.storage[k] = *storage;
     use_double |= *storage == Storage::f64;
@@ -214,7 +215,7 @@ void Call::add_bundle(int64_t i) {
   }
   bundle.numel = param.numel() * (param.is_complex() ? 2 : 1);
   if (!flat && param.numel() > 1) add_layout(i, bundle);
-  if (spec_.counts_steps) add_step(i, bundle);
+  if (spec_.state_steps) add_step(i, bundle);
   bundles.push_back(bundle);
   in_double.push_back(use_double);
 }
@@ -272,7 +273,7 @@ void Call::add_layout(int64_t i, Bundle& bundle) {
 }
 
 void Call::add_step(int64_t i, Bundle& bundle) {
-  const at::Tensor& step = spec_.state_steps[i];
+  const at::Tensor& step = (*spec_.state_steps)[i];
   if (!step.defined()) refuse("state_steps", i, "is undefined");
   if (step.numel() != 1 || step.layout() != at::kStrided)
     refuse("state_steps", i, text("has shape ", step.sizes(), ", expected a tensor with one element"));
@@ -291,27 +292,32 @@ void Call::add_step(int64_t i, Bundle& bundle) {
   }
 }
 
-void Call::read_amp() {
-  const auto one_float = [&](const std::optional<at::Tensor>& value, const char* name) -> const float* {
+void Call::read_pass() {
+  const auto one_number = [&](const std::optional<at::Tensor>& value, const char* name, bool or_double) -> const void* {
     if (!value || !value->defined()) return nullptr;
-    TORCH_CHECK_VALUE(value->numel() == 1 && value->scalar_type() == at::kFloat && value->layout() == at::kStrided,
-                      "optim_ext::", spec_.op, ": ", name, " must be one Float element, found ", value->scalar_type(),
-                      " of shape ", value->sizes());
-    TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", spec_.op, ": ", name, " is on ", value->device(),
+    const bool fits = value->scalar_type() == at::kFloat || (or_double && value->scalar_type() == at::kDouble);
+    TORCH_CHECK_VALUE(value->numel() == 1 && fits && value->layout() == at::kStrided, "optim_ext::", spec_.common.op,
+                      ": ", name, " must be one Float ", or_double ? "or Double " : "", "element, found ",
+                      value->scalar_type(), " of shape ", value->sizes());
+    TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", spec_.common.op, ": ", name, " is on ", value->device(),
                       ", expected ", device);
-    return value->const_data_ptr<float>();
+    return value->const_data_ptr();
   };
-  const float* const scale = one_float(spec_.grad_scale, "grad_scale");
-  const float* const found = one_float(spec_.found_inf, "found_inf");
+  const auto* const scale = static_cast<const float*>(one_number(spec_.common.grad_scale, "grad_scale", false));
+  const auto* const found = static_cast<const float*>(one_number(spec_.common.found_inf, "found_inf", false));
+  const void* const factor = one_number(spec_.common.grad_factor, "grad_factor", true);
+  if (factor) pass.grad_factor_storage = *storage_of(spec_.common.grad_factor->scalar_type());
   if (device.is_cpu()) {
-    amp.unscale = scale != nullptr;
-    if (scale) amp.grad_scale = *scale;
+    pass.unscale = scale != nullptr;
+    if (scale) pass.grad_scale = *scale;
+    if (factor) pass.grad_factor = host_value(factor, pass.grad_factor_storage);
     skip = found && *found == 1.0f;
     return;
   }
-  amp.device_grad_scale = scale;
-  amp.device_found_inf = found;
-  if (!found || !spec_.counts_steps) return;
+  pass.device_grad_scale = scale;
+  pass.device_found_inf = found;
+  pass.device_grad_factor = factor;
+  if (!found || !spec_.state_steps) return;
   for (size_t i = 0; i < bundles.size(); ++i) {
     if (!bundles[i].device_step)
       refuse("state_steps", static_cast<int64_t>(i),
@@ -321,7 +327,7 @@ void Call::read_amp() {
 
 void Call::check_overlap() const {
   const auto lists = spec_.operands.begin();
-  const unsigned written = updates_ | (amp.unscale || amp.device_grad_scale ? 1u << kGrad : 0u);
+  const unsigned written = updates_ | (pass.unscale || pass.device_grad_scale ? 1u << kGrad : 0u);
   std::vector<Interval> intervals;
   intervals.reserve(bundles.size() * operands_);
   for (size_t i = 0; i < bundles.size(); ++i) {
@@ -348,18 +354,18 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
     double value = hyper.value;
     if (hyper.tensor) {
       const at::Tensor& tensor = *hyper.tensor;
-      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.op, ": ",
-                        hyper.name, " must be a number or a real tensor with one element");
+      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.common.op,
+                        ": ", hyper.name, " must be a number or a real tensor with one element");
       if (!tensor.is_cpu() && tensor.device() == device) {
         const auto storage = storage_of(tensor.scalar_type());
-        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.op, ": ", hyper.name, " has dtype ", tensor.scalar_type(),
-                          ", expected a floating point type");
+        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper.name, " has dtype ",
+                          tensor.scalar_type(), ", expected a floating point type");
         device_hypers.push_back({offset, tensor.const_data_ptr(), *storage});
         continue;
       }
       value = tensor.item().toDouble();
     }
-    TORCH_CHECK_VALUE(!std::isnan(value), "optim_ext::", spec_.op, ": ", hyper.name, " is NaN");
+    TORCH_CHECK_VALUE(!std::isnan(value), "optim_ext::", spec_.common.op, ": ", hyper.name, " is NaN");
     *hyper.slot = value;
   }
 }
@@ -373,8 +379,8 @@ void Call::commit() {
     for (int k = 0; k < operands_; ++k) {
       if ((updates_ >> k) & 1u) changed(lists[k].tensors[i]);
     }
-    if (!spec_.counts_steps) continue;
-    const at::Tensor& step = spec_.state_steps[i];
+    if (!spec_.state_steps) continue;
+    const at::Tensor& step = (*spec_.state_steps)[i];
     changed(step);
     if (!step.is_cpu()) continue;
     if (bundles[i].step_storage == Storage::f32) {

@@ -45,13 +45,18 @@ struct DeviceHyper {
   Storage storage;
 };
 
+// What every op is given besides its own arguments.
+struct Common {
+  const char* op;                                // its name, for messages
+  const std::optional<at::Tensor>& grad_scale;   // GradScaler's: gradients are divided by it, in place
+  const std::optional<at::Tensor>& found_inf;    // one: nothing is written
+  const std::optional<at::Tensor>& grad_factor;  // multiplies the gradients as the rule sees them, not in memory
+};
+
 struct CallSpec {
-  const char* op;
+  const Common& common;
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
-  bool counts_steps;
-  at::TensorList state_steps;
-  const std::optional<at::Tensor>& grad_scale;
-  const std::optional<at::Tensor>& found_inf;
+  std::optional<at::TensorList> state_steps = std::nullopt;
 };
 
 class Call {
@@ -70,7 +75,7 @@ class Call {
   std::vector<Bundle> bundles;
   std::vector<uint8_t> in_double;  // per bundle: compute in double
   std::vector<DeviceHyper> device_hypers;
-  Amp amp;
+  Pass pass;
   bool skip = false;  // found_inf, where the host can see it
   bool steps_on_device = false;
 
@@ -80,7 +85,7 @@ class Call {
   void add_layout(int64_t i, Bundle& bundle);
   void add_step(int64_t i, Bundle& bundle);
   void check_overlap() const;
-  void read_amp();
+  void read_pass();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
 
   const CallSpec& spec_;

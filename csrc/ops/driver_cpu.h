@@ -40,7 +40,7 @@ struct CpuDriver {
         const int64_t stop = std::min(end, first_tile[i + 1]);
         const int64_t from = (begin - first_tile[i]) * kTile,
                       to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
-        if (from < to) (call.in_double[i] ? in_double : in_float)(ready, bundle, from, to, call.amp);
+        if (from < to) (call.in_double[i] ? in_double : in_float)(ready, bundle, from, to, call.pass);
         begin = stop;
       }
     };

@@ -35,7 +35,7 @@ namespace {
 template <int64_t kBytes>
 void advance(const std::vector<std::vector<void*>>& counters_by_storage, const Call& call, const CudaPlace& place) {
   cuda::Counters<kBytes> counters;
-  counters.found_inf = call.amp.device_found_inf;
+  counters.found_inf = call.pass.device_found_inf;
   counters.count = counters.floats = 0;
   const auto launch = [&] {
     check_cuda(cuda::launch_advance<kBytes>(counters, place.stream));

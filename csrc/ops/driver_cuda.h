@@ -51,8 +51,10 @@ struct CudaDriver {
     if (call.steps_on_device) advance_counters(call, place);
     cuda::Batch<Rule> batch{};
     batch.rule = rule;
-    batch.grad_scale = call.amp.device_grad_scale;
-    batch.found_inf = call.amp.device_found_inf;
+    batch.grad_scale = call.pass.device_grad_scale;
+    batch.found_inf = call.pass.device_found_inf;
+    batch.grad_factor = call.pass.device_grad_factor;
+    batch.grad_factor_storage = call.pass.grad_factor_storage;
     TORCH_INTERNAL_ASSERT(call.device_hypers.size() <= static_cast<size_t>(cuda::kMaxLiveHypers));
     for (const DeviceHyper& hyper : call.device_hypers) {
       batch.hypers[batch.hyper_count++] = {hyper.offset, hyper.value, hyper.storage};

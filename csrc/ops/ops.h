@@ -4,7 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
+
+#include "call.h"
 
 namespace optim_ext::ops {
 
@@ -12,26 +15,42 @@ using at::Tensor;
 using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
-template <class Driver>
-void sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr, double momentum,
-          double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first_step,
-          const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
+// A name as a template argument.
+template <size_t kLength>
+struct OpName {
+  char text[kLength];
+  constexpr OpName(const char (&name)[kLength]) { std::copy_n(name, kLength, text); }
+};
+
+// The function the dispatcher calls for an op: its own arguments, then those every op has. One body may serve several
+// ops.
+template <OpName kName, auto kBody>
+struct Op;
+template <OpName kName, class... Args, void (*kBody)(const Common&, Args...)>
+struct Op<kName, kBody> {
+  static void call(Args... args, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                   const OptionalTensor& grad_factor) {
+    kBody({kName.text, grad_scale, found_inf, grad_factor}, args...);
+  }
+};
 
 template <class Driver>
-void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs,
-           TensorList state_steps, const Tensor& lr, const Tensor& beta1, const Tensor& beta2, double weight_decay,
-           double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, const OptionalTensor& grad_scale,
-           const OptionalTensor& found_inf);
+void sgd_(const Common& common, TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr,
+          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first_step);
 
 template <class Driver>
-void rmsprop_(TensorList params, TensorList grads, TensorList square_avgs, TensorList momentum_buffers,
-              TensorList grad_avgs, TensorList state_steps, const Tensor& lr, double alpha, double eps,
-              double weight_decay, double momentum, bool centered, bool maximize, const OptionalTensor& grad_scale,
-              const OptionalTensor& found_inf);
+void adam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+           TensorList max_exp_avg_sqs, TensorList state_steps, const Tensor& lr, const Tensor& beta1,
+           const Tensor& beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
+           bool decoupled_weight_decay);
 
 template <class Driver>
-void adagrad_(TensorList params, TensorList grads, TensorList state_sums, TensorList state_steps, const Tensor& lr,
-              double lr_decay, double weight_decay, double eps, bool maximize, const OptionalTensor& grad_scale,
-              const OptionalTensor& found_inf);
+void rmsprop_(const Common& common, TensorList params, TensorList grads, TensorList square_avgs,
+              TensorList momentum_buffers, TensorList grad_avgs, TensorList state_steps, const Tensor& lr, double alpha,
+              double eps, double weight_decay, double momentum, bool centered, bool maximize);
+
+template <class Driver>
+void adagrad_(const Common& common, TensorList params, TensorList grads, TensorList state_sums, TensorList state_steps,
+              const Tensor& lr, double lr_decay, double weight_decay, double eps, bool maximize);
 
 }  // namespace optim_ext::ops

@@ -93,10 +93,11 @@ class Plan {
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
   // hypers: one tuple per call, in the order of the op's schema.
   bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale,
-            const py::object& found_inf, bool check_only) {
+            const py::object& found_inf, const py::object& grad_factor, bool check_only) {
     if (!is_current(state, param_groups)) return false;
     TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
-    const Scaler scaler{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr())};
+    const CommonTensors common{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr()),
+                               optional_tensor(grad_factor.ptr())};
     std::vector<Gathered> gathered(calls_.size());
     size_t to_make = 0;
     for (size_t c = 0; c < calls_.size(); ++c) {
@@ -104,8 +105,8 @@ class Plan {
       to_make += !gathered[c].grads.empty();
     }
     // One call checks itself before it writes. Several must all be sound before the first of them writes.
-    if (check_only || to_make > 1) run_all(gathered, hypers, scaler, param_groups, true);
-    if (!check_only) run_all(gathered, hypers, scaler, param_groups, false);
+    if (check_only || to_make > 1) run_all(gathered, hypers, common, param_groups, true);
+    if (!check_only) run_all(gathered, hypers, common, param_groups, false);
     return true;
   }
 
@@ -130,9 +131,6 @@ class Plan {
     PyObject* key;
     PyObject* value;
     std::vector<Item> items;
-  };
-  struct Scaler {
-    OptionalTensor grad_scale, found_inf;
   };
 
   static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
@@ -247,16 +245,16 @@ class Plan {
     return true;
   }
 
-  void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const Scaler& scaler,
+  void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const CommonTensors& common,
                const py::list& param_groups, bool check_only) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (size_t c = 0; c < calls_.size(); ++c) {
       if (!gathered[c].grads.empty())
-        run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), scaler, param_groups, check_only);
+        run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), common, param_groups, check_only);
     }
   }
 
-  void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const Scaler& scaler,
+  void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const CommonTensors& common,
                const py::list& param_groups, bool check_only) const {
     TORCH_CHECK(PyTuple_Check(hypers) && static_cast<size_t>(PyTuple_GET_SIZE(hypers)) == op_->hypers(),
                 "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
@@ -279,7 +277,8 @@ class Plan {
                                                      : value;
     };
     try {
-      op_->run(lists, hypers, on_device(scaler.grad_scale), on_device(scaler.found_inf), check_only);
+      op_->run(lists, hypers,
+               {on_device(common.grad_scale), on_device(common.found_inf), on_device(common.grad_factor)}, check_only);
     } catch (const BadInput& bad) {
       if (bad.index < 0) throw;
       const int64_t index = call.indices[gathered.all ? bad.index : gathered.members[bad.index]];
@@ -320,9 +319,10 @@ void bind_plan(py::module_& m, PlannedOps ops) {
       .def(
           "step",
           [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers,
-             const py::object& grad_scale, const py::object& found_inf, bool check_only) {
+             const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
+             bool check_only) {
             try {
-              return plan.step(state, param_groups, hypers, grad_scale, found_inf, check_only);
+              return plan.step(state, param_groups, hypers, grad_scale, found_inf, grad_factor, check_only);
             } catch (const py::error_already_set&) {
               throw;
             } catch (const std::exception&) {  // as torch's own bindings: ValueError, OutOfMemoryError, ...
@@ -331,7 +331,7 @@ void bind_plan(py::module_& m, PlannedOps ops) {
             }
           },
           py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
-          py::arg("check_only") = false);
+          py::arg("grad_factor"), py::arg("check_only") = false);
   m.def(
       "unsupported_grad", [](const py::object& grad) { return unsupported_grad(THPVariable_Unpack(grad.ptr())); },
       "Why no kernel can read the gradient, or None.");

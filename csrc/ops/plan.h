@@ -28,13 +28,19 @@ double from_python<double>(PyObject* value);
 template <>
 Tensor from_python<Tensor>(PyObject* value);
 
+// The tensors every op takes besides its own arguments.
+struct CommonTensors {
+  OptionalTensor grad_scale, found_inf, grad_factor;
+  static constexpr size_t kCount = 3;
+};
+
 // What a plan needs of an op: how many leading arguments are lists, how to check a call and how to make it.
 struct PlannedOp {
   virtual ~PlannedOp() = default;
   virtual size_t lists() const = 0;
-  virtual size_t hypers() const = 0;  // arguments between the lists and grad_scale, found_inf
-  virtual void run(const std::vector<TensorList>& lists, PyObject* hypers, const OptionalTensor& grad_scale,
-                   const OptionalTensor& found_inf, bool check_only) const = 0;
+  virtual size_t hypers() const = 0;  // arguments between the lists and those every op has
+  virtual void run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common,
+                   bool check_only) const = 0;
 };
 
 // An op by its C++ signature. Calls go through the dispatcher with a typed handle, so that profilers, modes and
@@ -46,7 +52,7 @@ template <class... Args, void (*kCpu)(Args...), void (*... kOthers)(Args...)>
 class TypedPlannedOp<kCpu, kOthers...> final : public PlannedOp {
   static constexpr size_t kArguments = sizeof...(Args);
   static constexpr size_t kLists = (0 + ... + (std::is_same_v<std::decay_t<Args>, TensorList> ? 1 : 0));
-  static constexpr size_t kHypers = kArguments - kLists - 2;
+  static constexpr size_t kHypers = kArguments - kLists - CommonTensors::kCount;
   template <size_t I>
   using Argument = std::decay_t<std::tuple_element_t<I, std::tuple<Args...>>>;
 
@@ -57,26 +63,25 @@ class TypedPlannedOp<kCpu, kOthers...> final : public PlannedOp {
   size_t lists() const override { return kLists; }
   size_t hypers() const override { return kHypers; }
 
-  void run(const std::vector<TensorList>& lists, PyObject* hypers, const OptionalTensor& grad_scale,
-           const OptionalTensor& found_inf, bool check_only) const override {
-    run_with(std::make_index_sequence<kLists>{}, std::make_index_sequence<kHypers>{}, lists, hypers, grad_scale,
-             found_inf, check_only);
+  void run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common,
+           bool check_only) const override {
+    run_with(std::make_index_sequence<kLists>{}, std::make_index_sequence<kHypers>{}, lists, hypers, common,
+             check_only);
   }
 
  private:
   template <size_t... L, size_t... H>
   void run_with(std::index_sequence<L...>, std::index_sequence<H...>, const std::vector<TensorList>& lists,
-                PyObject* hypers, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                bool check_only) const {
+                PyObject* hypers, const CommonTensors& common, bool check_only) const {
     const std::tuple<Argument<kLists + H>...> values{from_python<Argument<kLists + H>>(PyTuple_GET_ITEM(hypers, H))...};
     py::gil_scoped_release no_gil;
     if (check_only) {
       const CheckOnly guard;
       constexpr void (*kernels[])(Args...) = {kCpu, kOthers...};
       kernels[sizeof...(kOthers) > 0 && lists[0][0].is_cuda() ? sizeof...(kOthers) : 0](
-          lists[L]..., std::get<H>(values)..., grad_scale, found_inf);
+          lists[L]..., std::get<H>(values)..., common.grad_scale, common.found_inf, common.grad_factor);
     } else {
-      handle_.call(lists[L]..., std::get<H>(values)..., grad_scale, found_inf);
+      handle_.call(lists[L]..., std::get<H>(values)..., common.grad_scale, common.found_inf, common.grad_factor);
     }
   }
 

@@ -4,22 +4,18 @@
 namespace optim_ext::ops {
 
 template <class Driver>
-void rmsprop_(TensorList params, TensorList grads, TensorList square_avgs, TensorList momentum_buffers,
-              TensorList grad_avgs, TensorList state_steps, const Tensor& lr, double alpha, double eps,
-              double weight_decay, double momentum, bool centered, bool maximize, const OptionalTensor& grad_scale,
-              const OptionalTensor& found_inf) {
+void rmsprop_(const Common& common, TensorList params, TensorList grads, TensorList square_avgs,
+              TensorList momentum_buffers, TensorList grad_avgs, TensorList state_steps, const Tensor& lr, double alpha,
+              double eps, double weight_decay, double momentum, bool centered, bool maximize) {
   const auto update = [&](auto rule) {
     rule.maximize = maximize;
-    const CallSpec spec{"rmsprop_",
+    const CallSpec spec{common,
                         {{"params", params},
                          {"grads", grads},
                          {"square_avgs", square_avgs},
                          {"grad_avgs", grad_avgs},
                          {"momentum_buffers", momentum_buffers}},
-                        true,
-                        state_steps,
-                        grad_scale,
-                        found_inf};
+                        state_steps};
     run<Driver>(rule, spec,
                 {{"lr", rule.lr, lr},
                  {"alpha", rule.alpha, alpha},

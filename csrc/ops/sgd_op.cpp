@@ -4,16 +4,13 @@
 namespace optim_ext::ops {
 
 template <class Driver>
-void sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr, double momentum,
-          double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first_step,
-          const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+void sgd_(const Common& common, TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr,
+          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first_step) {
   const auto update = [&](auto rule) {
     rule.nesterov = nesterov;
     rule.maximize = maximize;
     rule.is_first_step = is_first_step;
-    const CallSpec spec{"sgd_",     {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
-                        false,      {},
-                        grad_scale, found_inf};
+    const CallSpec spec{common, {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}}};
     run<Driver>(rule, spec,
                 {{"lr", rule.lr, lr},
                  {"momentum", rule.momentum, momentum},

@@ -83,21 +83,24 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
     batch.chunk = cuda::kMinChunk << turn % 2;
     batch.found_inf = turn % 3 == 1 ? &keep : nullptr;
     batch.grad_scale = scaled ? &scale : nullptr;
+    const float factor = 0.3f;
+    if (turn % 4 == 1) batch.grad_factor = &factor;
     if (live) {
       batch.hypers[batch.hyper_count++] = {0, &live_value, Storage::f32};
       const double value = live_value;
       std::memcpy(static_cast<void*>(&rule), &value, sizeof value);
     }
-    Amp amp;
-    amp.unscale = scaled;
-    amp.grad_scale = scale;
+    Pass pass;
+    pass.unscale = scaled;
+    pass.grad_scale = scale;
+    if (batch.grad_factor) pass.grad_factor = factor;
     for (size_t i = 0; i < start.size(); ++i) {
       expected.push_back(start[i].clone());
       got.push_back(start[i].clone());
     }
     for (size_t i = 0; i < start.size(); ++i) {
       const Bundle& bundle = expected[i].ready();
-      cpu::sweep_for<Rule, V>(cpu::Isa::baseline)(rule.at_step(bundle.step), bundle, 0, bundle.numel, amp);
+      cpu::sweep_for<Rule, V>(cpu::Isa::baseline)(rule.at_step(bundle.step), bundle, 0, bundle.numel, pass);
       float_steps[i] = static_cast<float>(double_steps[i] = bundle.step);
       Bundle& there = got[i].bundle;
       if (i % 3 != 0) {  // the step lives on the device

@@ -128,7 +128,7 @@ Case make_case(int64_t numel, const Storages& storages, bool strided, Random& ra
 // --- What a sweep has to do, said once more and slowly. ---
 
 template <class Rule, class V>
-void sweep_slowly(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Amp& amp) {
+void sweep_slowly(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass) {
   for (int64_t i = begin; i < end; ++i) {
     V value[Rule::kOperands] = {};
     int64_t at[Rule::kOperands] = {};
@@ -136,10 +136,11 @@ void sweep_slowly(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t
       at[k] = bundle.layout ? bundle.layout->offset(k, i) : i;
       if ((Rule::kUsed >> k) & 1u) value[k] = load_element<V>(bundle.data[k], bundle.storage[k], at[k]);
     }
-    if (amp.unscale) {
-      value[1] = value[1] / V(amp.grad_scale);
+    if (pass.unscale) {
+      value[1] = value[1] / V(pass.grad_scale);
       store_element<V>(bundle.data[1], bundle.storage[1], at[1], value[1]);
     }
+    value[1] *= V(pass.grad_factor);
     [&]<size_t... I>(std::index_sequence<I...>) { rule(value[I]...); }(std::make_index_sequence<Rule::kOperands>{});
     for (int k = 0; k < Rule::kOperands; ++k) {
       if ((Rule::kUpdates >> k) & 1u) store_element<V>(bundle.data[k], bundle.storage[k], at[k], value[k]);
@@ -186,24 +187,25 @@ void test(const char* name, const std::vector<Storages>& mixes) {
       // other.
       const bool strided = numel > 0 && turn % 3 == 2;
       const Rule rule = filled<Rule>(turn % 8, static_cast<int>(turn % 7) - 1, random).at_step(1.0 + turn % 5);
-      Amp amp;
-      amp.unscale = turn % 4 == 1;
-      amp.grad_scale = 3.0 + turn % 2;
+      Pass pass;
+      pass.unscale = turn % 4 == 1;
+      pass.grad_scale = 3.0 + turn % 2;
+      if (turn % 6 >= 4) pass.grad_factor = 0.3;
       const int64_t begin = turn % 5 == 4 ? numel / 3 : 0, end = turn % 11 == 10 ? numel - numel / 4 : numel;
       const Case start = make_case<Rule>(numel, storages, strided, random);
       Case expected = start.clone();
-      sweep_slowly<Rule, V>(rule, expected.ready(), begin, end, amp);
+      sweep_slowly<Rule, V>(rule, expected.ready(), begin, end, pass);
       for (const auto& [isa_name, isa] : isas()) {
         Case got = start.clone();
-        cpu::sweep_for<Rule, V>(isa)(rule, got.ready(), begin, end, amp);
+        cpu::sweep_for<Rule, V>(isa)(rule, got.ready(), begin, end, pass);
         int operand = -1;
         int64_t element = -1;
         check(same(got, expected, &operand, &element),
               "%s on %s, V of %zu bytes, storages %d %d.., numel %ld [%ld, %ld), strided %d, unscale %d: operand %d, "
               "element %ld",
               name, isa_name, sizeof(V), static_cast<int>(storages[0]), static_cast<int>(storages.back()),
-              static_cast<long>(numel), static_cast<long>(begin), static_cast<long>(end), strided, amp.unscale, operand,
-              static_cast<long>(element));
+              static_cast<long>(numel), static_cast<long>(begin), static_cast<long>(end), strided, pass.unscale,
+              operand, static_cast<long>(element));
       }
     }
   }
@@ -216,15 +218,15 @@ void test_long(const char* name, const Storages& storages) {
   const Rule rule = filled<Rule>(0, -1, random).at_step(2.0);
   const Case start = make_case<Rule>(100003, storages, false, random);
   Case expected = start.clone();
-  sweep_slowly<Rule, V>(rule, expected.ready(), 0, 100003, Amp{});
+  sweep_slowly<Rule, V>(rule, expected.ready(), 0, 100003, Pass{});
   check(std::memcmp(start.operands[0].memory.get(), expected.operands[0].memory.get(), start.operands[0].bytes) != 0,
         "%s changes nothing", name);
   for (const auto& [isa_name, isa] : isas()) {
     Case whole = start.clone(), pieces = start.clone();
     const auto sweep = cpu::sweep_for<Rule, V>(isa);
-    sweep(rule, whole.ready(), 0, 100003, Amp{});
+    sweep(rule, whole.ready(), 0, 100003, Pass{});
     for (int64_t begin = 0; begin < 100003; begin += 769) {
-      sweep(rule, pieces.ready(), begin, begin + 769 < 100003 ? begin + 769 : 100003, Amp{});
+      sweep(rule, pieces.ready(), begin, begin + 769 < 100003 ? begin + 769 : 100003, Pass{});
     }
     int operand = -1;
     int64_t element = -1;

@@ -25,12 +25,12 @@ struct MakeIndices<0, I...> {
 };
 
 template <class Rule>
-using Sweep = void (*)(const Rule&, const Bundle&, int64_t begin, int64_t end, const Amp&);
+using Sweep = void (*)(const Rule&, const Bundle&, int64_t begin, int64_t end, const Pass&);
 
-#define OPTIM_EXT_DECLARE_ISA(isa)                                                                \
-  namespace isa {                                                                                 \
-  template <class Rule, class V>                                                                  \
-  void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Amp& amp); \
+#define OPTIM_EXT_DECLARE_ISA(isa)                                                                  \
+  namespace isa {                                                                                   \
+  template <class Rule, class V>                                                                    \
+  void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass); \
   }
 OPTIM_EXT_DECLARE_ISA(isa_baseline)
 OPTIM_EXT_DECLARE_ISA(isa_avx2)

@@ -11,6 +11,8 @@ namespace {
 // Elements converted at a time where memory and arithmetic differ in type: small enough that the buffers stay in L1.
 constexpr int64_t kTile = 256;
 
+constexpr int kGrad = 1;
+
 template <class V>
 constexpr Storage kNative = sizeof(V) == 8 ? Storage::f64 : Storage::f32;
 
@@ -112,23 +114,26 @@ struct TileOperand {
   }
 };
 
-// Operand I of element i, or a scratch value for one this variant of the rule does not have.
+// Operand I of element i: for the gradient a value of the rule's own, for one that this variant of the rule does not
+// have a scratch value.
 template <class Rule, class V, int I>
-OPTIM_EXT_INLINE V& element(V* const* tile, int64_t i, V& scratch) {
-  if constexpr ((Rule::kUsed >> I) & 1u) {
-    return tile[I][i];
+OPTIM_EXT_INLINE decltype(auto) element(V* const* tile, int64_t i, V& scratch, V grad_factor) {
+  if constexpr (I == kGrad) {
+    return tile[I][i] * grad_factor;
+  } else if constexpr ((Rule::kUsed >> I) & 1u) {
+    return (tile[I][i]);
   } else {
-    return scratch;
+    return (scratch);
   }
 }
 
 template <class Rule, class V, int... I>
-OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, Indices<I...>) {
+OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, V grad_factor, Indices<I...>) {
   const Rule rule = given;  // copies, so that no store through a tile can be thought to change them
   V* const tile[] = {given_tile[I]...};
   OPTIM_EXT_FOR(i, n) {
     V scratch = V(0);
-    rule(element<Rule, V, I>(tile, i, scratch)...);
+    rule(element<Rule, V, I>(tile, i, scratch, grad_factor)...);
   }
 }
 
@@ -136,8 +141,7 @@ OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, 
 
 // Applies `rule` to elements [begin, end) of one parameter.
 template <class Rule, class V>
-void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Amp& amp) {
-  constexpr int kGrad = 1;
+void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass) {
   alignas(64) V buffer[Rule::kOperands][kTile];
   TileOperand<V> operands[Rule::kOperands];
   bool all_in_place = true;
@@ -152,13 +156,13 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
     for (int k = 0; k < Rule::kOperands; ++k) {
       if ((Rule::kUsed >> k) & 1u) tile[k] = operands[k].open(start, n, buffer[k]);
     }
-    if (amp.unscale) {
+    if (pass.unscale) {
       V* const grad = tile[kGrad];
-      const V scale = V(amp.grad_scale);
+      const V scale = V(pass.grad_scale);
       OPTIM_EXT_FOR(i, n) grad[i] = grad[i] / scale;
       operands[kGrad].close(start, n, grad);
     }
-    apply<Rule, V>(rule, tile, n, typename MakeIndices<Rule::kOperands>::type{});
+    apply<Rule, V>(rule, tile, n, V(pass.grad_factor), typename MakeIndices<Rule::kOperands>::type{});
     for (int k = 0; k < Rule::kOperands; ++k) {
       if ((Rule::kUpdates >> k) & 1u) operands[k].close(start, n, tile[k]);
     }
@@ -167,9 +171,9 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
 
 #define OPTIM_EXT_INSTANTIATE(...)                                                                            \
   template void sweep<rules::__VA_ARGS__, float>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t,  \
-                                                 const Amp&);                                                 \
+                                                 const Pass&);                                                \
   template void sweep<rules::__VA_ARGS__, double>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, \
-                                                  const Amp&);
+                                                  const Pass&);
 OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
 #undef OPTIM_EXT_INSTANTIATE
 #undef OPTIM_EXT_FOR

@@ -55,10 +55,12 @@ struct Batch {
   Rule rule;
   LiveHyper hypers[kMaxLiveHypers];
   int32_t hyper_count;
-  int32_t count;                // entries in the table
-  int64_t chunk;                // elements per block, a multiple of kMinChunk
-  const float* grad_scale;      // null: gradients are taken as they are
-  const float* found_inf;       // null: never skipped
+  int32_t count;            // entries in the table
+  int64_t chunk;            // elements per block, a multiple of kMinChunk
+  const float* grad_scale;  // null: gradients are taken as they are
+  const float* found_inf;   // null: never skipped
+  const void* grad_factor;  // null: one
+  Storage grad_factor_storage;
   const unsigned char* remote;  // the table in device memory; null: it follows in the arguments
 };
 

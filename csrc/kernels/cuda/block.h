@@ -28,6 +28,7 @@ struct Block {
   const Layout* layout;
   int64_t begin;  // the piece: elements [begin, begin + size) of the tensor
   int32_t size;
+  double grad_factor;
   float grad_scale;
   bool unscale, skip;
 };
@@ -53,6 +54,7 @@ OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned c
   block.size = static_cast<int32_t>(left < batch.chunk ? left : batch.chunk);
   block.unscale = batch.grad_scale != nullptr;
   block.grad_scale = block.unscale ? *batch.grad_scale : 1.0f;
+  block.grad_factor = batch.grad_factor ? load_element<double>(batch.grad_factor, batch.grad_factor_storage, 0) : 1.0;
   block.rule = batch.rule;
   for (int32_t i = 0; i < batch.hyper_count; ++i) {
     const LiveHyper& hyper = batch.hypers[i];
@@ -176,20 +178,23 @@ OPTIM_EXT_HOST_DEVICE constexpr bool is_updated(int slot) {
   return (Rule::kUpdates >> operand_of<Rule>(slot)) & 1u;
 }
 
-// Operand K of an element, or a scratch value for one this variant of the rule does not have.
+// Operand K of an element: for the gradient a value of the rule's own, for one that this variant of the rule does not
+// have a scratch value.
 template <class Rule, class V, int K>
-OPTIM_EXT_HOST_DEVICE V& operand_in(V* slots, V& scratch) {
-  if constexpr ((Rule::kUsed >> K) & 1u) {
-    return slots[slot_of<Rule>(K)];
+OPTIM_EXT_HOST_DEVICE decltype(auto) operand_in(V* slots, V& scratch, V grad_factor) {
+  if constexpr (K == kGradSlot) {
+    return slots[K] * grad_factor;
+  } else if constexpr ((Rule::kUsed >> K) & 1u) {
+    return (slots[slot_of<Rule>(K)]);
   } else {
-    return scratch;
+    return (scratch);
   }
 }
 
 template <class Rule, class V, int... K>
-OPTIM_EXT_HOST_DEVICE void apply(const Rule& rule, V* slots, std::integer_sequence<int, K...>) {
+OPTIM_EXT_HOST_DEVICE void apply(const Rule& rule, V* slots, V grad_factor, std::integer_sequence<int, K...>) {
   V scratch = V(0);
-  rule(operand_in<Rule, V, K>(slots, scratch)...);
+  rule(operand_in<Rule, V, K>(slots, scratch, grad_factor)...);
 }
 
 // This thread's share of elements [from, to) of the block's piece, a whole number of accesses. kUnroll accesses per
@@ -200,6 +205,7 @@ OPTIM_EXT_HOST_DEVICE void sweep_range(const Block<Rule>& block, const Rule& rul
   constexpr int kCount = kSlots<Rule>, kPack = Access::kPack;
   constexpr int kUnroll = kPack >= 8 ? 1 : kCount <= 2 ? 4 : 2;
   constexpr int32_t kStride = kThreads * kPack;
+  const V grad_factor = V(block.grad_factor);
   const Access access[] = {Access(block.entry.data[S], block.entry.storage[S], block.begin)...};
   for (int32_t start = from + thread * kPack; start < to; start += kUnroll * kStride) {
     typename Access::Raw raw[kUnroll][kCount];
@@ -233,7 +239,7 @@ OPTIM_EXT_HOST_DEVICE void sweep_range(const Block<Rule>& block, const Rule& rul
         OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) {
           value[s] = s == kGradSlot ? grad[u][j] : access[s].get(raw[u][s], j);
         }
-        apply<Rule, V>(rule, value, std::make_integer_sequence<int, Rule::kOperands>{});
+        apply<Rule, V>(rule, value, grad_factor, std::make_integer_sequence<int, Rule::kOperands>{});
         OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) {
           if (is_updated<Rule>(s)) access[s].put(raw[u][s], j, value[s]);
         }
@@ -249,6 +255,7 @@ OPTIM_EXT_HOST_DEVICE void sweep_range(const Block<Rule>& block, const Rule& rul
 template <class Rule, class V>
 OPTIM_EXT_HOST_DEVICE void sweep_strided(const Block<Rule>& block, const Rule& rule, int thread) {
   constexpr int kCount = kSlots<Rule>;
+  const V grad_factor = V(block.grad_factor);
   const Layout& layout = *block.layout;
   for (int32_t i = thread; i < block.size; i += kThreads) {
     int64_t at[kCount] = {};
@@ -263,7 +270,7 @@ OPTIM_EXT_HOST_DEVICE void sweep_strided(const Block<Rule>& block, const Rule& r
       value[s] = load_element<V>(in_global(block.entry.data[s]), block.entry.storage[s], at[s]);
     }
     if (block.unscale) value[kGradSlot] = value[kGradSlot] / V(block.grad_scale);
-    apply<Rule, V>(rule, value, std::make_integer_sequence<int, Rule::kOperands>{});
+    apply<Rule, V>(rule, value, grad_factor, std::make_integer_sequence<int, Rule::kOperands>{});
     OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) {
       if (!is_updated<Rule>(s) && !(s == kGradSlot && block.unscale)) continue;
       store_element<V>(in_global(block.entry.data[s]), block.entry.storage[s], at[s], value[s]);
