@@ -15,16 +15,23 @@ struct Sgd {
   bool nesterov, maximize;
   bool is_first_step;  // the buffer starts as the gradient itself, without dampening
 
-  OPTIM_EXT_RULE Sgd at_step(double) const { return *this; }
+  double lookahead, kept, taken;        // filled in by at_step: the shares of the old buffer and of the gradient in the new one
+
+  OPTIM_EXT_RULE Sgd at_step(double) const {
+    Sgd rule = *this;
+    rule.lookahead = nesterov ? 1.0 : 0.0;
+    rule.kept = is_first_step ? 0.0 : momentum;
+    rule.taken = is_first_step ? 1.0 : 1.0 - dampening;
+    return rule;
+  }
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& momentum_buffer) const {
     const V g = regularized(grad, param, maximize, V(weight_decay));
     V update = g;
     if constexpr (kMomentum) {
-      momentum_buffer =
-          V(is_first_step ? 0.0 : momentum) * momentum_buffer + V(is_first_step ? 1.0 : 1.0 - dampening) * g;
-      update = nesterov ? g + V(momentum) * momentum_buffer : momentum_buffer;
+      momentum_buffer = V(kept) * momentum_buffer + V(taken) * g;
+      update = V(lookahead) != V(0) ? g + V(momentum) * momentum_buffer : momentum_buffer;
     }
     param = param - V(lr) * update;
   }
