@@ -62,6 +62,10 @@ struct Interval {
 };
 
 Interval interval_of(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) {
+    const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
+    return {begin, begin + tensor.numel() * tensor.element_size(), 0, &tensor};
+  }
   int64_t span = 1;
   size_t key = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -69,7 +73,7 @@ Interval interval_of(const at::Tensor& tensor) {
     key = c10::hash_combine(key, c10::get_hash(tensor.size(d), tensor.stride(d)));
   }
   const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
-  return {begin, begin + span * tensor.element_size(), tensor.is_non_overlapping_and_dense() ? 0 : key | 1, &tensor};
+  return {begin, begin + span * tensor.element_size(), key | 1, &tensor};
 }
 
 void collect_addresses(const at::Tensor& tensor, int64_t d, const char* at, std::unordered_set<const char*>& out) {
