@@ -17,14 +17,14 @@ using namespace optim_ext::ops;
   "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, " SCALER_ARGUMENTS \
   ") -> ()"
 
-// X(op, function template, schema)
+// X(op, function template or a pointer to one, schema)
 #define FOR_EACH_OP(X)                                                                                             \
   X(sgd_, sgd_,                                                                                                    \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "      \
     "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " SCALER_ARGUMENTS     \
     ") -> ()")                                                                                                     \
   X(adam_, adam_, ADAM_ARGUMENTS)                                                                                  \
-  X(adamw_, adam_, ADAM_ARGUMENTS)                                                                                 \
+  X(adamw_, adamw_, ADAM_ARGUMENTS)                                                                                \
   X(rmsprop_, rmsprop_,                                                                                            \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers, "          \
     "Tensor(e!)[] grad_avgs, Tensor(f!)[] state_steps, *, Tensor lr, float alpha, float eps, float weight_decay, " \
@@ -40,20 +40,20 @@ TORCH_LIBRARY(optim_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
-#define IMPLEMENT(op, function, schema) m.impl(#op, &function<CpuDriver>);
+#define IMPLEMENT(op, function, schema) m.impl(#op, +function<CpuDriver>);
   FOR_EACH_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
 
 #if defined(OPTIM_EXT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
-#define IMPLEMENT(op, function, schema) m.impl(#op, &function<CudaDriver>);
+#define IMPLEMENT(op, function, schema) m.impl(#op, +function<CudaDriver>);
   FOR_EACH_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
-#define PLAN_ENTRY(op, function, schema) {#op, planned<&function<CpuDriver>, &function<CudaDriver>>("optim_ext::" #op)},
+#define PLAN_ENTRY(op, function, schema) {#op, planned<+function<CpuDriver>, +function<CudaDriver>>("optim_ext::" #op)},
 #else
-#define PLAN_ENTRY(op, function, schema) {#op, planned<&function<CpuDriver>>("optim_ext::" #op)},
+#define PLAN_ENTRY(op, function, schema) {#op, planned<+function<CpuDriver>>("optim_ext::" #op)},
 #endif
 
 PYBIND11_MODULE(_C, m) {

@@ -3,7 +3,7 @@
 
 namespace optim_ext::ops {
 
-template <class Driver>
+template <class Driver, bool kAdamW>
 void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs,
            TensorList state_steps, const Tensor& lr, const Tensor& beta1, const Tensor& beta2, double weight_decay,
            double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, const OptionalTensor& grad_scale,
@@ -11,7 +11,7 @@ void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   const auto update = [&](auto rule) {
     rule.maximize = maximize;
     rule.decoupled_weight_decay = decoupled_weight_decay;
-    const CallSpec spec{"adam_",
+    const CallSpec spec{kAdamW ? "adamw_" : "adam_",
                         {{"params", params},
                          {"grads", grads},
                          {"exp_avgs", exp_avgs},
@@ -32,5 +32,6 @@ void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
 }
 
 OPTIM_EXT_INSTANTIATE_OP(adam_)
+OPTIM_EXT_INSTANTIATE_OP(adam_, true)
 
 }  // namespace optim_ext::ops

@@ -17,11 +17,15 @@ void sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, cons
           double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first_step,
           const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
 
-template <class Driver>
+template <class Driver, bool kAdamW = false>
 void adam_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs,
            TensorList state_steps, const Tensor& lr, const Tensor& beta1, const Tensor& beta2, double weight_decay,
            double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, const OptionalTensor& grad_scale,
            const OptionalTensor& found_inf);
+
+// adam_ under the name by which AdamW's messages and profiles know it.
+template <class Driver>
+inline constexpr auto adamw_ = &adam_<Driver, true>;
 
 template <class Driver>
 void rmsprop_(TensorList params, TensorList grads, TensorList square_avgs, TensorList momentum_buffers,
