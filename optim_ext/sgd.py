@@ -29,8 +29,7 @@ class SGD(FusedStep, torch.optim.SGD):
         if group["dampening"] == 0 and not has_sparse_grad:
             for index, (p, buffer) in enumerate(zip(params, momentum_buffers, strict=False)):
                 if buffer is None:
-                    zeros = torch.zeros_like(grads[index], memory_format=torch.preserve_format)
-                    self.state[p]["momentum_buffer"] = momentum_buffers[index] = zeros
+                    momentum_buffers[index] = self._make_buffer(group, p)
         return has_sparse_grad
 
     def _traced_step(self) -> None:
@@ -63,6 +62,14 @@ class SGD(FusedStep, torch.optim.SGD):
             if p.grad is not None and self.state[p].get("momentum_buffer") is None:
                 first.add(index)
         for index in first:
-            p = group["params"][index]
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+            self._make_buffer(group, group["params"][index])
         return first
+
+    def _make_buffer(self, group: Group, p: Tensor) -> Tensor:
+        """A buffer of zeros where torch would clone the gradient: after weight decay it has the wider of both dtypes."""
+        grad = p.grad
+        assert grad is not None
+        dtype = torch.promote_types(grad.dtype, p.dtype) if group["weight_decay"] != 0 else grad.dtype
+        buffer = torch.zeros_like(grad, dtype=dtype, memory_format=torch.preserve_format)
+        self.state[p]["momentum_buffer"] = buffer
+        return buffer

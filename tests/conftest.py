@@ -1,7 +1,6 @@
 """What every test shares: the rows of specs.py as parameters, one thread per worker, repeatable random numbers."""
 
 import os
-import pathlib
 import sys
 from pathlib import Path
 
@@ -36,12 +35,3 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leaves out what known_gaps.txt lists, and says so."""
-    lines = (pathlib.Path(__file__).parent / "known_gaps.txt").read_text().splitlines()
-    gaps = {line for line in lines if line and not line.startswith("#")}
-    left_out = [item for item in items if item.originalname in gaps]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item.originalname not in gaps]

@@ -23,7 +23,7 @@ struct RMSprop {
     V variance = square_avg;
     if constexpr (kCentered) {
       grad_avg = lerp(grad_avg, g, V(1.0 - alpha));
-      variance = square_avg - grad_avg * grad_avg;
+      variance = square_avg - finite(grad_avg * grad_avg);
     }
     V update = g / (root(variance) + V(eps));
     if constexpr (kMomentum) update = momentum_buffer = V(momentum) * momentum_buffer + update;

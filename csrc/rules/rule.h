@@ -34,6 +34,11 @@ OPTIM_EXT_RULE V larger(V a, V b) {
   return a != a ? a : larger_or_b;
 }
 
+// `x`, or the largest finite value where it has overflowed: what is subtracted from an infinity then leaves infinity,
+// not NaN. (torch gets there by a fused multiply-add, which has no overflow in between.)
+OPTIM_EXT_RULE float finite(float x) { return x > __FLT_MAX__ ? __FLT_MAX__ : x; }
+OPTIM_EXT_RULE double finite(double x) { return x > __DBL_MAX__ ? __DBL_MAX__ : x; }
+
 // Linear interpolation from `start` towards `end`, rounding as torch.lerp does: from the nearer end.
 template <class V>
 OPTIM_EXT_RULE V lerp(V start, V end, V weight) {

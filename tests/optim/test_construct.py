@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from lockstep import Lockstep, copy_of, give_grads, make_params, twin
+from lockstep import Lockstep, copy_of, give_grads, make_params, twin, widen_hypers
 
 import optim_ext
 
@@ -171,6 +171,7 @@ def test_duplicate_parameter_is_updated_twice(variant):
         ours = variant.spec.ours([params[0], params[1], params[0]], **copy_of(variant.options))
     with pytest.warns(UserWarning, match="duplicate parameters"):
         theirs = variant.spec.torch([twins[0], twins[1], twins[0]], **copy_of(variant.options))
+    widen_hypers(theirs)
     for step in range(4):
         give_grads(params, step)
         give_grads(twins, step)

@@ -123,7 +123,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
 def test_schedulers(spec, make, tensor_lr):
-    options = {**spec.typical, **(TENSOR_LRS[0] if tensor_lr else {})}
+    options = {**spec.typical, **(TENSOR_LRS[1] if tensor_lr else {})}
     lockstep = Lockstep(spec, options, dtype=torch.float64)
     schedulers = [make(optimizer) for optimizer in lockstep.both]
     for _ in range(8):

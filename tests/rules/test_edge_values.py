@@ -27,15 +27,14 @@ def step_both(lockstep, count=1):
 
 
 def test_special_gradients(case):
-    # Centered RMSprop subtracts two averages: after equal gradients, or where one overflows, only rounding is left.
-    centered = case.options.get("centered", False)
-    grads = [grad for grad in SPECIAL if not centered or math.isinf(grad) or abs(grad) < 1e30 or math.isnan(grad)]
-    step_both(with_values(case.spec, case.options, [0.5] * len(grads), grads), count=1 if centered else 3)
+    # Centered RMSprop subtracts two averages: after equal gradients only rounding is left of them.
+    count = 1 if case.options.get("centered", False) else 3
+    step_both(with_values(case.spec, case.options, [0.5] * len(SPECIAL), SPECIAL), count)
 
 
 def test_special_parameters(case):
     """Among them: weight decay of zero adds nothing, not zero times infinity."""
-    step_both(with_values(case.spec, case.options, SPECIAL, [0.25] * len(SPECIAL)), count=2)
+    step_both(with_values(case.spec, case.options, SPECIAL, [0.3] * len(SPECIAL)), count=2)
 
 
 def test_nan_stays_in_amsgrads_maximum():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from lockstep import SHAPES, Lockstep, copy_of, give_grads, make_params, native_ops
+from lockstep import SHAPES, Lockstep, copy_of, give_grads, make_params, native_ops, random, twin
 from specs import SPECS, TENSOR_LRS
 
 WIDE = (torch.float64, torch.complex128)
-NARROW = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+HALF = (torch.bfloat16, torch.float16)
+NARROW = (torch.float32, torch.complex64, *HALF)
 
 
 def short(dtype):
@@ -22,9 +23,36 @@ def test_equals_torch_in_double(case, dtype):
     Lockstep(case.spec, case.options, dtype=dtype).step(7).check()
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=short)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64), ids=short)
 def test_equals_torch_in_the_same_dtype(case, dtype):
-    Lockstep(case.spec, options_for(case, dtype), dtype=dtype).step(5).check()
+    Lockstep(case.spec, case.options, dtype=dtype).step(5).check()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+def test_equals_torch_in_half_precision(case, dtype):
+    """Torch rounds to 16 bits after each of its operations, ours once a step: the two are no farther apart than torch's
+    largest error against double allows, parameters and state alike."""
+    options = options_for(case, dtype)
+    start = make_params(dtype=dtype)
+    truth = Lockstep(case.spec, options, params=[torch.nn.Parameter(p.detach().double()) for p in start])
+    lockstep = Lockstep(case.spec, options, params=start)
+    for step in range(5):
+        give_grads(lockstep.params, step)
+        for own in (lockstep.twins, truth.twins):
+            for param, giver in zip(own, lockstep.params, strict=True):
+                param.grad = giver.grad.to(param.dtype)
+        for optimizer in (*lockstep.both, truth.theirs):
+            optimizer.step()
+
+    def every(optimizer, params, key):
+        tensors = params if key is None else [optimizer.state[p][key] for p in params]
+        return torch.cat([t.detach().double().flatten() for t in tensors])
+
+    for key in (None, *sorted(case.spec.state(options) - {"step"})):
+        exact = every(truth.theirs, truth.twins, key)
+        ours, theirs = every(lockstep.ours, lockstep.params, key), every(lockstep.theirs, lockstep.twins, key)
+        one_rounding = torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - theirs).abs().max() <= 2.05 * (theirs - exact).abs().max() + one_rounding, key
 
 
 def trajectory(optimizer_class, options, params, grads_of, steps):
@@ -105,7 +133,7 @@ def test_tensor_lr_equals_its_number(spec, options):
 @pytest.mark.parametrize("spec_with_betas", [s for s in SPECS if s.betas], ids=lambda s: s.name)
 def test_tensor_betas_live_on(spec_with_betas):
     """Betas given as tensors are read at each step, as their owner may fill them anew."""
-    lockstep = Lockstep(spec_with_betas, {"betas": (torch.tensor(0.8), torch.tensor(0.95))}, dtype=torch.float64)
+    lockstep = Lockstep(spec_with_betas, {"betas": torch.tensor((0.8, 0.95), dtype=torch.float64).unbind()}, dtype=torch.float64)
     for beta1, beta2 in ((0.8, 0.95), (0.5, 0.9), (0.9, 0.99)):
         for optimizer in lockstep.both:
             betas = optimizer.param_groups[0]["betas"]
@@ -135,17 +163,20 @@ def test_shapes_are_ragged_and_nothing_is_left_out(spec):
 
 def test_mixed_dtypes_in_one_optimizer(spec):
     """Each parameter behaves as if alone with its dtype."""
-    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64, torch.complex128]
-    params = [p for dtype in dtypes for p in make_params(((5, 3), (9,)), dtype)]
-    lockstep = Lockstep(spec, {**spec.typical, **spec.half_options}, params=params)
-    lockstep.step(4)
-    for i, (mine, other) in enumerate(zip(lockstep.params, lockstep.twins, strict=True)):
-        tolerance = spec.tolerances[mine.dtype]
-        torch.testing.assert_close(mine, other, rtol=tolerance.rtol, atol=tolerance.atol, msg=lambda m, i=i: f"{i} {m}")
-        for key, value in lockstep.theirs.state[other].items():
-            found = lockstep.ours.state[mine][key]
-            assert found.dtype == value.dtype
-            torch.testing.assert_close(found, value, rtol=tolerance.rtol, atol=tolerance.atol)
+    params = [p for dtype in (*NARROW, *WIDE) for p in make_params(((5, 3), (9,)), dtype)]
+    alone = twin(params)
+    options = {**spec.typical, **spec.half_options}
+    optimizer, singles = spec.ours(params, **options), [spec.ours([param], **options) for param in alone]
+    for step in range(4):
+        give_grads(params, step)
+        give_grads(alone, step)
+        for one in (optimizer, *singles):
+            one.step()
+    for param, other, single in zip(params, alone, singles, strict=True):
+        assert torch.equal(param, other)
+        for key, value in single.state[other].items():
+            found = optimizer.state[param][key]
+            assert found.dtype == value.dtype and torch.equal(found, value), key
 
 
 PAIRS = [
@@ -183,6 +214,20 @@ def test_gradient_of_another_dtype(spec, dtype, grad_dtype):
     for narrow, wide in zip(mixed, plain, strict=True):
         assert narrow.dtype == dtype and narrow.grad.dtype == grad_dtype
         torch.testing.assert_close(narrow, wide.to(dtype), rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [(p, g) for p, g in PAIRS if not p.is_complex], ids=lambda d: short(d))
+def test_momentum_of_a_gradient_of_another_dtype(dtype, grad_dtype, weight_decay):
+    """SGD's buffer starts as the gradient, in the dtype that has: torch's for-loop is the model."""
+    sgd = next(spec for spec in SPECS if spec.name == "SGD")
+    lockstep = Lockstep(sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": weight_decay}, make_params(((5, 3),), dtype))
+    for step in range(3):
+        for params, optimizer in zip((lockstep.params, lockstep.twins), lockstep.both, strict=True):
+            params[0].grad_dtype = grad_dtype
+            params[0].grad = random(params[0].shape, grad_dtype, step)
+            optimizer.step()
+    lockstep.check(max((sgd.tolerances[d] for d in (dtype, grad_dtype)), key=lambda t: t.rtol))
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=short)
