@@ -2,13 +2,11 @@
 #pragma once
 
 #include "driver_cpu.h"
-#define OPTIM_EXT_INSTANTIATE_FOR(driver, name, ...) \
-  template decltype(name<driver __VA_OPT__(, ) __VA_ARGS__>) name<driver __VA_OPT__(, ) __VA_ARGS__>;
 #if defined(OPTIM_EXT_WITH_CUDA)
 #include "driver_cuda.h"
-#define OPTIM_EXT_INSTANTIATE_OP(...)               \
-  OPTIM_EXT_INSTANTIATE_FOR(CpuDriver, __VA_ARGS__) \
-  OPTIM_EXT_INSTANTIATE_FOR(CudaDriver, __VA_ARGS__)
+#define OPTIM_EXT_INSTANTIATE_OP(name)                \
+  template decltype(name<CpuDriver>) name<CpuDriver>; \
+  template decltype(name<CudaDriver>) name<CudaDriver>;
 #else
-#define OPTIM_EXT_INSTANTIATE_OP(...) OPTIM_EXT_INSTANTIATE_FOR(CpuDriver, __VA_ARGS__)
+#define OPTIM_EXT_INSTANTIATE_OP(name) template decltype(name<CpuDriver>) name<CpuDriver>;
 #endif

@@ -60,7 +60,7 @@ def everything(lists):
 
 
 def test_schema(spec):
-    """Lists first, under torch.optim's plural names, then keyword-only hyper-parameters, then GradScaler's tensors."""
+    """Lists first, under torch.optim's plural names, then keyword-only hyper-parameters, then what all ops have."""
     schema = op_of(spec)._schema
     arguments = schema.arguments
     assert schema.name == f"optim_ext::{spec.op}" and list(schema.returns) == []
@@ -68,10 +68,11 @@ def test_schema(spec):
     assert all(is_list(a) for a in positional) and not any(is_list(a) for a in arguments if a.kwarg_only)
     assert [a.name for a in positional[:2]] == ["params", "grads"]
     assert {state_key(a) for a in positional[2:]} >= spec.state(spec.typical)
-    assert [a.name for a in arguments[-2:]] == ["grad_scale", "found_inf"]
+    common = [a.name for a in arguments if a.has_default_value()]
+    assert common == ["grad_scale", "found_inf", "grad_factor"]
     assert all(a.alias_info is not None and a.alias_info.is_write for a in positional)
     group = spec.torch(make_params(((1,),))).param_groups[0]
-    for argument in arguments[len(positional) : -2]:
+    for argument in arguments[len(positional) : -len(common)]:
         known = {*group, "beta1", "beta2", "is_first_step"}
         assert argument.name in known
 
