@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA_TREE := build/cuda-check
 PIP := pip install --disable-pip-version-check --no-input
-BUILD_TOOLS := 'setuptools>=77' ninja numpy
+BUILD_TOOLS := 'setuptools>=64' ninja numpy
 # What the native module is made of: a change here rebuilds it (ninja compiles only what the change reaches).
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

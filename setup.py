@@ -182,4 +182,4 @@ def native_build():
 
 if __name__ == "__main__":
     builds_nothing = {"sdist", "egg_info", "clean", "--version", "--help"} & set(sys.argv)
-    setup(**({} if builds_nothing else native_build()))
+    setup(license="MIT", **({} if builds_nothing else native_build()))
