@@ -43,10 +43,10 @@ def test_documented(spec):
 
 
 def test_defaults_groups_and_repr(case):
-    lockstep = Lockstep(case.spec, case.options)
-    assert lockstep.ours.defaults == lockstep.theirs.defaults
-    assert repr(lockstep.ours) == repr(lockstep.theirs)
-    assert [g.keys() for g in lockstep.ours.param_groups] == [g.keys() for g in lockstep.theirs.param_groups]
+    ours, theirs = (make(make_params(), **copy_of(case.options)) for make in (case.spec.ours, case.spec.torch))
+    assert ours.defaults == theirs.defaults
+    assert repr(ours) == repr(theirs)
+    assert [g.keys() for g in ours.param_groups] == [g.keys() for g in theirs.param_groups]
 
 
 def outcome(build):
