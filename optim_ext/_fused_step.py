@@ -206,9 +206,11 @@ class FusedStep(Optimizer):
                 op(*lists, **self._named_hypers(group))
 
     def _named_hypers(self, group: Group) -> dict[str, Any]:
+        """The hyper-parameters as the op's schema wants them. A number becomes a tensor by a product: that is how a
+        compiler keeps a number it has seen to change as an input of the graph; any other way compiles its value in."""
         named = zip(_HYPERS[self._op], self._hypers(group), strict=True)
         return {
-            name: torch.as_tensor(value, dtype=torch.float64) if is_tensor and not isinstance(value, Tensor) else value
+            name: torch.ones((), dtype=torch.float64) * value if is_tensor and not isinstance(value, Tensor) else value
             for (name, is_tensor), value in named
         }
 
