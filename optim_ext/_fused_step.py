@@ -94,7 +94,8 @@ class FusedStep(Optimizer):
         if torch.compiler.is_compiling():
             self._traced_step()
         else:
-            _HEALTH_CHECK(self)
+            if "capturable" in self.defaults:  # without the option torch captures the step as it is, and so do we
+                _HEALTH_CHECK(self)
             self._eager_step()
         return loss
 
@@ -170,8 +171,14 @@ class FusedStep(Optimizer):
             problem = _C.unsupported(p) if _is_plain(p) else "it is a tensor subclass with operations of its own"
             if problem is not None:
                 return f"parameter {index}: {problem}"
-            if group.get("capturable") and p.device.type == "cpu":
-                return f"parameter {index}: capturable=True is for parameters on an accelerator; torch refuses it on the CPU"
+            if group.get("capturable"):
+                if p.device.type == "cpu":
+                    return f"parameter {index}: capturable=True is for parameters on an accelerator; torch refuses it on the CPU"
+                counter = self.state[p].get("step") if p in self.state else None
+                if isinstance(counter, Tensor) and counter.device != p.device:
+                    return (
+                        f"parameter {index}: capturable=True needs its step counter on {p.device}; torch refuses others"
+                    )
             if p.grad is not None:
                 problem = _C.unsupported_grad(p.grad)
                 if problem is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optim_ext._fused_step import FusedStep, Group
 
@@ -16,6 +17,13 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("sum", "step")
+
+    def _init_group(self, group: Group, *lists: list[Tensor]) -> Any:
+        """As torch's, which before 2.14 refuses fused=True on a GPU for want of a kernel."""
+        stepping = [p for p in group["params"] if p.grad is not None]
+        if stepping and all(p.is_cuda and p.is_floating_point() for p in stepping):
+            self._need_device_dtype_check_for_fused = False
+        return super()._init_group(group, *lists)
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return tuple(group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize"))

@@ -9,6 +9,8 @@ import torch
 from specs import Options, Spec, Tolerance
 from torch import Tensor
 
+Device = torch.device | str
+
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0,), (3, 5), (2, 3, 4), (17, 33))
 
 
@@ -16,21 +18,27 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal numbers, the same for every dtype of one kind but for rounding."""
+def random(shape: Sequence[int], dtype: torch.dtype, seed: int, device: Device = "cpu") -> Tensor:
+    """Normal numbers, the same on every device, and for every dtype of one kind but for rounding."""
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return torch.randn(tuple(shape), dtype=wide, generator=seeded(seed)).to(dtype)
+    return torch.randn(tuple(shape), dtype=wide, generator=seeded(seed)).to(dtype).to(device)
 
 
-def make_params(shapes: Iterable[Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0) -> list:
-    return [torch.nn.Parameter(random(shape, dtype, seed + i)) for i, shape in enumerate(shapes)]
+def make_params(
+    shapes: Iterable[Sequence[int]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> list:
+    return [torch.nn.Parameter(random(shape, dtype, seed + i, device)) for i, shape in enumerate(shapes)]
 
 
 def twin(params: Iterable[Tensor]) -> list[Tensor]:
     """Parameters equal to these, strides included, in memory of their own."""
     twins = []
     for param in params:
-        copy = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype).copy_(param.detach())
+        copy = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=param.device)
+        copy.copy_(param.detach())
         twins.append(torch.nn.Parameter(copy) if isinstance(param, torch.nn.Parameter) else copy)
     return twins
 
@@ -38,16 +46,18 @@ def twin(params: Iterable[Tensor]) -> list[Tensor]:
 def give_grads(params: Iterable[Tensor], step: int, frozen: Iterable[int] = ()) -> None:
     """Gradients that depend on the step and the place in the list only."""
     for i, param in enumerate(params):
-        param.grad = None if i in frozen else random(param.shape, param.dtype, 1000 * (step + 1) + i)
+        seed = 1000 * (step + 1) + i
+        param.grad = None if i in frozen else random(param.shape, param.dtype, seed, param.device)
 
 
-def copy_of(options: Options) -> Options:
-    """The same options with tensors of their own, so that two optimizers do not share a learning rate."""
+def copy_of(options: Options, device: Device | None = None) -> Options:
+    """The same options with tensors of their own, so that two optimizers do not share a learning rate; moved to the
+    device if there is one."""
 
     def own(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(own(entry) for entry in value)
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.clone().to(device or value.device) if isinstance(value, Tensor) else value
 
     return {key: own(value) for key, value in options.items()}
 
@@ -117,7 +127,7 @@ def bits(tensor: Tensor) -> Any:
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    return (str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+    return (str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).cpu().numpy().tobytes())
 
 
 class Lockstep:
@@ -131,10 +141,11 @@ class Lockstep:
         params: list[Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         groups: Callable[[list[Tensor]], Any] = lambda params: params,
+        device: Device = "cpu",
     ) -> None:
         self.spec = spec
         options = spec.typical if options is None else options
-        self.params = make_params(dtype=dtype) if params is None else params
+        self.params = make_params(dtype=dtype, device=device) if params is None else params
         self.twins = twin(self.params)
         self.ours = spec.ours(groups(self.params), **copy_of(options))
         self.theirs = spec.torch(groups(self.twins), **copy_of(options))

@@ -1,5 +1,6 @@
 """One row per optimizer. Shared tests are parametrised from these rows; a new optimizer is a new row and nothing else."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
@@ -59,11 +60,20 @@ class Spec:
     def torch(self) -> type[torch.optim.Optimizer]:
         return getattr(torch.optim, self.name)
 
+    def options_on(self, device: str) -> list[Options]:
+        """Every option set of the row: the grid, and what torch's own tests use on this kind of device."""
+        listed = next(info for info in optim_db if info.optim_cls is self.torch)
+        return [*self.grid, *(entry.kwargs for entry in listed.optim_inputs_func(device=device))]
+
     @property
     def options(self) -> list[Options]:
-        """Every option set of the row: the grid, and what torch's own tests use on this device."""
-        listed = next(info for info in optim_db if info.optim_cls is self.torch)
-        return [*self.grid, *(entry.kwargs for entry in listed.optim_inputs_func(device="cpu"))]
+        return self.options_on("cpu")
+
+    @property
+    def device_steps(self) -> Options:
+        """The option with which torch keeps step counters where the parameters are; none where nothing is counted."""
+        accepted = inspect.signature(self.torch).parameters
+        return {"capturable": True} if "capturable" in accepted else {"fused": True} if self.fused else {}
 
     @property
     def error_inputs(self) -> list[Any]:

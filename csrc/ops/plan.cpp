@@ -272,9 +272,11 @@ class Plan {
         lists[k] = subsets[k];
       }
     }
+    // The host is about to read what goes to the CPU, so that copy has to be waited for.
     const auto on_device = [&](const OptionalTensor& value) {
-      return value && value->device() != call.device ? OptionalTensor(value->to(call.device, /*non_blocking=*/true))
-                                                     : value;
+      return value && value->device() != call.device
+                 ? OptionalTensor(value->to(call.device, /*non_blocking=*/!call.device.is_cpu()))
+                 : value;
     };
     try {
       op_->run(lists, hypers,
