@@ -182,6 +182,9 @@ class FusedStep(Optimizer):
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
         after_mixin = type(self).__mro__[type(self).__mro__.index(FusedStep) + 1 :]
         step = next(cls.__dict__["step"] for cls in after_mixin if "step" in cls.__dict__)
+        if step is Optimizer.step:
+            reason = self._torch_reason(groups[0])
+            raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
         if getattr(step, "hooked", False):
             step = step.__wrapped__
         all_groups = self.param_groups

@@ -14,6 +14,7 @@ namespace optim_ext {
 enum class Storage : uint8_t { f32, f64, bf16, f16 };
 
 constexpr int kMaxOperands = 6;  // tensors one parameter may bring to a rule
+constexpr int kMaxScalars = 2;   // numbers of state one parameter may bring besides its step count
 constexpr int kMaxDims = 12;     // dimensions left after merging those that can be walked as one
 
 OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
@@ -37,6 +38,14 @@ struct Layout {
   }
 };
 
+// One number of a parameter's state, such as a running product. Like a step count it lives on the host or on the
+// device.
+struct ScalarState {
+  double value;  // before this step, where the host knows it
+  void* device;  // else where it lives; null on the host
+  Storage storage;
+};
+
 // One parameter with everything its rule reads and writes. Operands follow the rule's order; absent ones are null.
 // Complex tensors appear as twice as many real elements.
 struct Bundle {
@@ -47,6 +56,7 @@ struct Bundle {
   double step;              // step count after this step's increment, where the host knows it
   const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage); null on the host
   Storage step_storage;
+  ScalarState scalars[kMaxScalars];
 };
 
 // What happens to the gradients on the way into a rule. On the CPU the values are read on the host; on a GPU they stay

@@ -10,6 +10,8 @@
 #include <sstream>
 #include <unordered_set>
 
+#include "../kernels/convert.h"
+
 namespace optim_ext::ops {
 
 namespace {
@@ -162,9 +164,12 @@ void Call::check_lengths() const {
     TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.common.op, ": params has ", n,
                       " tensors but ", lists[k].name, " has ", found, "; the lists must be equally long");
   }
-  TORCH_CHECK_VALUE(!spec_.state_steps || spec_.state_steps->size() == n, "optim_ext::", spec_.common.op,
-                    ": params has ", n, " tensors but state_steps has ", spec_.state_steps->size(),
-                    "; the lists must be equally long");
+  const auto check_all = [&](const char* name, size_t found) {
+    TORCH_CHECK_VALUE(found == n, "optim_ext::", spec_.common.op, ": params has ", n, " tensors but ", name, " has ",
+                      found, "; the lists must be equally long");
+  };
+  if (spec_.state_steps) check_all("state_steps", spec_.state_steps->size());
+  for (const List& list : spec_.scalars) check_all(list.name, list.tensors.size());
 }
 
 void Call::add_bundle(int64_t i) {
@@ -220,6 +225,7 @@ void Call::add_bundle(int64_t i) {
   bundle.numel = param.numel() * (param.is_complex() ? 2 : 1);
   if (!flat && param.numel() > 1) add_layout(i, bundle);
   if (spec_.state_steps) add_step(i, bundle);
+  for (size_t k = 0; k < spec_.scalars.size(); ++k) add_scalar(i, spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
   bundles.push_back(bundle);
   in_double.push_back(use_double);
 }
@@ -296,6 +302,27 @@ void Call::add_step(int64_t i, Bundle& bundle) {
   }
 }
 
+void Call::add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar) {
+  const at::Tensor& tensor = list.tensors[i];
+  if (!tensor.defined()) refuse(list.name, i, "is undefined");
+  if (tensor.numel() != 1 || tensor.layout() != at::kStrided)
+    refuse(list.name, i, text("has shape ", tensor.sizes(), ", expected a tensor with one element"));
+  const auto storage = storage_of(tensor.scalar_type());
+  if (!storage || tensor.is_complex())
+    refuse(list.name, i, text("has dtype ", tensor.scalar_type(), ", expected a real floating point type"));
+  if (!tensor.is_cpu() && tensor.device() != device)
+    refuse(list.name, i, text("is on ", tensor.device(), ", expected cpu or ", device));
+  scalar.storage = *storage;
+  if (!tensor.is_cpu()) {
+    scalar.device = tensor.mutable_data_ptr();
+    return;
+  }
+  if (bundle.device_step)
+    refuse(list.name, i, text("is on cpu, but the step count it depends on is on ", device, "; move it there"));
+  scalar.value = load_element<double>(tensor.const_data_ptr(), *storage, 0);
+  host_scalars_ = true;
+}
+
 void Call::read_pass() {
   const auto one_number = [&](const std::optional<at::Tensor>& value, const char* name, bool or_double) -> const void* {
     if (!value || !value->defined()) return nullptr;
@@ -321,12 +348,16 @@ void Call::read_pass() {
   pass.device_grad_scale = scale;
   pass.device_found_inf = found;
   pass.device_grad_factor = factor;
-  if (!found || !spec_.state_steps) return;
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    if (!bundles[i].device_step)
-      refuse("state_steps", static_cast<int64_t>(i),
-             text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
-  }
+  if (!found) return;
+  const auto must_be_there = [&](const List& list) {
+    for (size_t i = 0; i < list.tensors.size(); ++i) {
+      if (list.tensors[i].is_cpu())
+        refuse(list.name, static_cast<int64_t>(i),
+               text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
+    }
+  };
+  if (spec_.state_steps) must_be_there({"state_steps", *spec_.state_steps});
+  std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
 void Call::check_overlap() const {
@@ -338,16 +369,19 @@ void Call::check_overlap() const {
     for (int k = 0; bundles[i].numel != 0 && k < operands_; ++k) {
       if ((written >> k) & 1u) intervals.push_back(interval_of(lists[k].tensors[i]));
     }
+    for (const List& list : spec_.scalars) intervals.push_back(interval_of(list.tensors[i]));
   }
   const at::Tensor* const offender = find_overlap(intervals);
   if (offender == nullptr) return;
   for (size_t i = 0; i < bundles.size(); ++i) {
-    for (int k = 0; k < operands_; ++k) {
-      if (((written >> k) & 1u) && &lists[k].tensors[i] == offender) {
-        refuse(lists[k].name, static_cast<int64_t>(i),
+    const auto check = [&](const List& list) {
+      if (i < list.tensors.size() && &list.tensors[i] == offender) {
+        refuse(list.name, static_cast<int64_t>(i),
                "overlaps in memory with another tensor this step writes; each needs memory of its own");
       }
-    }
+    };
+    std::for_each(lists, lists + operands_, check);
+    std::for_each(spec_.scalars.begin(), spec_.scalars.end(), check);
   }
 }
 
@@ -360,7 +394,8 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
       const at::Tensor& tensor = *hyper.tensor;
       TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.common.op,
                         ": ", hyper.name, " must be a number or a real tensor with one element");
-      if (!tensor.is_cpu() && tensor.device() == device) {
+      // Scalar state on the host may depend on this value, so it is waited for, as torch does.
+      if (!tensor.is_cpu() && tensor.device() == device && !host_scalars_) {
         const auto storage = storage_of(tensor.scalar_type());
         TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper.name, " has dtype ",
                           tensor.scalar_type(), ", expected a floating point type");
@@ -374,25 +409,34 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
   }
 }
 
-void Call::commit() {
+namespace {
+
+void note_change(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+void Call::advance(int64_t i) {
   const auto lists = spec_.operands.begin();
-  const auto changed = [](const at::Tensor& tensor) {
-    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  };
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    for (int k = 0; k < operands_; ++k) {
-      if ((updates_ >> k) & 1u) changed(lists[k].tensors[i]);
-    }
-    if (!spec_.state_steps) continue;
-    const at::Tensor& step = (*spec_.state_steps)[i];
-    changed(step);
-    if (!step.is_cpu()) continue;
-    if (bundles[i].step_storage == Storage::f32) {
-      bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;
-    } else {
-      bundles[i].step = *step.mutable_data_ptr<double>() += 1.0;
-    }
+  for (int k = 0; k < operands_; ++k) {
+    if ((updates_ >> k) & 1u) note_change(lists[k].tensors[i]);
   }
+  if (!spec_.state_steps) return;
+  const at::Tensor& step = (*spec_.state_steps)[i];
+  note_change(step);
+  if (!step.is_cpu()) return;
+  if (bundles[i].step_storage == Storage::f32) {
+    bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;
+  } else {
+    bundles[i].step = *step.mutable_data_ptr<double>() += 1.0;
+  }
+}
+
+void Call::store_scalar(int64_t i, int k, double value) {
+  const at::Tensor& tensor = spec_.scalars.begin()[k].tensors[i];
+  note_change(tensor);
+  if (tensor.is_cpu()) store_element<double>(tensor.mutable_data_ptr(), bundles[i].scalars[k].storage, 0, value);
 }
 
 CheckOnly::CheckOnly() { ++check_only_depth; }
