@@ -18,8 +18,8 @@ struct Lion {
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& exp_avg) const {
     const V g = regularized(grad, param, maximize, V(0));
-    const V update = sign(lerp(exp_avg, g, V(1.0 - beta1)));
-    exp_avg = lerp(exp_avg, g, V(1.0 - beta2));
+    const V update = sign(V(beta1) * exp_avg + V(1.0 - beta1) * g);
+    exp_avg = V(beta2) * exp_avg + V(1.0 - beta2) * g;
     param = V(1.0 - lr * weight_decay) * param - V(lr) * update;
   }
 };
