@@ -20,8 +20,8 @@ struct Rprop {
   OPTIM_EXT_RULE void operator()(V& param, V grad, V& prev, V& step_size) const {
     const V g = regularized(grad, param, maximize, V(0));
     const V agreement = g * prev;
-    const V turned_or_nan = agreement < V(0) ? V(etaminus) : agreement;
-    const V factor = agreement > V(0) ? V(etaplus) : agreement == V(0) ? V(1) : turned_or_nan;
+    const V turned_or_none = agreement < V(0) ? V(etaminus) : V(1);
+    const V factor = agreement > V(0) ? V(etaplus) : turned_or_none;
     const V grown = step_size * factor;
     const V at_least = grown < V(step_size_min) ? V(step_size_min) : grown;
     step_size = at_least > V(step_size_max) ? V(step_size_max) : at_least;

@@ -50,11 +50,11 @@ OPTIM_EXT_RULE double root(double x) { return __builtin_sqrt(x); }
 OPTIM_EXT_RULE float magnitude(float x) { return __builtin_fabsf(x); }
 OPTIM_EXT_RULE double magnitude(double x) { return __builtin_fabs(x); }
 
-// 1, 0 or -1; NaN stays NaN.
+// 1, 0 or -1, and 0 for NaN, as torch.sign.
 template <class V>
 OPTIM_EXT_RULE V sign(V x) {
-  const V negative_or_other = x < V(0) ? V(-1) : x;
-  return x > V(0) ? V(1) : negative_or_other;
+  const V negative_or_none = x < V(0) ? V(-1) : V(0);
+  return x > V(0) ? V(1) : negative_or_none;
 }
 
 // The larger of two values; NaN if either is NaN, as torch.maximum.
