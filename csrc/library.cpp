@@ -57,7 +57,13 @@ using namespace optim_ext::ops;
   X(rprop_, rprop_,                                                                                                    \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] prevs, Tensor(d!)[] step_sizes, Tensor(e!)[] "             \
     "state_steps, *, float etaminus, float etaplus, float step_size_min, float step_size_max, bool "                   \
-    "maximize, " COMMON_ARGUMENTS ") -> ()")
+    "maximize, " COMMON_ARGUMENTS ") -> ()")                                                                           \
+  X(sparse_adam_, sparse_adam_,                                                                                        \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] "         \
+    "state_steps, *, Tensor lr, float beta1, float beta2, float eps, bool maximize, " COMMON_ARGUMENTS ") -> ()")
+
+// The ops whose gradients may be sparse. The dispatcher sees these by a key of their own.
+#define FOR_EACH_SPARSE_OP(X) X(sgd_, sgd_) X(adagrad_, adagrad_) X(sparse_adam_, sparse_adam_)
 
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, function, schema) m.def(#op schema);
@@ -71,7 +77,19 @@ TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
 #undef IMPLEMENT
 }
 
+TORCH_LIBRARY_IMPL(optim_ext, SparseCPU, m) {
+#define IMPLEMENT(op, function) m.impl(#op, &Op<#op, &function<CpuDriver>>::call);
+  FOR_EACH_SPARSE_OP(IMPLEMENT)
+#undef IMPLEMENT
+}
+
 #if defined(OPTIM_EXT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(optim_ext, SparseCUDA, m) {
+#define IMPLEMENT(op, function) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
+  FOR_EACH_SPARSE_OP(IMPLEMENT)
+#undef IMPLEMENT
+}
+
 TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)

@@ -11,7 +11,6 @@ from torch.optim import (  # noqa: F401
     Adafactor,
     Muon,
     Optimizer,
-    SparseAdam,
     lr_scheduler,
     swa_utils,
 )
@@ -31,6 +30,7 @@ from optim_ext.radam import RAdam as RAdam
 from optim_ext.rmsprop import RMSprop as RMSprop
 from optim_ext.rprop import Rprop as Rprop
 from optim_ext.sgd import SGD as SGD
+from optim_ext.sparse_adam import SparseAdam as SparseAdam
 
 __version__ = "0.1.0"
 

@@ -17,5 +17,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("sum", "step")
 
+    def _takes_sparse(self, group: Group) -> bool:
+        return bool(group["weight_decay"] == 0)
+
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return tuple(group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize"))

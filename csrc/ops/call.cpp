@@ -177,12 +177,15 @@ void Call::add_bundle(int64_t i) {
   const at::Tensor& param = lists[kParam].tensors[i];
   Bundle bundle{};
   bool flat = true, use_double = false;
+  const at::Tensor* rows = nullptr;  // a sparse gradient
   for (int k = 0; k < operands_; ++k) {
     if (!((used_ >> k) & 1u)) continue;
-    const at::Tensor& tensor = lists[k].tensors[i];
     const char* const name = lists[k].name;
-    if (!tensor.defined()) refuse(name, i, "is undefined");
-    if (tensor.layout() != at::kStrided)
+    if (!lists[k].tensors[i].defined()) refuse(name, i, "is undefined");
+    const bool sparse = k == kGrad && spec_.takes_sparse && lists[k].tensors[i].is_sparse();
+    const at::Tensor& tensor = sparse ? held_.emplace_back(coalesced(i)) : lists[k].tensors[i];
+    if (sparse) rows = &tensor;
+    if (tensor.layout() != at::kStrided && !sparse)
       refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
     if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
     const auto storage = storage_of(tensor.scalar_type());
@@ -212,10 +215,11 @@ void Call::add_bundle(int64_t i) {
         refuse(name, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
       }
     }
-    const bool written = ((updates_ | (spec_.common.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
-    bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     bundle.storage[k] = *storage;
     use_double |= *storage == Storage::f64;
+    if (sparse) continue;
+    const bool written = ((updates_ | (spec_.common.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
+    bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     if (k == kParam) {
       flat &= tensor.is_non_overlapping_and_dense();
     } else {
@@ -223,11 +227,77 @@ void Call::add_bundle(int64_t i) {
     }
   }
   bundle.numel = param.numel() * (param.is_complex() ? 2 : 1);
-  if (!flat && param.numel() > 1) add_layout(i, bundle);
+  if (rows) {
+    add_rows(i, *rows, bundle);
+  } else if (!flat && param.numel() > 1) {
+    add_layout(i, bundle);
+  }
   if (spec_.state_steps) add_step(i, bundle);
   for (size_t k = 0; k < spec_.scalars.size(); ++k) add_scalar(i, spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
   bundles.push_back(bundle);
   in_double.push_back(use_double);
+}
+
+// The gradient with every index once, its indices known to lie in the parameter.
+at::Tensor Call::coalesced(int64_t i) {
+  const at::Tensor &grad = spec_.operands.begin()[kGrad].tensors[i], &param = spec_.operands.begin()[kParam].tensors[i];
+  if (grad.device() != device) refuse("grads", i, text("is on ", grad.device(), ", expected ", device));
+  if (!grad.sizes().equals(param.sizes()))
+    refuse("grads", i, text("has shape ", grad.sizes(), ", expected its parameter's shape ", param.sizes()));
+  if (grad.is_complex()) refuse("grads", i, "is sparse and complex; make it dense");
+  if (spec_.common.grad_scale) refuse("grads", i, "is sparse, so it cannot be unscaled in place");
+  const at::Tensor indices = grad._indices();
+  for (int64_t d = 0; d < grad.sparse_dim() && indices.size(1) > 0; ++d) {
+    const at::Tensor in_dim = indices.select(0, d);
+    int64_t least = 0, most = 0;
+    if (in_dim.is_cpu()) {
+      const int64_t* const at = in_dim.const_data_ptr<int64_t>();
+      least = most = at[0];
+      for (int64_t n = 0; n < in_dim.numel(); ++n) {
+        const int64_t index = at[n * in_dim.stride(0)];
+        least = std::min(least, index);
+        most = std::max(most, index);
+      }
+    } else {
+      least = in_dim.min().item<int64_t>();
+      most = in_dim.max().item<int64_t>();
+    }
+    if (least < 0 || most >= param.size(d)) {
+      refuse("grads", i,
+             text("has index ", least < 0 ? least : most, " in dimension ", d, " of its parameter's shape ",
+                  param.sizes()));
+    }
+  }
+  return grad.coalesce();
+}
+
+// A row is what one index selects. Rows lie back to back in the gradient's values, and at the indexed places of the
+// parameter and its state.
+void Call::add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
+  const auto lists = spec_.operands.begin();
+  const at::Tensor& param = lists[kParam].tensors[i];
+  for (int k = 0; k < operands_; ++k) {
+    if (k != kGrad && ((used_ >> k) & 1u) && !lists[k].tensors[i].is_contiguous())
+      refuse(lists[k].name, i, "is not contiguous, which a sparse gradient asks for");
+  }
+  const at::Tensor indices = grad._indices();
+  at::Tensor rows = indices.select(0, 0);
+  for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
+  const at::Tensor &kept_rows = held_.emplace_back(rows.contiguous()),
+                   &values = held_.emplace_back(grad._values().contiguous());
+  bundle.data[kGrad] = const_cast<void*>(values.const_data_ptr());
+  bundle.numel = values.numel();
+  if (bundle.numel == 0) return;
+  Layout& layout = layouts_.emplace_back();
+  layout.rows = kept_rows.const_data_ptr<int64_t>();
+  layout.ndim = 2;
+  layout.sizes[0] = kept_rows.numel();
+  layout.sizes[1] = values.numel() / kept_rows.numel();
+  for (int k = 0; k < operands_; ++k) {
+    layout.strides[k][0] = layout.sizes[1];
+    layout.strides[k][1] = 1;
+  }
+  bundle.layout = &layout;
 }
 
 // The walk order is the parameter's own memory order, so that a dense parameter is still read front to back.

@@ -60,6 +60,7 @@ struct CallSpec {
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
   std::optional<at::TensorList> state_steps = std::nullopt;
   std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order
+  bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
 };
 
 class Call {
@@ -88,6 +89,8 @@ class Call {
   void check_lengths() const;
   void add_bundle(int64_t i);
   void add_layout(int64_t i, Bundle& bundle);
+  at::Tensor coalesced(int64_t i);
+  void add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
   void add_step(int64_t i, Bundle& bundle);
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
   void advance(int64_t i);
@@ -100,6 +103,7 @@ class Call {
   const int operands_;
   const unsigned used_, updates_;
   std::deque<Layout> layouts_;
+  std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
 };
 

@@ -32,6 +32,27 @@ struct CpuDriver {
     return same;
   }
 
+  // A row of a sparse gradient that is worth a call of its own is swept as a tensor of its own.
+  static constexpr int64_t kOwnSweep = 16;
+
+  template <class Rule>
+  static void sweep_rows(cpu::Sweep<Rule> sweep, const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end,
+                         const Pass& pass) {
+    const Layout* const layout = bundle.layout;
+    if (layout == nullptr || layout->rows == nullptr || layout->sizes[1] < kOwnSweep)
+      return sweep(rule, bundle, begin, end, pass);
+    const int64_t width = layout->sizes[1];
+    Bundle row = bundle;
+    row.layout = nullptr;
+    for (int64_t n = begin / width; n * width < end; ++n) {
+      for (int k = 0; k < Rule::kOperands; ++k) {
+        row.data[k] = static_cast<char*>(bundle.data[k]) +
+                      layout->place(k, 0, n) * layout->strides[k][0] * bytes_of(bundle.storage[k]);
+      }
+      sweep(rule, row, std::max<int64_t>(begin - n * width, 0), std::min(end - n * width, width), pass);
+    }
+  }
+
   template <class Rule>
   static void run(const Rule& rule, const Call& call) {
     std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
@@ -51,7 +72,7 @@ struct CpuDriver {
         const int64_t stop = std::min(end, first_tile[i + 1]);
         const int64_t from = (begin - first_tile[i]) * kTile,
                       to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
-        if (from < to) (call.in_double[i] ? in_double : in_float)(ready, bundle, from, to, call.pass);
+        if (from < to) sweep_rows(call.in_double[i] ? in_double : in_float, ready, bundle, from, to, call.pass);
         begin = stop;
       }
     };

@@ -86,4 +86,9 @@ void rprop_(const Common& common, TensorList params, TensorList grads, TensorLis
             TensorList state_steps, double etaminus, double etaplus, double step_size_min, double step_size_max,
             bool maximize);
 
+template <class Driver>
+void sparse_adam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs,
+                  TensorList exp_avg_sqs, TensorList state_steps, const Tensor& lr, double beta1, double beta2,
+                  double eps, bool maximize);
+
 }  // namespace optim_ext::ops

@@ -13,6 +13,7 @@
 #include "rmsprop.h"
 #include "rprop.h"
 #include "sgd.h"
+#include "sparse_adam.h"
 
 // clang-format off
 #define OPTIM_EXT_FOR_EACH_RULE(X) \
@@ -31,5 +32,6 @@
   X(RMSprop<true, true>)           \
   X(Rprop)                         \
   X(Sgd<false>)                    \
-  X(Sgd<true>)
+  X(Sgd<true>)                     \
+  X(SparseAdam)
 // clang-format on

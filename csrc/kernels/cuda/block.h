@@ -298,7 +298,9 @@ OPTIM_EXT_HOST_DEVICE void sweep_strided(const Block<Rule>& block, const Rule& r
     int64_t index = block.begin + i;
     OPTIM_EXT_ROLLED for (int d = layout.ndim - 1; d >= 0; --d) {
       const int64_t rest = index / layout.sizes[d], place = index - rest * layout.sizes[d];
-      OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) at[s] += place * layout.strides[operand_of<Rule>(s)][d];
+      OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) {
+        at[s] += layout.place(operand_of<Rule>(s), d, place) * layout.strides[operand_of<Rule>(s)][d];
+      }
       index = rest;
     }
     V value[kCount];
