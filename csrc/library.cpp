@@ -18,20 +18,52 @@ using namespace optim_ext::ops;
   ") -> ()"
 
 // X(op, function template, schema)
-#define FOR_EACH_OP(X)                                                                                             \
-  X(sgd_, sgd_,                                                                                                    \
-    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "      \
-    "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " COMMON_ARGUMENTS     \
-    ") -> ()")                                                                                                     \
-  X(adam_, adam_, ADAM_ARGUMENTS)                                                                                  \
-  X(adamw_, adam_, ADAM_ARGUMENTS)                                                                                 \
-  X(rmsprop_, rmsprop_,                                                                                            \
-    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers, "          \
-    "Tensor(e!)[] grad_avgs, Tensor(f!)[] state_steps, *, Tensor lr, float alpha, float eps, float weight_decay, " \
-    "float momentum, bool centered, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                   \
-  X(adagrad_, adagrad_,                                                                                            \
-    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state_sums, Tensor(d!)[] state_steps, *, Tensor lr, "  \
-    "float lr_decay, float weight_decay, float eps, bool maximize, " COMMON_ARGUMENTS ") -> ()")
+#define FOR_EACH_OP(X)                                                                                                 \
+  X(sgd_, sgd_,                                                                                                        \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "          \
+    "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " COMMON_ARGUMENTS         \
+    ") -> ()")                                                                                                         \
+  X(adam_, adam_, ADAM_ARGUMENTS)                                                                                      \
+  X(adamw_, adam_, ADAM_ARGUMENTS)                                                                                     \
+  X(rmsprop_, rmsprop_,                                                                                                \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers, "              \
+    "Tensor(e!)[] grad_avgs, Tensor(f!)[] state_steps, *, Tensor lr, float alpha, float eps, float weight_decay, "     \
+    "float momentum, bool centered, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                       \
+  X(adagrad_, adagrad_,                                                                                                \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state_sums, Tensor(d!)[] state_steps, *, Tensor lr, "      \
+    "float lr_decay, float weight_decay, float eps, bool maximize, " COMMON_ARGUMENTS ") -> ()")                       \
+  X(adadelta_, adadelta_,                                                                                              \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] acc_deltas, Tensor(e!)[] "       \
+    "state_steps, *, Tensor lr, float rho, float eps, float weight_decay, bool maximize, " COMMON_ARGUMENTS ") -> ()") \
+  X(adamax_, adamax_,                                                                                                  \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_infs, Tensor(e!)[] "            \
+    "state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool "                        \
+    "maximize, " COMMON_ARGUMENTS ") -> ()")                                                                           \
+  X(asgd_, asgd_,                                                                                                      \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] mus, Tensor(d!)[] axs, Tensor(e!)[] etas, Tensor(f!)[] "   \
+    "state_steps, *, Tensor lr, float lambd, float alpha, float t0, float weight_decay, bool "                         \
+    "maximize, " COMMON_ARGUMENTS ") -> ()")                                                                           \
+  X(lion_, lion_,                                                                                                      \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, *, Tensor lr, float beta1, float beta2, float "  \
+    "weight_decay, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                                        \
+  X(nadam_, nadam_,                                                                                                    \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] "         \
+    "mu_products, Tensor(f!)[] state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "   \
+    "float momentum_decay, bool maximize, bool decoupled_weight_decay, " COMMON_ARGUMENTS ") -> ()")                   \
+  X(radam_, radam_,                                                                                                    \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] "         \
+    "state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, bool "         \
+    "decoupled_weight_decay, " COMMON_ARGUMENTS ") -> ()")                                                             \
+  X(rprop_, rprop_,                                                                                                    \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] prevs, Tensor(d!)[] step_sizes, Tensor(e!)[] "             \
+    "state_steps, *, float etaminus, float etaplus, float step_size_min, float step_size_max, bool "                   \
+    "maximize, " COMMON_ARGUMENTS ") -> ()")                                                                           \
+  X(sparse_adam_, sparse_adam_,                                                                                        \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] "         \
+    "state_steps, *, Tensor lr, float beta1, float beta2, float eps, bool maximize, " COMMON_ARGUMENTS ") -> ()")
+
+// The ops whose gradients may be sparse. The dispatcher sees these by a key of their own.
+#define FOR_EACH_SPARSE_OP(X) X(sgd_, sgd_) X(adagrad_, adagrad_) X(sparse_adam_, sparse_adam_)
 
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, function, schema) m.def(#op schema);
@@ -45,7 +77,19 @@ TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
 #undef IMPLEMENT
 }
 
+TORCH_LIBRARY_IMPL(optim_ext, SparseCPU, m) {
+#define IMPLEMENT(op, function) m.impl(#op, &Op<#op, &function<CpuDriver>>::call);
+  FOR_EACH_SPARSE_OP(IMPLEMENT)
+#undef IMPLEMENT
+}
+
 #if defined(OPTIM_EXT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(optim_ext, SparseCUDA, m) {
+#define IMPLEMENT(op, function) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
+  FOR_EACH_SPARSE_OP(IMPLEMENT)
+#undef IMPLEMENT
+}
+
 TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)

@@ -59,6 +59,7 @@ class FusedStep(Optimizer):
     * ``_state_keys(group)``: for each list after ``params`` and ``grads``, in the order of the op's schema and of torch's
       ``_init_group``, the key in ``state[p]``, or None where this group has no such state.
     * ``_hypers(group)``: the hyper-parameters in the order of the op's schema.
+    * ``_takes_sparse(group)``: whether the op takes sparse gradients under these options.
     """
 
     _op: ClassVar[str]
@@ -70,6 +71,9 @@ class FusedStep(Optimizer):
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         raise NotImplementedError
+
+    def _takes_sparse(self, group: Group) -> bool:
+        return False
 
     @_grad_mode_of_defaults
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -111,7 +115,8 @@ class FusedStep(Optimizer):
 
     def _signature(self, group: Group) -> tuple[Any, ...]:
         """The options a plan is built for: where one changes, the plan is built anew."""
-        return (self._state_keys(group), group.get("differentiable"), group.get("capturable"), group.get("fused"))
+        flags = (group.get(name) for name in ("differentiable", "capturable", "fused"))
+        return (self._state_keys(group), self._takes_sparse(group), *flags)
 
     def _common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What every op takes besides its own arguments: (grad_scale, found_inf, grad_factor).
@@ -137,10 +142,11 @@ class FusedStep(Optimizer):
                     continue
                 for members, values in self._prepare(group):
                     reusable &= len(members) == len(group["params"])
-                    calls.append((index, members, self._state_keys(group)))
+                    calls.append((index, members, self._state_keys(group), self._takes_sparse(group)))
                     hypers.append(values)
-            plan = _C.Plan(self._op, self.param_groups, self.state, calls)
-            arguments = (self.state, self.param_groups, hypers, *self._common())
+            state = self._planned_state()
+            plan = _C.Plan(self._op, self.param_groups, state, calls)
+            arguments = (state, self.param_groups, hypers, *self._common())
             if by_torch:
                 plan.step(*arguments, check_only=True)
                 self._torch_step(by_torch)
@@ -157,6 +163,10 @@ class FusedStep(Optimizer):
         """Let torch create missing state, and return the op calls for the step that is being prepared."""
         self._init_group(group, *([] for _ in range(2 + len(self._state_keys(group)))))
         return [(list(range(len(group["params"]))), self._hypers(group))]
+
+    def _planned_state(self) -> dict[Any, Any]:
+        """The state as a plan is to find it: every entry of ``_state_keys`` a tensor."""
+        return self.state
 
     def _torch_reason(self, group: Group, ahead: bool = False) -> str | None:
         """Why ``group`` takes torch's own code, or None if it runs natively.
@@ -180,7 +190,10 @@ class FusedStep(Optimizer):
                         f"parameter {index}: capturable=True needs its step counter on {p.device}; torch refuses others"
                     )
             if p.grad is not None:
-                problem = _C.unsupported_grad(p.grad)
+                takes_sparse = self._takes_sparse(group) and not group.get("fused")  # with fused, torch refuses
+                problem = _C.unsupported_grad(p.grad, takes_sparse)
+                if problem is None and p.grad.is_sparse and not p.is_contiguous():
+                    problem = "it is sparse, and its parameter is not contiguous"
                 if problem is not None:
                     return f"gradient of parameter {index}: {problem}"
         return None
@@ -189,6 +202,9 @@ class FusedStep(Optimizer):
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
         after_mixin = type(self).__mro__[type(self).__mro__.index(FusedStep) + 1 :]
         step = next(cls.__dict__["step"] for cls in after_mixin if "step" in cls.__dict__)
+        if step is Optimizer.step:
+            reason = self._torch_reason(groups[0])
+            raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
         if getattr(step, "hooked", False):
             step = step.__wrapped__
         all_groups = self.param_groups

@@ -25,5 +25,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             self._need_device_dtype_check_for_fused = False
         return super()._init_group(group, *lists)
 
+    def _takes_sparse(self, group: Group) -> bool:
+        return bool(group["weight_decay"] == 0)
+
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return tuple(group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize"))

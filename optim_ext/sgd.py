@@ -18,6 +18,9 @@ class SGD(FusedStep, torch.optim.SGD):
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)
 
+    def _takes_sparse(self, group: Group) -> bool:
+        return bool(group["momentum"] == 0 and group["weight_decay"] == 0)
+
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return (*self._options(group), False)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import reference
 import torch
 from torch.testing._internal.common_optimizers import optim_db
 
@@ -34,7 +35,7 @@ _TOLERANCES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """`name` is the class here and in torch.optim; `op` lives in torch.ops.optim_ext; `state` gives the keys of a
+    """`name` is the class here and in torch.optim, or in tests/reference for what torch does not have; `op` lives in torch.ops.optim_ext; `state` gives the keys of a
     parameter's state for a set of options; `grid` are this project's own option sets, to which optim_db's are added."""
 
     name: str
@@ -45,6 +46,7 @@ class Spec:
     half_options: Options = field(default_factory=dict)  # what float16 needs so as not to overflow in torch itself
     fused: bool = True  # whether torch's constructor has the flag
     betas: bool = False
+    numbers: frozenset[str] = frozenset({"step"})  # state of one element, whatever the parameter's shape
     sparse: Options | None = None  # options under which torch takes sparse gradients
     tolerances: dict[torch.dtype, Tolerance] = field(default_factory=lambda: _TOLERANCES)
 
@@ -57,11 +59,17 @@ class Spec:
         return getattr(optim_ext, self.name)
 
     @property
+    def in_torch(self) -> bool:
+        return hasattr(torch.optim, self.name)
+
+    @property
     def torch(self) -> type[torch.optim.Optimizer]:
-        return getattr(torch.optim, self.name)
+        return getattr(torch.optim if self.in_torch else reference, self.name)
 
     def options_on(self, device: str) -> list[Options]:
         """Every option set of the row: the grid, and what torch's own tests use on this kind of device."""
+        if not self.in_torch:
+            return [*self.grid]
         listed = next(info for info in optim_db if info.optim_cls is self.torch)
         return [*self.grid, *(entry.kwargs for entry in listed.optim_inputs_func(device=device))]
 
@@ -77,12 +85,16 @@ class Spec:
 
     @property
     def error_inputs(self) -> list[Any]:
+        if not self.in_torch:
+            return []
         listed = next(info for info in optim_db if info.optim_cls is self.torch)
         return listed.optim_error_inputs_func("cpu", torch.float32)
 
     @property
     def flags(self) -> list[Options]:
         """Every value of the flags by which torch chooses an implementation."""
+        if not self.in_torch:
+            return [{}]
         flags: list[Options] = [{}, {"foreach": False}, {"foreach": True}]
         return [*flags, {"fused": False}, {"fused": True}] if self.fused else flags
 
@@ -214,6 +226,116 @@ SPECS = [
         typical={"lr": 0.05, "lr_decay": 0.5, "weight_decay": 0.1},
         half_options={"eps": 1e-3},
         sparse={"lr": 0.05, "lr_decay": 0.1},
+    ),
+    Spec(
+        "Adadelta",
+        op="adadelta_",
+        state=lambda o: {"step", "square_avg", "acc_delta"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"rho": 0.5, "eps": 1e-3},
+            lr=[1.0],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.5, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        fused=False,
+    ),
+    Spec(
+        "Adamax",
+        op="adamax_",
+        state=lambda o: {"step", "exp_avg", "exp_inf"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"betas": (0.3, 0.6), "eps": 1e-3},
+            {"betas": (0.0, 0.0)},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        fused=False,
+    ),
+    Spec(
+        "NAdam",
+        op="nadam_",
+        state=lambda o: {"step", "mu_product", "exp_avg", "exp_avg_sq"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"betas": (0.3, 0.6), "eps": 1e-3, "momentum_decay": 0.1},
+            {"betas": (0.0, 0.0)},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+            decoupled_weight_decay=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        fused=False,
+        numbers=frozenset({"step", "mu_product"}),
+    ),
+    Spec(
+        "RAdam",
+        op="radam_",
+        state=lambda o: {"step", "exp_avg", "exp_avg_sq"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"betas": (0.3, 0.6), "eps": 1e-3},
+            {"betas": (0.9, 0.9)},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+            decoupled_weight_decay=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        fused=False,
+    ),
+    Spec(
+        "Rprop",
+        op="rprop_",
+        state=lambda o: {"step", "prev", "step_size"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"etas": (0.25, 2.0), "step_sizes": (1e-3, 0.5)},
+            lr=[0.01],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01},
+        fused=False,
+    ),
+    Spec(
+        "ASGD",
+        op="asgd_",
+        state=lambda o: {"step", "eta", "mu", "ax"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"lr": 0.05, "lambd": 0.1, "alpha": 0.5, "t0": 2},
+            lr=[0.05],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+            t0=[1e6, 1],
+        ),
+        typical={"lr": 0.05, "weight_decay": 0.1, "t0": 1},
+        fused=False,
+        numbers=frozenset({"step", "eta", "mu"}),
+    ),
+    Spec(
+        "Lion",
+        op="lion_",
+        state=lambda o: {"exp_avg"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"betas": (0.3, 0.6)},
+            {"betas": (0.0, 0.0)},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1},
+        fused=False,
     ),
 ]
 

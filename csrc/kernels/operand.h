@@ -14,13 +14,19 @@ namespace optim_ext {
 enum class Storage : uint8_t { f32, f64, bf16, f16 };
 
 constexpr int kMaxOperands = 6;  // tensors one parameter may bring to a rule
+constexpr int kMaxScalars = 2;   // numbers of state one parameter may bring besides its step count
+constexpr int kGradOperand = 1;  // every rule's second operand
 constexpr int kMaxDims = 12;     // dimensions left after merging those that can be walked as one
 
 OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
 
 // Strides of operands that do not share one dense order. Index i counts elements in the parameter's own memory order:
 // dimension 0 is the outermost, dimension ndim - 1 the fastest.
+//
+// A sparse gradient has some rows only: dimension 0 counts these, and `rows` says which row of the other operands each
+// of them is.
 struct Layout {
+  const int64_t* rows;  // null: dense
   int32_t ndim;
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxOperands][kMaxDims];
@@ -30,11 +36,24 @@ struct Layout {
     int64_t at = 0;
     for (int d = ndim - 1; d >= 0; --d) {
       const int64_t rest = index / sizes[d];
-      at += (index - rest * sizes[d]) * strides[operand][d];
+      at += place(operand, d, index - rest * sizes[d]) * strides[operand][d];
       index = rest;
     }
     return at;
   }
+
+  // Where index `i` of dimension `d` is to be found in `operand`.
+  OPTIM_EXT_HOST_DEVICE int64_t place(int operand, int d, int64_t i) const {
+    return rows != nullptr && d == 0 && operand != kGradOperand ? rows[i] : i;
+  }
+};
+
+// One number of a parameter's state, such as a running product. Like a step count it lives on the host or on the
+// device.
+struct ScalarState {
+  double value;  // before this step, where the host knows it
+  void* device;  // else where it lives; null on the host
+  Storage storage;
 };
 
 // One parameter with everything its rule reads and writes. Operands follow the rule's order; absent ones are null.
@@ -47,6 +66,7 @@ struct Bundle {
   double step;              // step count after this step's increment, where the host knows it
   const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage); null on the host
   Storage step_storage;
+  ScalarState scalars[kMaxScalars];
 };
 
 // What happens to the gradients on the way into a rule. On the CPU the values are read on the host; on a GPU they stay

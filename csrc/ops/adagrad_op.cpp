@@ -8,7 +8,10 @@ void adagrad_(const Common& common, TensorList params, TensorList grads, TensorL
               const Tensor& lr, double lr_decay, double weight_decay, double eps, bool maximize) {
   rules::Adagrad rule{};
   rule.maximize = maximize;
-  const CallSpec spec{common, {{"params", params}, {"grads", grads}, {"state_sums", state_sums}}, state_steps};
+  const CallSpec spec{.common = common,
+                      .operands = {{"params", params}, {"grads", grads}, {"state_sums", state_sums}},
+                      .state_steps = state_steps,
+                      .takes_sparse = weight_decay == 0.0};
   run<Driver>(rule, spec,
               {{"lr", rule.lr, lr},
                {"lr_decay", rule.lr_decay, lr_decay},

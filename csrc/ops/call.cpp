@@ -10,6 +10,8 @@
 #include <sstream>
 #include <unordered_set>
 
+#include "../kernels/convert.h"
+
 namespace optim_ext::ops {
 
 namespace {
@@ -162,9 +164,12 @@ void Call::check_lengths() const {
     TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.common.op, ": params has ", n,
                       " tensors but ", lists[k].name, " has ", found, "; the lists must be equally long");
   }
-  TORCH_CHECK_VALUE(!spec_.state_steps || spec_.state_steps->size() == n, "optim_ext::", spec_.common.op,
-                    ": params has ", n, " tensors but state_steps has ", spec_.state_steps->size(),
-                    "; the lists must be equally long");
+  const auto check_all = [&](const char* name, size_t found) {
+    TORCH_CHECK_VALUE(found == n, "optim_ext::", spec_.common.op, ": params has ", n, " tensors but ", name, " has ",
+                      found, "; the lists must be equally long");
+  };
+  if (spec_.state_steps) check_all("state_steps", spec_.state_steps->size());
+  for (const List& list : spec_.scalars) check_all(list.name, list.tensors.size());
 }
 
 void Call::add_bundle(int64_t i) {
@@ -172,12 +177,15 @@ void Call::add_bundle(int64_t i) {
   const at::Tensor& param = lists[kParam].tensors[i];
   Bundle bundle{};
   bool flat = true, use_double = false;
+  const at::Tensor* rows = nullptr;  // a sparse gradient
   for (int k = 0; k < operands_; ++k) {
     if (!((used_ >> k) & 1u)) continue;
-    const at::Tensor& tensor = lists[k].tensors[i];
     const char* const name = lists[k].name;
-    if (!tensor.defined()) refuse(name, i, "is undefined");
-    if (tensor.layout() != at::kStrided)
+    if (!lists[k].tensors[i].defined()) refuse(name, i, "is undefined");
+    const bool sparse = k == kGrad && spec_.takes_sparse && lists[k].tensors[i].is_sparse();
+    const at::Tensor& tensor = sparse ? held_.emplace_back(coalesced(i)) : lists[k].tensors[i];
+    if (sparse) rows = &tensor;
+    if (tensor.layout() != at::kStrided && !sparse)
       refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
     if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
     const auto storage = storage_of(tensor.scalar_type());
@@ -207,10 +215,11 @@ void Call::add_bundle(int64_t i) {
         refuse(name, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
       }
     }
-    const bool written = ((updates_ | (spec_.common.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
-    bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     bundle.storage[k] = *storage;
     use_double |= *storage == Storage::f64;
+    if (sparse) continue;
+    const bool written = ((updates_ | (spec_.common.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
+    bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     if (k == kParam) {
       flat &= tensor.is_non_overlapping_and_dense();
     } else {
@@ -218,10 +227,77 @@ void Call::add_bundle(int64_t i) {
     }
   }
   bundle.numel = param.numel() * (param.is_complex() ? 2 : 1);
-  if (!flat && param.numel() > 1) add_layout(i, bundle);
+  if (rows) {
+    add_rows(i, *rows, bundle);
+  } else if (!flat && param.numel() > 1) {
+    add_layout(i, bundle);
+  }
   if (spec_.state_steps) add_step(i, bundle);
+  for (size_t k = 0; k < spec_.scalars.size(); ++k) add_scalar(i, spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
   bundles.push_back(bundle);
   in_double.push_back(use_double);
+}
+
+// The gradient with every index once, its indices known to lie in the parameter.
+at::Tensor Call::coalesced(int64_t i) {
+  const at::Tensor &grad = spec_.operands.begin()[kGrad].tensors[i], &param = spec_.operands.begin()[kParam].tensors[i];
+  if (grad.device() != device) refuse("grads", i, text("is on ", grad.device(), ", expected ", device));
+  if (!grad.sizes().equals(param.sizes()))
+    refuse("grads", i, text("has shape ", grad.sizes(), ", expected its parameter's shape ", param.sizes()));
+  if (grad.is_complex()) refuse("grads", i, "is sparse and complex; make it dense");
+  if (spec_.common.grad_scale) refuse("grads", i, "is sparse, so it cannot be unscaled in place");
+  const at::Tensor indices = grad._indices();
+  for (int64_t d = 0; d < grad.sparse_dim() && indices.size(1) > 0; ++d) {
+    const at::Tensor in_dim = indices.select(0, d);
+    int64_t least = 0, most = 0;
+    if (in_dim.is_cpu()) {
+      const int64_t* const at = in_dim.const_data_ptr<int64_t>();
+      least = most = at[0];
+      for (int64_t n = 0; n < in_dim.numel(); ++n) {
+        const int64_t index = at[n * in_dim.stride(0)];
+        least = std::min(least, index);
+        most = std::max(most, index);
+      }
+    } else {
+      least = in_dim.min().item<int64_t>();
+      most = in_dim.max().item<int64_t>();
+    }
+    if (least < 0 || most >= param.size(d)) {
+      refuse("grads", i,
+             text("has index ", least < 0 ? least : most, " in dimension ", d, " of its parameter's shape ",
+                  param.sizes()));
+    }
+  }
+  return grad.coalesce();
+}
+
+// A row is what one index selects. Rows lie back to back in the gradient's values, and at the indexed places of the
+// parameter and its state.
+void Call::add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
+  const auto lists = spec_.operands.begin();
+  const at::Tensor& param = lists[kParam].tensors[i];
+  for (int k = 0; k < operands_; ++k) {
+    if (k != kGrad && ((used_ >> k) & 1u) && !lists[k].tensors[i].is_contiguous())
+      refuse(lists[k].name, i, "is not contiguous, which a sparse gradient asks for");
+  }
+  const at::Tensor indices = grad._indices();
+  at::Tensor rows = indices.select(0, 0);
+  for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
+  const at::Tensor &kept_rows = held_.emplace_back(rows.contiguous()),
+                   &values = held_.emplace_back(grad._values().contiguous());
+  bundle.data[kGrad] = const_cast<void*>(values.const_data_ptr());
+  bundle.numel = values.numel();
+  if (bundle.numel == 0) return;
+  Layout& layout = layouts_.emplace_back();
+  layout.rows = kept_rows.const_data_ptr<int64_t>();
+  layout.ndim = 2;
+  layout.sizes[0] = kept_rows.numel();
+  layout.sizes[1] = values.numel() / kept_rows.numel();
+  for (int k = 0; k < operands_; ++k) {
+    layout.strides[k][0] = layout.sizes[1];
+    layout.strides[k][1] = 1;
+  }
+  bundle.layout = &layout;
 }
 
 // The walk order is the parameter's own memory order, so that a dense parameter is still read front to back.
@@ -296,6 +372,27 @@ void Call::add_step(int64_t i, Bundle& bundle) {
   }
 }
 
+void Call::add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar) {
+  const at::Tensor& tensor = list.tensors[i];
+  if (!tensor.defined()) refuse(list.name, i, "is undefined");
+  if (tensor.numel() != 1 || tensor.layout() != at::kStrided)
+    refuse(list.name, i, text("has shape ", tensor.sizes(), ", expected a tensor with one element"));
+  const auto storage = storage_of(tensor.scalar_type());
+  if (!storage || tensor.is_complex())
+    refuse(list.name, i, text("has dtype ", tensor.scalar_type(), ", expected a real floating point type"));
+  if (!tensor.is_cpu() && tensor.device() != device)
+    refuse(list.name, i, text("is on ", tensor.device(), ", expected cpu or ", device));
+  scalar.storage = *storage;
+  if (!tensor.is_cpu()) {
+    scalar.device = tensor.mutable_data_ptr();
+    return;
+  }
+  if (bundle.device_step)
+    refuse(list.name, i, text("is on cpu, but the step count it depends on is on ", device, "; move it there"));
+  scalar.value = load_element<double>(tensor.const_data_ptr(), *storage, 0);
+  host_scalars_ = true;
+}
+
 void Call::read_pass() {
   const auto one_number = [&](const std::optional<at::Tensor>& value, const char* name, bool or_double) -> const void* {
     if (!value || !value->defined()) return nullptr;
@@ -321,12 +418,16 @@ void Call::read_pass() {
   pass.device_grad_scale = scale;
   pass.device_found_inf = found;
   pass.device_grad_factor = factor;
-  if (!found || !spec_.state_steps) return;
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    if (!bundles[i].device_step)
-      refuse("state_steps", static_cast<int64_t>(i),
-             text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
-  }
+  if (!found) return;
+  const auto must_be_there = [&](const List& list) {
+    for (size_t i = 0; i < list.tensors.size(); ++i) {
+      if (list.tensors[i].is_cpu())
+        refuse(list.name, static_cast<int64_t>(i),
+               text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
+    }
+  };
+  if (spec_.state_steps) must_be_there({"state_steps", *spec_.state_steps});
+  std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
 void Call::check_overlap() const {
@@ -338,16 +439,19 @@ void Call::check_overlap() const {
     for (int k = 0; bundles[i].numel != 0 && k < operands_; ++k) {
       if ((written >> k) & 1u) intervals.push_back(interval_of(lists[k].tensors[i]));
     }
+    for (const List& list : spec_.scalars) intervals.push_back(interval_of(list.tensors[i]));
   }
   const at::Tensor* const offender = find_overlap(intervals);
   if (offender == nullptr) return;
   for (size_t i = 0; i < bundles.size(); ++i) {
-    for (int k = 0; k < operands_; ++k) {
-      if (((written >> k) & 1u) && &lists[k].tensors[i] == offender) {
-        refuse(lists[k].name, static_cast<int64_t>(i),
+    const auto check = [&](const List& list) {
+      if (i < list.tensors.size() && &list.tensors[i] == offender) {
+        refuse(list.name, static_cast<int64_t>(i),
                "overlaps in memory with another tensor this step writes; each needs memory of its own");
       }
-    }
+    };
+    std::for_each(lists, lists + operands_, check);
+    std::for_each(spec_.scalars.begin(), spec_.scalars.end(), check);
   }
 }
 
@@ -360,7 +464,8 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
       const at::Tensor& tensor = *hyper.tensor;
       TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.common.op,
                         ": ", hyper.name, " must be a number or a real tensor with one element");
-      if (!tensor.is_cpu() && tensor.device() == device) {
+      // Scalar state on the host may depend on this value, so it is waited for, as torch does.
+      if (!tensor.is_cpu() && tensor.device() == device && !host_scalars_) {
         const auto storage = storage_of(tensor.scalar_type());
         TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper.name, " has dtype ",
                           tensor.scalar_type(), ", expected a floating point type");
@@ -374,25 +479,34 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
   }
 }
 
-void Call::commit() {
+namespace {
+
+void note_change(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+void Call::advance(int64_t i) {
   const auto lists = spec_.operands.begin();
-  const auto changed = [](const at::Tensor& tensor) {
-    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  };
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    for (int k = 0; k < operands_; ++k) {
-      if ((updates_ >> k) & 1u) changed(lists[k].tensors[i]);
-    }
-    if (!spec_.state_steps) continue;
-    const at::Tensor& step = (*spec_.state_steps)[i];
-    changed(step);
-    if (!step.is_cpu()) continue;
-    if (bundles[i].step_storage == Storage::f32) {
-      bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;
-    } else {
-      bundles[i].step = *step.mutable_data_ptr<double>() += 1.0;
-    }
+  for (int k = 0; k < operands_; ++k) {
+    if ((updates_ >> k) & 1u) note_change(lists[k].tensors[i]);
   }
+  if (!spec_.state_steps) return;
+  const at::Tensor& step = (*spec_.state_steps)[i];
+  note_change(step);
+  if (!step.is_cpu()) return;
+  if (bundles[i].step_storage == Storage::f32) {
+    bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;
+  } else {
+    bundles[i].step = *step.mutable_data_ptr<double>() += 1.0;
+  }
+}
+
+void Call::store_scalar(int64_t i, int k, double value) {
+  const at::Tensor& tensor = spec_.scalars.begin()[k].tensors[i];
+  note_change(tensor);
+  if (tensor.is_cpu()) store_element<double>(tensor.mutable_data_ptr(), bundles[i].scalars[k].storage, 0, value);
 }
 
 CheckOnly::CheckOnly() { ++check_only_depth; }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <deque>
 #include <initializer_list>
 #include <optional>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "../kernels/operand.h"
+#include "../rules/rule.h"
 
 namespace optim_ext::ops {
 
@@ -57,6 +59,8 @@ struct CallSpec {
   const Common& common;
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
   std::optional<at::TensorList> state_steps = std::nullopt;
+  std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order
+  bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
 };
 
 class Call {
@@ -68,8 +72,10 @@ class Call {
   void set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size);
 
   bool empty() const { return bundles.empty(); }
-  // Advances counters that live on the host and tells autograd that parameters and state are about to change.
-  void commit();
+  // Advances step counts and scalar state that live on the host, and tells autograd that parameters and state are
+  // about to change.
+  template <class Rule>
+  void commit(const Rule& rule);
 
   at::Device device = at::kCPU;
   std::vector<Bundle> bundles;
@@ -83,7 +89,12 @@ class Call {
   void check_lengths() const;
   void add_bundle(int64_t i);
   void add_layout(int64_t i, Bundle& bundle);
+  at::Tensor coalesced(int64_t i);
+  void add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
   void add_step(int64_t i, Bundle& bundle);
+  void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
+  void advance(int64_t i);
+  void store_scalar(int64_t i, int k, double value);
   void check_overlap() const;
   void read_pass();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
@@ -92,7 +103,37 @@ class Call {
   const int operands_;
   const unsigned used_, updates_;
   std::deque<Layout> layouts_;
+  std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
+  bool host_scalars_ = false;
 };
+
+// The rule as it stands at a parameter's step; `after`, if given, takes the scalar state after it.
+template <class Rule>
+Rule ready_for(const Rule& rule, const Bundle& bundle, rules::Scalar* after = nullptr) {
+  if constexpr (rules::kScalarsOf<Rule> == 0) {
+    return rule.at_step(bundle.step);
+  } else {
+    rules::Scalar scalars[kMaxScalars];
+    for (int k = 0; k < Rule::kScalars; ++k) {
+      scalars[k] = {bundle.scalars[k].value, bundle.scalars[k].storage == Storage::f64};
+    }
+    const Rule ready = rule.at_step(bundle.step, scalars);
+    if (after) std::copy_n(scalars, Rule::kScalars, after);
+    return ready;
+  }
+}
+
+template <class Rule>
+void Call::commit(const Rule& rule) {
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    advance(static_cast<int64_t>(i));
+    if constexpr (rules::kScalarsOf<Rule> > 0) {
+      rules::Scalar after[kMaxScalars] = {};
+      if (host_scalars_) ready_for(rule, bundles[i], after);
+      for (int k = 0; k < Rule::kScalars; ++k) store_scalar(static_cast<int64_t>(i), k, after[k].value);
+    }
+  }
+}
 
 // While one of these lives, ops of this thread check their input and return before the first write.
 class CheckOnly {
@@ -108,7 +149,7 @@ void run(Rule& rule, const CallSpec& spec, std::initializer_list<Hyper> hypers) 
   Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
   call.set(hypers, &rule, sizeof(Rule));
   if (CheckOnly::active() || call.empty() || call.skip) return;
-  call.commit();
+  call.commit(rule);
   Driver::run(rule, call);
 }
 

@@ -22,6 +22,37 @@ struct CpuDriver {
   static constexpr int64_t kTile = 256;
   static constexpr int64_t kGrain = 64;  // tiles below which waking a second thread costs more than it saves
 
+  // Whether two parameters are at the same step, so that a rule made ready for one serves the other.
+  template <class Rule>
+  static bool same_point(const Bundle& a, const Bundle& b) {
+    bool same = a.step == b.step;
+    for (int k = 0; k < rules::kScalarsOf<Rule>; ++k) {
+      same &= a.scalars[k].value == b.scalars[k].value && a.scalars[k].storage == b.scalars[k].storage;
+    }
+    return same;
+  }
+
+  // A row of a sparse gradient that is worth a call of its own is swept as a tensor of its own.
+  static constexpr int64_t kOwnSweep = 16;
+
+  template <class Rule>
+  static void sweep_rows(cpu::Sweep<Rule> sweep, const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end,
+                         const Pass& pass) {
+    const Layout* const layout = bundle.layout;
+    if (layout == nullptr || layout->rows == nullptr || layout->sizes[1] < kOwnSweep)
+      return sweep(rule, bundle, begin, end, pass);
+    const int64_t width = layout->sizes[1];
+    Bundle row = bundle;
+    row.layout = nullptr;
+    for (int64_t n = begin / width; n * width < end; ++n) {
+      for (int k = 0; k < Rule::kOperands; ++k) {
+        row.data[k] = static_cast<char*>(bundle.data[k]) +
+                      layout->place(k, 0, n) * layout->strides[k][0] * bytes_of(bundle.storage[k]);
+      }
+      sweep(rule, row, std::max<int64_t>(begin - n * width, 0), std::min(end - n * width, width), pass);
+    }
+  }
+
   template <class Rule>
   static void run(const Rule& rule, const Call& call) {
     std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
@@ -33,14 +64,15 @@ struct CpuDriver {
     const auto work = [&](int64_t begin, int64_t end) {
       size_t i = std::upper_bound(first_tile.begin(), first_tile.end(), begin) - first_tile.begin() - 1;
       Rule ready = rule;
-      double ready_for = -1.0;
+      const Bundle* ready_at = nullptr;
       for (; begin < end; ++i) {
         const Bundle& bundle = call.bundles[i];
-        if (bundle.step != ready_for) ready = rule.at_step(ready_for = bundle.step);
+        if (ready_at == nullptr || !same_point<Rule>(*ready_at, bundle)) ready = ready_for(rule, bundle);
+        ready_at = &bundle;
         const int64_t stop = std::min(end, first_tile[i + 1]);
         const int64_t from = (begin - first_tile[i]) * kTile,
                       to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
-        if (from < to) (call.in_double[i] ? in_double : in_float)(ready, bundle, from, to, call.pass);
+        if (from < to) sweep_rows(call.in_double[i] ? in_double : in_float, ready, bundle, from, to, call.pass);
         begin = stop;
       }
     };

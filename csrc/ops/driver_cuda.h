@@ -70,7 +70,9 @@ struct CudaDriver {
     bundles.reserve(call.bundles.size());
     int64_t elements = 0;
     for (size_t i = 0; i < call.bundles.size(); ++i) {
-      if ((call.in_double[i] != 0) != (sizeof(V) == sizeof(double)) || call.bundles[i].numel == 0) continue;
+      if ((call.in_double[i] != 0) != (sizeof(V) == sizeof(double)) ||
+          (call.bundles[i].numel == 0 && rules::kScalarsOf<Rule> == 0))
+        continue;
       bundles.push_back(&call.bundles[i]);
       elements += call.bundles[i].numel;
     }

@@ -53,4 +53,42 @@ template <class Driver>
 void adagrad_(const Common& common, TensorList params, TensorList grads, TensorList state_sums, TensorList state_steps,
               const Tensor& lr, double lr_decay, double weight_decay, double eps, bool maximize);
 
+template <class Driver>
+void adadelta_(const Common& common, TensorList params, TensorList grads, TensorList square_avgs, TensorList acc_deltas,
+               TensorList state_steps, const Tensor& lr, double rho, double eps, double weight_decay, bool maximize);
+
+template <class Driver>
+void adamax_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_infs,
+             TensorList state_steps, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+             bool maximize);
+
+template <class Driver>
+void asgd_(const Common& common, TensorList params, TensorList grads, TensorList mus, TensorList axs, TensorList etas,
+           TensorList state_steps, const Tensor& lr, double lambd, double alpha, double t0, double weight_decay,
+           bool maximize);
+
+template <class Driver>
+void lion_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, const Tensor& lr,
+           double beta1, double beta2, double weight_decay, bool maximize);
+
+template <class Driver>
+void nadam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+            TensorList mu_products, TensorList state_steps, const Tensor& lr, double beta1, double beta2, double eps,
+            double weight_decay, double momentum_decay, bool maximize, bool decoupled_weight_decay);
+
+template <class Driver>
+void radam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+            TensorList state_steps, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+            bool maximize, bool decoupled_weight_decay);
+
+template <class Driver>
+void rprop_(const Common& common, TensorList params, TensorList grads, TensorList prevs, TensorList step_sizes,
+            TensorList state_steps, double etaminus, double etaplus, double step_size_min, double step_size_max,
+            bool maximize);
+
+template <class Driver>
+void sparse_adam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs,
+                  TensorList exp_avg_sqs, TensorList state_steps, const Tensor& lr, double beta1, double beta2,
+                  double eps, bool maximize);
+
 }  // namespace optim_ext::ops

@@ -46,16 +46,19 @@ bool is_intercepted(const Tensor& tensor) {
 }
 
 // Why no kernel can read `grad`; None if one can, or if it is bad input that the op itself refuses.
-std::optional<std::string> unsupported_grad(const Tensor& grad) {
+std::optional<std::string> unsupported_grad(const Tensor& grad, bool takes_sparse) {
   if (is_intercepted(grad)) return "it is a tensor subclass that intercepts its operations";
-  if (grad.is_sparse()) return "it is sparse";
+  if (grad.is_sparse()) {
+    if (!takes_sparse) return "it is sparse";
+    return grad.is_complex() ? std::optional<std::string>("it is sparse and complex") : std::nullopt;
+  }
   if (grad.layout() != at::kStrided) return "its layout is not strided";
   return std::nullopt;
 }
 
 // Why no kernel of this build can update `tensor`; None if one can.
 std::optional<std::string> unsupported(const Tensor& tensor) {
-  if (auto problem = unsupported_grad(tensor)) return problem;
+  if (auto problem = unsupported_grad(tensor, false)) return problem;
 #if defined(OPTIM_EXT_WITH_CUDA)
   if (!tensor.is_cpu() && !tensor.is_cuda()) return "there is no kernel for device " + tensor.device().str();
 #else
@@ -80,7 +83,8 @@ std::optional<std::string> unsupported(const Tensor& tensor) {
 // replaced.
 class Plan {
  public:
-  // calls: one (group index, indices into group["params"], state keys) each; a key of None leaves that list empty.
+  // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse) each; a key of
+  // None leaves that list empty.
   Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls)
       : op_(std::move(op)), groups_(py::len(param_groups)) {
     for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state);
@@ -116,7 +120,8 @@ class Plan {
     c10::Device device;
     std::vector<int64_t> indices;            // into group["params"], for messages
     std::vector<std::vector<Tensor>> lists;  // params, (grads: empty), state...; an absent list is empty
-    std::vector<uint8_t> ready;              // whether the state of a parameter is there
+    bool takes_sparse;
+    std::vector<uint8_t> ready;  // whether the state of a parameter is there
   };
   struct Gathered {
     bool all = true;  // every parameter takes part: the plan's own lists serve
@@ -157,7 +162,8 @@ class Plan {
       auto found = call_of.find(place);
       if (found == call_of.end()) {
         found = call_of.emplace(place, calls_.size()).first;
-        calls_.push_back({group, tensor.device(), {}, std::vector<std::vector<Tensor>>(op_->lists()), {}});
+        calls_.push_back(
+            {group, tensor.device(), {}, std::vector<std::vector<Tensor>>(op_->lists()), py::cast<bool>(spec[3]), {}});
         source_.push_back(spec_count_);
       }
       PlannedCall& call = calls_[found->second];
@@ -236,7 +242,8 @@ class Plan {
         }
         continue;
       }
-      if (!call.ready[i] || grad.layout() != at::kStrided || is_intercepted(grad) ||
+      const bool sparse = call.takes_sparse && grad.is_sparse() && !grad.is_complex() && params[i].is_contiguous();
+      if (!call.ready[i] || (grad.layout() != at::kStrided && !sparse) || is_intercepted(grad) ||
           params[i].device() != call.device || is_intercepted(params[i]))
         return false;
       out.grads.push_back(grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad);
@@ -335,8 +342,11 @@ void bind_plan(py::module_& m, PlannedOps ops) {
           py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("grad_factor"), py::arg("check_only") = false);
   m.def(
-      "unsupported_grad", [](const py::object& grad) { return unsupported_grad(THPVariable_Unpack(grad.ptr())); },
-      "Why no kernel can read the gradient, or None.");
+      "unsupported_grad",
+      [](const py::object& grad, bool takes_sparse) {
+        return unsupported_grad(THPVariable_Unpack(grad.ptr()), takes_sparse);
+      },
+      py::arg("grad"), py::arg("takes_sparse") = false, "Why no kernel can read the gradient, or None.");
   m.def(
       "unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
       "Why no kernel of this build can update the tensor, or None.");

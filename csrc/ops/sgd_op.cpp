@@ -10,7 +10,9 @@ void sgd_(const Common& common, TensorList params, TensorList grads, TensorList 
     rule.nesterov = nesterov;
     rule.maximize = maximize;
     rule.is_first_step = is_first_step;
-    const CallSpec spec{common, {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}}};
+    const CallSpec spec{.common = common,
+                        .operands = {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
+                        .takes_sparse = momentum == 0.0};
     run<Driver>(rule, spec,
                 {{"lr", rule.lr, lr},
                  {"momentum", rule.momentum, momentum},

@@ -2,20 +2,36 @@
 // GPU.
 #pragma once
 
+#include "adadelta.h"
 #include "adagrad.h"
 #include "adam.h"
+#include "adamax.h"
+#include "asgd.h"
+#include "lion.h"
+#include "nadam.h"
+#include "radam.h"
 #include "rmsprop.h"
+#include "rprop.h"
 #include "sgd.h"
+#include "sparse_adam.h"
 
 // clang-format off
 #define OPTIM_EXT_FOR_EACH_RULE(X) \
+  X(Adadelta)                      \
   X(Adagrad)                       \
   X(Adam<false>)                   \
   X(Adam<true>)                    \
+  X(Adamax)                        \
+  X(ASGD)                          \
+  X(Lion)                          \
+  X(NAdam)                         \
+  X(RAdam)                         \
   X(RMSprop<false, false>)         \
   X(RMSprop<false, true>)          \
   X(RMSprop<true, false>)          \
   X(RMSprop<true, true>)           \
+  X(Rprop)                         \
   X(Sgd<false>)                    \
-  X(Sgd<true>)
+  X(Sgd<true>)                     \
+  X(SparseAdam)
 // clang-format on

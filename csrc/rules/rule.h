@@ -18,14 +18,44 @@ namespace optim_ext::rules {
 //   kUsed      bit i set: operand i exists for this variant (absent ones are passed as scratch and optimised away);
 //   kUpdates   bit i set: operand i is written;
 //   at_step    the same rule with what depends on the step count (bias corrections, decayed rates) filled in;
+//   kScalars   only where the state of a parameter has numbers besides its step count: how many. at_step then takes
+//              them as a second argument, and leaves in them what they are after the step;
 //   operator() the update of one element, V being float or double.
 constexpr unsigned operand_bit(int i) { return 1u << i; }
 constexpr unsigned operand_bit_if(bool present, int i) { return present ? operand_bit(i) : 0u; }
 constexpr unsigned all_operands(int n) { return (1u << n) - 1u; }
 
+// A number of a parameter's state, computed in double and rounded to what its tensor holds: torch keeps these in float
+// unless told otherwise, and later steps depend on every bit.
+struct Scalar {
+  double value;
+  bool is_double;
+
+  OPTIM_EXT_RULE double rounded(double x) const { return is_double ? x : static_cast<double>(static_cast<float>(x)); }
+};
+
+template <class Rule>
+constexpr int kScalarsOf = [] {
+  if constexpr (requires { Rule::kScalars; }) {
+    return Rule::kScalars;
+  } else {
+    return 0;
+  }
+}();
+
 // Square root, correctly rounded on every target.
 OPTIM_EXT_RULE float root(float x) { return __builtin_sqrtf(x); }
 OPTIM_EXT_RULE double root(double x) { return __builtin_sqrt(x); }
+
+OPTIM_EXT_RULE float magnitude(float x) { return __builtin_fabsf(x); }
+OPTIM_EXT_RULE double magnitude(double x) { return __builtin_fabs(x); }
+
+// 1, 0 or -1, and 0 for NaN, as torch.sign.
+template <class V>
+OPTIM_EXT_RULE V sign(V x) {
+  const V negative_or_none = x < V(0) ? V(-1) : V(0);
+  return x > V(0) ? V(1) : negative_or_none;
+}
 
 // The larger of two values; NaN if either is NaN, as torch.maximum.
 template <class V>
@@ -56,6 +86,33 @@ OPTIM_EXT_RULE double power(double base, double count) {
     base *= base;
   }
   return result;
+}
+
+// base ** exponent for any positive base and moderate exponent, to a few units in the last place, in arithmetic that
+// rounds alike on the CPU and on a GPU.
+OPTIM_EXT_RULE double real_power(double base, double exponent) {
+  if (!(base > 0.0) || base > 1.7e308) return base == 0.0 && exponent > 0.0 ? 0.0 : exponent == 0.0 ? 1.0 : base;
+  // log(base) = shift * log(2) + log(m), m in [sqrt(1/2), sqrt(2)), by the series of atanh.
+  const uint64_t bits = __builtin_bit_cast(uint64_t, base < 2.3e-308 ? base * 0x1p54 : base);
+  double shift = static_cast<double>(static_cast<int>(bits >> 52) - 1023 - (base < 2.3e-308 ? 54 : 0));
+  double m = __builtin_bit_cast(double, (bits & 0xfffffffffffffull) | 0x3ff0000000000000ull);
+  if (m > 1.4142135623730951) {
+    m *= 0.5;
+    shift += 1.0;
+  }
+  const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
+  double series = 0.0;
+  for (int k = 25; k >= 3; k -= 2) series = (series + 1.0 / k) * s2;
+  const double log_m = 2.0 * s + 2.0 * s * series;
+  const double y = exponent * (shift * 0.6931471805599453 + log_m);
+  if (y > 709.0 || y < -708.0) return y > 0.0 ? __builtin_inf() : 0.0;
+  // exp(y) = 2 ** n * exp(r), |r| <= log(2) / 2, log(2) in two parts so that r keeps its last bits.
+  const double scaled = y * 1.4426950408889634;
+  const double n = static_cast<double>(static_cast<int64_t>(scaled + (scaled < 0.0 ? -0.5 : 0.5)));
+  const double r = (y - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+  double sum = 1.0;
+  for (int k = 14; k >= 1; --k) sum = 1.0 + sum * r / k;
+  return sum * __builtin_bit_cast(double, static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
 }
 
 // The gradient a rule starts from: turned around for `maximize`, with L2 regularisation added. A weight_decay of zero

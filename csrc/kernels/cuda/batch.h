@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../rules/rule.h"
 #include "../operand.h"
 
 namespace optim_ext::cuda {
@@ -37,9 +38,17 @@ struct LiveHyper {
   Storage storage;
 };
 
+// The scalar state of one tensor; nothing for rules that have none.
+template <int kCount>
+struct ScalarStates {
+  ScalarState scalars[kCount];
+};
+template <>
+struct ScalarStates<0> {};
+
 // One tensor with its state.
 template <class Rule>
-struct Entry {
+struct Entry : ScalarStates<rules::kScalarsOf<Rule>> {
   void* data[kSlots<Rule>];
   int64_t numel;
   double step;              // where the host knows it
@@ -103,6 +112,9 @@ Entry<Rule> make_entry(const Bundle& bundle, int32_t layout) {
   entry.step = bundle.step;
   entry.device_step = bundle.device_step;
   entry.step_storage = bundle.step_storage;
+  if constexpr (rules::kScalarsOf<Rule> > 0) {
+    for (int k = 0; k < Rule::kScalars; ++k) entry.scalars[k] = bundle.scalars[k];
+  }
   entry.layout = layout;
   entry.vector = layout == 0;
   for (int s = 0; s < kSlots<Rule>; ++s) {

@@ -33,21 +33,64 @@ struct Block {
   bool unscale, skip;
 };
 
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE bool is_skipped(const Batch<Rule>& batch) {
+  return batch.found_inf != nullptr && *batch.found_inf == 1.0f;
+}
+
+// The rule as it stands at the step of one tensor. `after` takes the scalar state after it.
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE Rule ready_rule(const Batch<Rule>& batch, const Entry<Rule>& entry, rules::Scalar* after) {
+  Rule rule = batch.rule;
+  for (int32_t i = 0; i < batch.hyper_count; ++i) {
+    const LiveHyper& hyper = batch.hypers[i];
+    const double value = load_element<double>(hyper.value, hyper.storage, 0);
+    *reinterpret_cast<double*>(reinterpret_cast<char*>(&rule) + hyper.offset) = value;
+  }
+  const double step = entry.device_step ? load_element<double>(entry.device_step, entry.step_storage, 0) : entry.step;
+  if constexpr (rules::kScalarsOf<Rule> == 0) {
+    return rule.at_step(step);
+  } else {
+    for (int k = 0; k < Rule::kScalars; ++k) {
+      const ScalarState& scalar = entry.scalars[k];
+      after[k].value = scalar.device ? load_element<double>(scalar.device, scalar.storage, 0) : scalar.value;
+      after[k].is_double = scalar.storage == Storage::f64;
+    }
+    return rule.at_step(step, after);
+  }
+}
+
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE const Entry<Rule>* entries_of(const Batch<Rule>& batch, const unsigned char* table) {
+  return reinterpret_cast<const Entry<Rule>*>(table + TableShape<Rule>{batch.count, 0}.entries_at());
+}
+
+// Stores what the scalar state of one tensor is after the step, once every block has read what it was before.
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE void store_scalars(const Batch<Rule>& batch, const unsigned char* table, int64_t index) {
+  if (is_skipped(batch)) return;
+  const Entry<Rule>& entry = entries_of(batch, table)[index];
+  rules::Scalar after[kMaxScalars];
+  ready_rule(batch, entry, after);
+  for (int k = 0; k < Rule::kScalars; ++k) {
+    const ScalarState& scalar = entry.scalars[k];
+    if (scalar.device) store_element<double>(scalar.device, scalar.storage, 0, after[k].value);
+  }
+}
+
 // Done by one thread of the block before all others start.
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
                                       Block<Rule>& block) {
-  block.skip = batch.found_inf != nullptr && *batch.found_inf == 1.0f;
+  block.skip = is_skipped(batch);
   if (block.skip) return;
   const int32_t* const first_chunk = reinterpret_cast<const int32_t*>(table);
-  const TableShape<Rule> shape{batch.count, 0};
-  const Entry<Rule>* const entries = reinterpret_cast<const Entry<Rule>*>(table + shape.entries_at());
   int32_t found = 0, beyond = batch.count;  // the last entry that starts at or before this chunk
   while (beyond - found > 1) {
     const int32_t middle = found + (beyond - found) / 2;
     (first_chunk[middle] <= index ? found : beyond) = middle;
   }
-  block.entry = entries[found];
+  block.entry = entries_of(batch, table)[found];
   block.layout = block.entry.layout == 0 ? nullptr : reinterpret_cast<const Layout*>(table + block.entry.layout);
   block.begin = (index - first_chunk[found]) * batch.chunk;
   const int64_t left = block.entry.numel - block.begin;
@@ -55,15 +98,8 @@ OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned c
   block.unscale = batch.grad_scale != nullptr;
   block.grad_scale = block.unscale ? *batch.grad_scale : 1.0f;
   block.grad_factor = batch.grad_factor ? load_element<double>(batch.grad_factor, batch.grad_factor_storage, 0) : 1.0;
-  block.rule = batch.rule;
-  for (int32_t i = 0; i < batch.hyper_count; ++i) {
-    const LiveHyper& hyper = batch.hypers[i];
-    const double value = load_element<double>(hyper.value, hyper.storage, 0);
-    *reinterpret_cast<double*>(reinterpret_cast<char*>(&block.rule) + hyper.offset) = value;
-  }
-  const void* const counter = block.entry.device_step;
-  block.rule =
-      block.rule.at_step(counter ? load_element<double>(counter, block.entry.step_storage, 0) : block.entry.step);
+  rules::Scalar after[kMaxScalars];
+  block.rule = ready_rule(batch, block.entry, after);
 }
 
 OPTIM_EXT_HOST_DEVICE double bits_to_double(uint64_t bits) { return __builtin_bit_cast(double, bits); }
@@ -262,7 +298,9 @@ OPTIM_EXT_HOST_DEVICE void sweep_strided(const Block<Rule>& block, const Rule& r
     int64_t index = block.begin + i;
     OPTIM_EXT_ROLLED for (int d = layout.ndim - 1; d >= 0; --d) {
       const int64_t rest = index / layout.sizes[d], place = index - rest * layout.sizes[d];
-      OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) at[s] += place * layout.strides[operand_of<Rule>(s)][d];
+      OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) {
+        at[s] += layout.place(operand_of<Rule>(s), d, place) * layout.strides[operand_of<Rule>(s)][d];
+      }
       index = rest;
     }
     V value[kCount];

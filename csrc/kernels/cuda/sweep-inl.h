@@ -28,15 +28,31 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) sweep(const __grid_const
   if (!block.skip) sweep_thread<Rule, V>(block, static_cast<int>(threadIdx.x));
 }
 
+template <class Rule, int64_t kBytes>
+__global__ void __launch_bounds__(kThreads) advance_scalars(const __grid_constant__ Args<Rule, kBytes> args) {
+  const int32_t index = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int32_t>(threadIdx.x);
+  if (index < args.batch.count) store_scalars(args.batch, args.batch.remote ? args.batch.remote : args.room, index);
+}
+
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* pointers[] = {const_cast<Arguments*>(&args)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                          pointers, 0, stream);
+}
+
 }  // namespace
 
 template <class Rule, class V, int64_t kBytes>
 cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream) {
-  if (chunks == 0) return cudaSuccess;
-  if (chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  void* pointers[] = {const_cast<Args<Rule, kBytes>*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&sweep<Rule, V, kBytes>), dim3(static_cast<unsigned>(chunks)),
-                          dim3(kThreads), pointers, 0, stream);
+  cudaError_t error = launch(&sweep<Rule, V, kBytes>, args, chunks, stream);
+  if constexpr (rules::kScalarsOf<Rule> > 0) {
+    const int64_t blocks = (args.batch.count + kThreads - 1) / kThreads;
+    if (error == cudaSuccess) error = launch(&advance_scalars<Rule, kBytes>, args, blocks, stream);
+  }
+  return error;
 }
 
 #define OPTIM_EXT_INSTANTIATE_BYTES(bytes, ...)                                  \

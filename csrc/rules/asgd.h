@@ -1,0 +1,37 @@
+#pragma once
+
+#include "rule.h"
+
+namespace optim_ext::rules {
+
+// Averaged SGD (Polyak & Juditsky 1992), with the step sizes torch.optim.ASGD uses: a step takes eta and mu as the step
+// before left them.
+struct ASGD {
+  static constexpr int kOperands = 3;  // param, grad, ax
+  static constexpr unsigned kUsed = all_operands(3);
+  static constexpr unsigned kUpdates = kUsed & ~operand_bit(1);
+  static constexpr int kScalars = 2;  // eta, mu
+
+  double lr, lambd, alpha, t0, weight_decay;
+  bool maximize;
+  double eta_now, mu_now;  // filled in by at_step
+
+  OPTIM_EXT_RULE ASGD at_step(double step, Scalar* scalars) const {
+    ASGD rule = *this;
+    Scalar &eta = scalars[0], &mu = scalars[1];
+    rule.eta_now = eta.value;
+    rule.mu_now = mu.value;
+    eta.value = eta.rounded(lr / real_power(1.0 + lambd * lr * step, alpha));
+    mu.value = mu.rounded(1.0 / (step - t0 > 1.0 ? step - t0 : 1.0));
+    return rule;
+  }
+
+  template <class V>
+  OPTIM_EXT_RULE void operator()(V& param, V grad, V& ax) const {
+    const V g = regularized(grad, param, maximize, V(weight_decay));
+    param = V(1.0 - lambd * eta_now) * param - V(eta_now) * g;
+    ax = V(mu_now) != V(1) ? ax + (param - ax) * V(mu_now) : param;
+  }
+};
+
+}  // namespace optim_ext::rules

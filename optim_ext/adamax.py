@@ -1,0 +1,21 @@
+"""Adamax: Adam under the infinity norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim_ext._fused_step import FusedStep, Group
+
+
+class Adamax(FusedStep, torch.optim.Adamax):
+    __doc__ = torch.optim.Adamax.__doc__
+
+    _op = "adamax_"
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        return ("exp_avg", "exp_inf", "step")
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])

@@ -1,0 +1,21 @@
+"""Averaged stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim_ext._fused_step import FusedStep, Group
+
+
+class ASGD(FusedStep, torch.optim.ASGD):
+    __doc__ = torch.optim.ASGD.__doc__
+
+    _op = "asgd_"
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        return ("mu", "ax", "eta", "step")
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        return tuple(group[name] for name in ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize"))

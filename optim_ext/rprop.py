@@ -1,0 +1,21 @@
+"""Resilient backpropagation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optim_ext._fused_step import FusedStep, Group
+
+
+class Rprop(FusedStep, torch.optim.Rprop):
+    __doc__ = torch.optim.Rprop.__doc__
+
+    _op = "rprop_"
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        return ("prev", "step_size", "step")
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        return (*group["etas"], *group["step_sizes"], group["maximize"])

@@ -1,0 +1,59 @@
+"""Adam for sparse gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim_ext._fused_step import FusedStep, Group
+
+
+class SparseAdam(FusedStep, torch.optim.SparseAdam):
+    __doc__ = torch.optim.SparseAdam.__doc__
+
+    _op = "sparse_adam_"
+    _counters: dict[Tensor, Tensor]  # during a step: the step counts, which torch keeps as Python numbers here
+
+    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *_: list[Tensor]) -> None:
+        """Check gradients and make missing state, as torch's step does."""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not p.grad.is_sparse:
+                raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
+            params.append(p)
+            grads.append(p.grad)
+            state = self.state[p]
+            if len(state) == 0:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            self._counters[p] = torch.tensor(float(state["step"]))
+
+    def _planned_state(self) -> dict[Any, Any]:
+        return {p: {**self.state[p], "step": counter} for p, counter in self._counters.items()}
+
+    def _eager_step(self) -> None:
+        """No plan is kept: tables are few, and their step counts have to be read and written one by one."""
+        self._counters = {}
+        try:
+            self._planning_step([])
+            for p, counter in self._counters.items():
+                self.state[p]["step"] = int(counter.item())
+        finally:
+            self._plan = None
+            self._counters = {}
+
+    def _traced_step(self) -> None:
+        self._torch_step(self.param_groups)  # torch.compile does not trace sparse gradients
+
+    def _takes_sparse(self, group: Group) -> bool:
+        return True
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        return ("exp_avg", "exp_avg_sq", "step")
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        return (group["lr"], *group["betas"], group["eps"], group.get("maximize", False))

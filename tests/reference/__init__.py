@@ -1,0 +1,5 @@
+"""Slow and plain implementations of what torch.optim does not have, written from the papers: the oracle of our kernels."""
+
+from reference.lion import Lion
+
+__all__ = ["Lion"]
