@@ -27,7 +27,7 @@ _HYPERS = {
         for argument in getattr(torch.ops.optim_ext, op).default._schema.arguments
         if argument.kwarg_only and not argument.has_default_value()
     ]
-    for op in _C.ops()
+    for op in _C.step_ops()
 }
 
 # Torch's check that an optimizer met inside a CUDA graph is capturable; newer versions gave it another name.

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../kernels/operand.h"
+#include "../rules/average.h"
 
 namespace optim_ext::ops {
 
@@ -51,12 +52,15 @@ struct Common {
   const std::optional<at::Tensor>& grad_scale;   // GradScaler's: gradients are divided by it, in place
   const std::optional<at::Tensor>& found_inf;    // one: nothing is written
   const std::optional<at::Tensor>& grad_factor;  // multiplies the gradients as the rule sees them, not in memory
+  at::TensorList averages;                       // running averages of the parameters to be brought up to date; or none
+  const std::optional<at::Tensor>& average_weight;  // of the updated parameter in its average
 };
 
 struct CallSpec {
   const Common& common;
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
   std::optional<at::TensorList> state_steps = std::nullopt;
+  int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
 class Call {
@@ -73,26 +77,43 @@ class Call {
 
   at::Device device = at::kCPU;
   std::vector<Bundle> bundles;
-  std::vector<uint8_t> in_double;  // per bundle: compute in double
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool skip = false;  // found_inf, where the host can see it
   bool steps_on_device = false;
 
  private:
+  // The lists behind the operands of one rule, with its masks.
+  struct Operands {
+    const List* lists;
+    int count, leader;
+    unsigned used, updates, written;  // written: updated, or unscaled in place
+    bool is_used(int k) const { return (used >> k) & 1u; }
+    bool is_updated(int k) const { return (updates >> k) & 1u; }
+    bool is_written(int k) const { return (written >> k) & 1u; }
+  };
+
   void check_lengths() const;
-  void add_bundle(int64_t i);
-  void add_layout(int64_t i, Bundle& bundle);
+  Bundle make_bundle(const Operands& operands, int64_t i);
+  const Layout* make_layout(const Operands& operands, int64_t i);
   void add_step(int64_t i, Bundle& bundle);
+  template <class Visit>
+  void visit_written(const Visit& visit) const;  // visit(list name, index, tensor) for every tensor the sweep writes
   void check_overlap() const;
   void read_pass();
+  void read_average_weight();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
 
   const CallSpec& spec_;
-  const int operands_;
-  const unsigned used_, updates_;
+  const Operands rule_;
+  const List averaging_lists_[2];
+  const Operands averaging_;  // the operands of rules::Average
+  std::vector<Bundle> averages_;
   std::deque<Layout> layouts_;
 };
+
+// Throws unless `weight`, of the newest in a running average, is a number in [0, 1].
+void check_average_weight(const char* op, const char* name, double weight);
 
 // While one of these lives, ops of this thread check their input and return before the first write.
 class CheckOnly {

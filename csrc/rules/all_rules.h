@@ -4,6 +4,7 @@
 
 #include "adagrad.h"
 #include "adam.h"
+#include "average.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
@@ -12,6 +13,7 @@
   X(Adagrad)                       \
   X(Adam<false>)                   \
   X(Adam<true>)                    \
+  X(Average)                       \
   X(RMSprop<false, false>)         \
   X(RMSprop<false, true>)          \
   X(RMSprop<true, false>)          \
