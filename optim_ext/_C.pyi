@@ -9,6 +9,7 @@ class Plan:
     """What one optimizer hands to its op, gathered once; verified against the optimizer at every step."""
 
     signature: Any
+    besides: AveragePlan
     def __init__(
         self,
         op: str,
