@@ -162,7 +162,7 @@ class FusedStep(Optimizer):
     def _planning_step(
         self,
         signature: list[Any],
-        common: tuple[Tensor | None, ...],
+        common: tuple[Tensor | None, Tensor | None, Tensor | None],
         averaging: StepAveraging | None,
         weight: float | Tensor | None,
     ) -> None:
@@ -188,16 +188,15 @@ class FusedStep(Optimizer):
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
             plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages)
-            arguments: tuple[Any, ...] = (self.state, self.param_groups, hypers, *common)
+            arguments = (self.state, self.param_groups, hypers, *common, weight)
             if by_torch:
                 plan.step(*arguments, check_only=True)
                 self._torch_step(by_torch)
-                weight = None  # the average is updated on its own
             elif averaging is not None:
                 plan.besides = averaging.besides(averages)
                 if weight is not None:
                     plan.besides.run(weight, common[1], check_only=True)
-            if not plan.step(*arguments, weight):
+            if not plan.step(*arguments):
                 raise RuntimeError(f"the state of {type(self).__name__} changed while it was being prepared")
             if averaging is not None and by_torch:
                 averaging.update(common[1])
