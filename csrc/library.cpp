@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "ops/average_plan.h"
 #include "ops/drivers.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
@@ -10,7 +11,9 @@ using namespace optim_ext::ops;
 
 // Argument names are torch.optim's own. Gradients are marked as written because GradScaler's grad_scale unscales them
 // in place, as torch's fused optimizers do; without it they are only read.
-#define COMMON_ARGUMENTS "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None"
+#define COMMON_ARGUMENTS                                                        \
+  "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, " \
+  "Tensor(y!)[] averages, Tensor? average_weight=None"
 #define ADAM_ARGUMENTS                                                                                         \
   "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "                \
   "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, Tensor lr, Tensor beta1, Tensor beta2, "         \
@@ -18,7 +21,11 @@ using namespace optim_ext::ops;
   ") -> ()"
 
 // X(op, function template, schema)
-#define FOR_EACH_OP(X)                                                                                                 \
+#define FOR_EACH_OP(X) \
+  FOR_EACH_STEP_OP(X)  \
+  X(average_, average_, "(Tensor(a!)[] averages, Tensor[] params, *, Tensor weight, Tensor? found_inf=None) -> ()")
+
+#define FOR_EACH_STEP_OP(X)                                                                                            \
   X(sgd_, sgd_,                                                                                                        \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "          \
     "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step, " COMMON_ARGUMENTS         \
@@ -65,8 +72,24 @@ using namespace optim_ext::ops;
 // The ops whose gradients may be sparse. The dispatcher sees these by a key of their own.
 #define FOR_EACH_SPARSE_OP(X) X(sgd_, sgd_) X(adagrad_, adagrad_) X(sparse_adam_, sparse_adam_)
 
+namespace {
+
+// The schema, with `averages` empty where it is not given: the text of a schema cannot say that of a list of tensors.
+c10::FunctionSchema parsed(const char* text) {
+  const c10::FunctionSchema schema = torch::schema(text);
+  std::vector<c10::Argument> arguments = schema.arguments();
+  for (c10::Argument& argument : arguments) {
+    if (argument.name() != "averages" || !argument.kwarg_only()) continue;
+    argument = c10::Argument(argument.name(), argument.type(), argument.N(), c10::List<at::Tensor>(), true,
+                             argument.alias_info() ? std::optional(*argument.alias_info()) : std::nullopt);
+  }
+  return schema.cloneWithArguments(std::move(arguments));
+}
+
+}  // namespace
+
 TORCH_LIBRARY(optim_ext, m) {
-#define DEFINE(op, function, schema) m.def(#op schema);
+#define DEFINE(op, function, schema) m.def(parsed(#op schema));
   FOR_EACH_OP(DEFINE)
 #undef DEFINE
 }
@@ -102,8 +125,11 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #endif
 
 PYBIND11_MODULE(_C, m) {
-  bind_plan(m, {FOR_EACH_OP(PLAN_ENTRY)});
+  bind_plan(m, {FOR_EACH_STEP_OP(PLAN_ENTRY)});
+  bind_average_plan(m);
 #define NAME(op, function, schema) #op,
+  m.def(
+      "step_ops", [] { return std::vector<std::string>{FOR_EACH_STEP_OP(NAME)}; }, "The ops an optimizer steps with.");
   m.def("ops", [] { return std::vector<std::string>{FOR_EACH_OP(NAME)}; }, "The names of all ops.");
 #undef NAME
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set the CPU kernels run with in this process.");

@@ -2,18 +2,21 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 class Plan:
     """What one optimizer hands to its op, gathered once; verified against the optimizer at every step."""
 
     signature: Any
+    besides: AveragePlan
     def __init__(
         self,
         op: str,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
         calls: list[tuple[int, list[int], tuple[str | None, ...], bool]],
+        averages: dict[Tensor, Tensor] = ...,
     ) -> None: ...
     def step(
         self,
@@ -23,10 +26,25 @@ class Plan:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         grad_factor: Tensor | None,
+        average_weight: float | Tensor | None = None,
         check_only: bool = False,
     ) -> bool: ...
+
+class AveragePlan:
+    """What an averaged model hands to average_, gathered once; is_current() compares two module trees with it."""
+
+    def __init__(
+        self,
+        trees: list[list[torch.nn.Module]],
+        names: list[str],
+        averages: list[Tensor],
+        params: list[Tensor],
+    ) -> None: ...
+    def is_current(self, *roots: torch.nn.Module) -> bool: ...
+    def run(self, weight: float | Tensor, found_inf: Tensor | None = None, check_only: bool = False) -> None: ...
 
 def unsupported(tensor: Tensor) -> str | None: ...
 def unsupported_grad(grad: Tensor, takes_sparse: bool = False) -> str | None: ...
 def isa() -> str: ...
+def step_ops() -> list[str]: ...
 def ops() -> list[str]: ...

@@ -12,10 +12,10 @@ from torch.optim import (  # noqa: F401
     Muon,
     Optimizer,
     lr_scheduler,
-    swa_utils,
 )
 
 from optim_ext import _fakes  # noqa: F401
+from optim_ext import swa_utils as swa_utils  # type: ignore[no-redef]
 from optim_ext._explain import GroupReport, explain
 from optim_ext._load import build_info
 from optim_ext.adadelta import Adadelta as Adadelta

@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from optim_ext._load import _C
+from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
 
 Group = dict[str, Any]
 # What one op call needs besides tensors: which entries of group["params"], and the op's hyper-parameters in order.
@@ -27,7 +29,7 @@ _HYPERS = {
         for argument in getattr(torch.ops.optim_ext, op).default._schema.arguments
         if argument.kwarg_only and not argument.has_default_value()
     ]
-    for op in _C.ops()
+    for op in _C.step_ops()
 }
 
 # Torch's check that an optimizer met inside a CUDA graph is capturable; newer versions gave it another name.
@@ -64,6 +66,7 @@ class FusedStep(Optimizer):
 
     _op: ClassVar[str]
     _plan: _C.Plan | None
+    _averaging: StepAveraging | None
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
@@ -97,21 +100,56 @@ class FusedStep(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             self._traced_step()
+            averaging = self.__dict__.get("_averaging")
+            if averaging is not None:
+                averaging.update()
         else:
             if "capturable" in self.defaults:  # without the option torch captures the step as it is, and so do we
                 _HEALTH_CHECK(self)
             self._eager_step()
         return loss
 
+    def average_into(self, averaged: AveragedModel | None, model: Module | None = None) -> None:
+        """Let every step also update an average of the model: ``step()`` then does what ``step()`` followed by
+        ``averaged.update_parameters(model)`` does, bit for bit, with one pass over the parameters.
+
+        All of the model's parameters are averaged, also those without a gradient and those this optimizer does not
+        have, and its buffers as ``averaged`` treats them. A step that ``found_inf`` skips leaves the average and its
+        count alone. Groups that take torch's own code, and compiled steps, are followed by the update on its own. Not
+        saved with the optimizer: call it again on a copy, and after loading one by pickle.
+
+        Args:
+            averaged: an :class:`optim_ext.swa_utils.AveragedModel` that averages natively (the mean, or this package's
+                EMA functions), on the parameters' devices; None: average no more.
+            model: the model to average, by default the one ``averaged`` was made from or updated with last.
+
+        Raises:
+            TypeError: ``averaged`` is not such a model.
+            ValueError: it has an averaging function of its own, does not match the model, is on another device, belongs
+                to another optimizer, or its model is not known.
+        """
+        self._plan = None
+        self._averaging = None if averaged is None else step_averaging(averaged, model, self)
+
     def _eager_step(self) -> None:
-        signature = [self._signature(group) for group in self.param_groups]
+        signature: list[Any] = [self._signature(group) for group in self.param_groups]
+        common = self._common()
+        averaging = self.__dict__.get("_averaging")
+        weight = None
+        if averaging is not None:
+            signature.append(averaging.pairing())
+            weight = averaging.weight(common[1])
         plan = self.__dict__.get("_plan")
         if plan is not None and plan.signature == signature:
             hypers = [self._hypers(group) for group in self.param_groups]
-            if plan.step(self.state, self.param_groups, hypers, *self._common()):
+            if averaging is not None and weight is not None:
+                plan.besides.run(weight, common[1], check_only=True)
+            if plan.step(self.state, self.param_groups, hypers, *common, weight):
+                if averaging is not None:
+                    averaging.finish(weight, plan.besides, common[1])
                 return
         self._plan = None
-        self._planning_step(signature)
+        self._planning_step(signature, common, averaging, weight)
 
     def _signature(self, group: Group) -> tuple[Any, ...]:
         """The options a plan is built for: where one changes, the plan is built anew."""
@@ -127,13 +165,21 @@ class FusedStep(Optimizer):
             return None, None, None
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None), None
 
-    def _planning_step(self, signature: list[tuple[Any, ...]]) -> None:
+    def _planning_step(
+        self,
+        signature: list[Any],
+        common: tuple[Tensor | None, Tensor | None, Tensor | None],
+        averaging: StepAveraging | None,
+        weight: float | Tensor | None,
+    ) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
         by_torch = [group for group in self.param_groups if self._torch_reason(group) is not None]
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
             if len(by_torch) == len(self.param_groups) > 0:
                 self._torch_step(by_torch)
+                if averaging is not None:
+                    averaging.update(common[1])
                 return
             reusable = True
             calls, hypers = [], []
@@ -144,14 +190,25 @@ class FusedStep(Optimizer):
                     reusable &= len(members) == len(group["params"])
                     calls.append((index, members, self._state_keys(group), self._takes_sparse(group)))
                     hypers.append(values)
+            averages: dict[Tensor, Tensor] = {}
+            if averaging is not None and not by_torch:
+                averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
             state = self._planned_state()
-            plan = _C.Plan(self._op, self.param_groups, state, calls)
-            arguments = (state, self.param_groups, hypers, *self._common())
+            plan = _C.Plan(self._op, self.param_groups, state, calls, averages)
+            arguments = (state, self.param_groups, hypers, *common, weight)
             if by_torch:
                 plan.step(*arguments, check_only=True)
                 self._torch_step(by_torch)
+            elif averaging is not None:
+                plan.besides = averaging.besides(averages)
+                if weight is not None:
+                    plan.besides.run(weight, common[1], check_only=True)
             if not plan.step(*arguments):
                 raise RuntimeError(f"the state of {type(self).__name__} changed while it was being prepared")
+            if averaging is not None and by_torch:
+                averaging.update(common[1])
+            elif averaging is not None:
+                averaging.finish(weight, plan.besides, common[1])
         except BaseException:
             _restore(self.state, before)
             raise

@@ -67,6 +67,8 @@ struct Bundle {
   const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage); null on the host
   Storage step_storage;
   ScalarState scalars[kMaxScalars];
+  bool in_double;         // the rule computes in double: one of the operands is stored as f64
+  const Bundle* average;  // the operands of rules::Average for the updated parameter, walked in the same order; or null
 };
 
 // What happens to the gradients on the way into a rule. On the CPU the values are read on the host; on a GPU they stay
@@ -79,6 +81,9 @@ struct Pass {
   const float* device_found_inf = nullptr;   // 1: skip the whole step
   const void* device_grad_factor = nullptr;  // set instead of grad_factor when the value lives on the device
   Storage grad_factor_storage = Storage::f32;
+  double average_weight = 1.0;                  // of the updated parameter in its average, where a bundle has one
+  const void* device_average_weight = nullptr;  // set instead of average_weight when the value lives on the device
+  Storage average_weight_storage = Storage::f32;
 };
 
 }  // namespace optim_ext

@@ -134,19 +134,40 @@ void Call::refuse(const char* list, int64_t index, const std::string& problem) c
 }
 
 Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
-    : spec_(spec), operands_(operands), used_(used), updates_(updates) {
+    : spec_(spec),
+      rule_{spec.operands.begin(),
+            operands,
+            spec.leader,
+            used,
+            updates,
+            updates | (spec.common.grad_scale ? 1u << kGrad : 0u)},
+      averaging_lists_{{"averages", spec.common.averages}, spec.operands.begin()[kParam]},
+      averaging_{averaging_lists_,      rules::Average::kOperands, 1,
+                 rules::Average::kUsed, rules::Average::kUpdates,  rules::Average::kUpdates} {
   check_lengths();
-  const auto params = spec_.operands.begin()[kParam].tensors;
+  const auto params = rule_.lists[kParam].tensors;
   if (params.empty()) return;
-  if (!params[0].defined()) refuse("params", 0, "is undefined");
+  if (!params[0].defined()) refuse(rule_.lists[kParam].name, 0, "is undefined");
   device = params[0].device();
   bundles.reserve(params.size());
-  in_double.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) add_bundle(static_cast<int64_t>(i));
+  for (size_t i = 0; i < params.size(); ++i) {
+    Bundle bundle = make_bundle(rule_, static_cast<int64_t>(i));
+    if (spec_.state_steps) add_step(static_cast<int64_t>(i), bundle);
+    for (size_t k = 0; k < spec_.scalars.size(); ++k)
+      add_scalar(static_cast<int64_t>(i), spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
+    bundles.push_back(bundle);
+  }
+  averages_.reserve(spec_.common.averages.size());
+  for (size_t i = 0; i < spec_.common.averages.size(); ++i) {
+    if (bundles[i].layout && bundles[i].layout->rows)
+      refuse("averages", static_cast<int64_t>(i), "cannot follow within the step where the gradient is sparse");
+    averages_.push_back(make_bundle(averaging_, static_cast<int64_t>(i)));
+    bundles[i].average = &averages_[i];
+  }
   read_pass();
   if (pass.unscale || pass.device_grad_scale) {
     for (size_t i = 0; i < params.size(); ++i) {
-      if (at::has_internal_overlap(spec_.operands.begin()[kGrad].tensors[i]) == at::MemOverlap::Yes) {
+      if (at::has_internal_overlap(rule_.lists[kGrad].tensors[i]) == at::MemOverlap::Yes) {
         refuse("grads", static_cast<int64_t>(i),
                "has elements that share memory (an expanded tensor?), so it cannot be unscaled in place");
       }
@@ -156,34 +177,31 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
 }
 
 void Call::check_lengths() const {
-  const auto lists = spec_.operands.begin();
-  const size_t n = lists[kParam].tensors.size();
-  for (int k = 0; k < operands_; ++k) {
-    const size_t found = lists[k].tensors.size();
-    const bool used = (used_ >> k) & 1u;
-    TORCH_CHECK_VALUE(found == n || (!used && found == 0), "optim_ext::", spec_.common.op, ": params has ", n,
-                      " tensors but ", lists[k].name, " has ", found, "; the lists must be equally long");
-  }
-  const auto check_all = [&](const char* name, size_t found) {
-    TORCH_CHECK_VALUE(found == n, "optim_ext::", spec_.common.op, ": params has ", n, " tensors but ", name, " has ",
-                      found, "; the lists must be equally long");
+  const auto& first = rule_.lists[kParam];
+  const size_t n = first.tensors.size();
+  const auto check = [&](const char* name, size_t found, bool may_be_empty) {
+    TORCH_CHECK_VALUE(found == n || (may_be_empty && found == 0), "optim_ext::", spec_.common.op, ": ", first.name,
+                      " has ", n, " tensors but ", name, " has ", found, "; the lists must be equally long");
   };
-  if (spec_.state_steps) check_all("state_steps", spec_.state_steps->size());
-  for (const List& list : spec_.scalars) check_all(list.name, list.tensors.size());
+  for (int k = 0; k < rule_.count; ++k) check(rule_.lists[k].name, rule_.lists[k].tensors.size(), !rule_.is_used(k));
+  if (spec_.state_steps) check("state_steps", spec_.state_steps->size(), false);
+  for (const List& list : spec_.scalars) check(list.name, list.tensors.size(), false);
+  check("averages", spec_.common.averages.size(), true);
 }
 
-void Call::add_bundle(int64_t i) {
-  const auto lists = spec_.operands.begin();
-  const at::Tensor& param = lists[kParam].tensors[i];
+Bundle Call::make_bundle(const Operands& operands, int64_t i) {
+  const at::Tensor& leader = operands.lists[operands.leader].tensors[i];
+  if (!leader.defined()) refuse(operands.lists[operands.leader].name, i, "is undefined");
   Bundle bundle{};
-  bool flat = true, use_double = false;
+  bool flat = leader.is_non_overlapping_and_dense();
   const at::Tensor* rows = nullptr;  // a sparse gradient
-  for (int k = 0; k < operands_; ++k) {
-    if (!((used_ >> k) & 1u)) continue;
-    const char* const name = lists[k].name;
-    if (!lists[k].tensors[i].defined()) refuse(name, i, "is undefined");
-    const bool sparse = k == kGrad && spec_.takes_sparse && lists[k].tensors[i].is_sparse();
-    const at::Tensor& tensor = sparse ? held_.emplace_back(coalesced(i)) : lists[k].tensors[i];
+  for (int k = 0; k < operands.count; ++k) {
+    if (!operands.is_used(k)) continue;
+    const at::Tensor& given = operands.lists[k].tensors[i];
+    const char* const name = operands.lists[k].name;
+    if (!given.defined()) refuse(name, i, "is undefined");
+    const bool sparse = &operands == &rule_ && k == kGrad && spec_.takes_sparse && given.is_sparse();
+    const at::Tensor& tensor = sparse ? held_.emplace_back(coalesced(i)) : given;
     if (sparse) rows = &tensor;
     if (tensor.layout() != at::kStrided && !sparse)
       refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
@@ -195,19 +213,20 @@ void Call::add_bundle(int64_t i) {
                   ", expected a floating point or complex type (Float, Double, BFloat16, Half, ComplexFloat, "
                   "ComplexDouble)"));
     }
-    if (k != kParam) {
-      if (tensor.is_complex() != param.is_complex()) {
+    if (k != operands.leader) {
+      if (tensor.is_complex() != leader.is_complex()) {
         refuse(name, i,
                text("has dtype ", tensor.scalar_type(), ", expected ",
-                    param.is_complex() ? "a complex type as its parameter's, " : "a real type as its parameter's, ",
-                    param.scalar_type()));
+                    leader.is_complex() ? "a complex type as its parameter's, " : "a real type as its parameter's, ",
+                    leader.scalar_type()));
       }
-      if (!tensor.sizes().equals(param.sizes()))
-        refuse(name, i, text("has shape ", tensor.sizes(), ", expected its parameter's shape ", param.sizes()));
+      if (!tensor.sizes().equals(leader.sizes()))
+        refuse(name, i, text("has shape ", tensor.sizes(), ", expected its parameter's shape ", leader.sizes()));
+      flat &= sparse || (tensor.is_contiguous() && leader.is_contiguous()) || same_strides(tensor, leader);
     }
     if (tensor.is_conj() || tensor.is_neg())
       refuse(name, i, "is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
-    if ((updates_ >> k) & 1u) {
+    if (operands.is_updated(k)) {
       if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
         refuse(name, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
       }
@@ -216,26 +235,17 @@ void Call::add_bundle(int64_t i) {
       }
     }
     bundle.storage[k] = *storage;
-    use_double |= *storage == Storage::f64;
+    bundle.in_double |= *storage == Storage::f64;
     if (sparse) continue;
-    const bool written = ((updates_ | (spec_.common.grad_scale ? 1u << kGrad : 0u)) >> k) & 1u;
-    bundle.data[k] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-    if (k == kParam) {
-      flat &= tensor.is_non_overlapping_and_dense();
-    } else {
-      flat &= (tensor.is_contiguous() && param.is_contiguous()) || same_strides(tensor, param);
-    }
+    bundle.data[k] = operands.is_written(k) ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
   }
-  bundle.numel = param.numel() * (param.is_complex() ? 2 : 1);
+  bundle.numel = leader.numel() * (leader.is_complex() ? 2 : 1);
   if (rows) {
-    add_rows(i, *rows, bundle);
-  } else if (!flat && param.numel() > 1) {
-    add_layout(i, bundle);
+    use_rows(i, *rows, bundle);
+  } else if (!flat && leader.numel() > 1) {
+    bundle.layout = make_layout(operands, i);
   }
-  if (spec_.state_steps) add_step(i, bundle);
-  for (size_t k = 0; k < spec_.scalars.size(); ++k) add_scalar(i, spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
-  bundles.push_back(bundle);
-  in_double.push_back(use_double);
+  return bundle;
 }
 
 // The gradient with every index once, its indices known to lie in the parameter.
@@ -273,12 +283,11 @@ at::Tensor Call::coalesced(int64_t i) {
 
 // A row is what one index selects. Rows lie back to back in the gradient's values, and at the indexed places of the
 // parameter and its state.
-void Call::add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
-  const auto lists = spec_.operands.begin();
-  const at::Tensor& param = lists[kParam].tensors[i];
-  for (int k = 0; k < operands_; ++k) {
-    if (k != kGrad && ((used_ >> k) & 1u) && !lists[k].tensors[i].is_contiguous())
-      refuse(lists[k].name, i, "is not contiguous, which a sparse gradient asks for");
+void Call::use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
+  const at::Tensor& param = rule_.lists[kParam].tensors[i];
+  for (int k = 0; k < rule_.count; ++k) {
+    if (k != kGrad && rule_.is_used(k) && !rule_.lists[k].tensors[i].is_contiguous())
+      refuse(rule_.lists[k].name, i, "is not contiguous, which a sparse gradient asks for");
   }
   const at::Tensor indices = grad._indices();
   at::Tensor rows = indices.select(0, 0);
@@ -293,33 +302,32 @@ void Call::add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
   layout.ndim = 2;
   layout.sizes[0] = kept_rows.numel();
   layout.sizes[1] = values.numel() / kept_rows.numel();
-  for (int k = 0; k < operands_; ++k) {
+  for (int k = 0; k < rule_.count; ++k) {
     layout.strides[k][0] = layout.sizes[1];
     layout.strides[k][1] = 1;
   }
   bundle.layout = &layout;
 }
 
-// The walk order is the parameter's own memory order, so that a dense parameter is still read front to back.
-void Call::add_layout(int64_t i, Bundle& bundle) {
-  const auto lists = spec_.operands.begin();
-  const at::Tensor& param = lists[kParam].tensors[i];
-  const int64_t width = param.is_complex() ? 2 : 1;
+// The walk order is the leader's own memory order, so that a dense parameter is still read front to back.
+const Layout* Call::make_layout(const Operands& operands, int64_t i) {
+  const at::Tensor& leader = operands.lists[operands.leader].tensors[i];
+  const int64_t width = leader.is_complex() ? 2 : 1;
   struct Dim {
     int64_t size;
     std::array<int64_t, kMaxOperands> strides;
   };
   std::vector<Dim> dims;
-  for (int64_t d = 0; d < param.dim(); ++d) {
-    if (param.size(d) == 1) continue;
-    Dim dim{param.size(d), {}};
-    for (int k = 0; k < operands_; ++k) {
-      if ((used_ >> k) & 1u) dim.strides[k] = lists[k].tensors[i].stride(d) * width;
+  for (int64_t d = 0; d < leader.dim(); ++d) {
+    if (leader.size(d) == 1) continue;
+    Dim dim{leader.size(d), {}};
+    for (int k = 0; k < operands.count; ++k) {
+      if (operands.is_used(k)) dim.strides[k] = operands.lists[k].tensors[i].stride(d) * width;
     }
     dims.push_back(dim);
   }
   std::stable_sort(dims.begin(), dims.end(),
-                   [](const Dim& a, const Dim& b) { return a.strides[kParam] > b.strides[kParam]; });
+                   [&](const Dim& a, const Dim& b) { return a.strides[operands.leader] > b.strides[operands.leader]; });
   if (width == 2) {
     Dim pair{2, {}};
     pair.strides.fill(1);
@@ -328,8 +336,8 @@ void Call::add_layout(int64_t i, Bundle& bundle) {
   std::vector<Dim> merged;
   for (const Dim& dim : dims) {
     bool joins = !merged.empty();
-    for (int k = 0; joins && k < operands_; ++k) {
-      if ((used_ >> k) & 1u) joins = merged.back().strides[k] == dim.strides[k] * dim.size;
+    for (int k = 0; joins && k < operands.count; ++k) {
+      if (operands.is_used(k)) joins = merged.back().strides[k] == dim.strides[k] * dim.size;
     }
     if (joins) {
       merged.back().size *= dim.size;
@@ -340,16 +348,16 @@ void Call::add_layout(int64_t i, Bundle& bundle) {
   }
   if (merged.size() > static_cast<size_t>(kMaxDims)) {
     refuse("params", i,
-           text("and its gradient or state differ in memory layout over more than ", kMaxDims,
+           text("and what is updated with it differ in memory layout over more than ", kMaxDims,
                 " dimensions; make them contiguous"));
   }
   Layout& layout = layouts_.emplace_back();
   layout.ndim = static_cast<int32_t>(merged.size());
   for (size_t d = 0; d < merged.size(); ++d) {
     layout.sizes[d] = merged[d].size;
-    for (int k = 0; k < operands_; ++k) layout.strides[k][d] = merged[d].strides[k];
+    for (int k = 0; k < operands.count; ++k) layout.strides[k][d] = merged[d].strides[k];
   }
-  bundle.layout = &layout;
+  return &layout;
 }
 
 void Call::add_step(int64_t i, Bundle& bundle) {
@@ -393,6 +401,23 @@ void Call::add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarS
   host_scalars_ = true;
 }
 
+void Call::read_average_weight() {
+  if (averages_.empty()) return;
+  const auto& weight = spec_.common.average_weight;
+  const bool fits = weight && weight->defined() && weight->numel() == 1 && weight->layout() == at::kStrided &&
+                    (weight->scalar_type() == at::kFloat || weight->scalar_type() == at::kDouble) &&
+                    (weight->is_cpu() || weight->device() == device);
+  TORCH_CHECK_VALUE(fits, "optim_ext::", spec_.common.op,
+                    ": with averages, average_weight must be one Float or Double element on cpu or ", device);
+  pass.average_weight_storage = *storage_of(weight->scalar_type());
+  if (!weight->is_cpu()) {
+    pass.device_average_weight = weight->const_data_ptr();
+    return;
+  }
+  pass.average_weight = host_value(weight->const_data_ptr(), pass.average_weight_storage);
+  check_average_weight(spec_.common.op, "average_weight", pass.average_weight);
+}
+
 void Call::read_pass() {
   const auto one_number = [&](const std::optional<at::Tensor>& value, const char* name, bool or_double) -> const void* {
     if (!value || !value->defined()) return nullptr;
@@ -407,6 +432,7 @@ void Call::read_pass() {
   const auto* const scale = static_cast<const float*>(one_number(spec_.common.grad_scale, "grad_scale", false));
   const auto* const found = static_cast<const float*>(one_number(spec_.common.found_inf, "found_inf", false));
   const void* const factor = one_number(spec_.common.grad_factor, "grad_factor", true);
+  read_average_weight();
   if (factor) pass.grad_factor_storage = *storage_of(spec_.common.grad_factor->scalar_type());
   if (device.is_cpu()) {
     pass.unscale = scale != nullptr;
@@ -430,29 +456,28 @@ void Call::read_pass() {
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
-void Call::check_overlap() const {
-  const auto lists = spec_.operands.begin();
-  const unsigned written = updates_ | (pass.unscale || pass.device_grad_scale ? 1u << kGrad : 0u);
-  std::vector<Interval> intervals;
-  intervals.reserve(bundles.size() * operands_);
+template <class Visit>
+void Call::visit_written(const Visit& visit) const {
   for (size_t i = 0; i < bundles.size(); ++i) {
-    for (int k = 0; bundles[i].numel != 0 && k < operands_; ++k) {
-      if ((written >> k) & 1u) intervals.push_back(interval_of(lists[k].tensors[i]));
+    for (int k = 0; bundles[i].numel != 0 && k < rule_.count; ++k) {
+      if (rule_.is_written(k)) visit(rule_.lists[k].name, static_cast<int64_t>(i), rule_.lists[k].tensors[i]);
     }
-    for (const List& list : spec_.scalars) intervals.push_back(interval_of(list.tensors[i]));
+    if (bundles[i].numel != 0 && bundles[i].average)
+      visit(averaging_lists_[0].name, static_cast<int64_t>(i), averaging_lists_[0].tensors[i]);
+    for (const List& list : spec_.scalars) visit(list.name, static_cast<int64_t>(i), list.tensors[i]);
   }
+}
+
+void Call::check_overlap() const {
+  std::vector<Interval> intervals;
+  intervals.reserve(bundles.size() * (rule_.count + 1));
+  visit_written([&](const char*, int64_t, const at::Tensor& tensor) { intervals.push_back(interval_of(tensor)); });
   const at::Tensor* const offender = find_overlap(intervals);
   if (offender == nullptr) return;
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    const auto check = [&](const List& list) {
-      if (i < list.tensors.size() && &list.tensors[i] == offender) {
-        refuse(list.name, static_cast<int64_t>(i),
-               "overlaps in memory with another tensor this step writes; each needs memory of its own");
-      }
-    };
-    std::for_each(lists, lists + operands_, check);
-    std::for_each(spec_.scalars.begin(), spec_.scalars.end(), check);
-  }
+  visit_written([&](const char* list, int64_t index, const at::Tensor& tensor) {
+    if (&tensor == offender)
+      refuse(list, index, "overlaps in memory with another tensor this step writes; each needs memory of its own");
+  });
 }
 
 void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size) {
@@ -488,10 +513,10 @@ void note_change(const at::Tensor& tensor) {
 }  // namespace
 
 void Call::advance(int64_t i) {
-  const auto lists = spec_.operands.begin();
-  for (int k = 0; k < operands_; ++k) {
-    if ((updates_ >> k) & 1u) note_change(lists[k].tensors[i]);
+  for (int k = 0; k < rule_.count; ++k) {
+    if (rule_.is_updated(k)) note_change(rule_.lists[k].tensors[i]);
   }
+  if (bundles[i].average) note_change(averaging_lists_[0].tensors[i]);
   if (!spec_.state_steps) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
   note_change(step);
@@ -507,6 +532,11 @@ void Call::store_scalar(int64_t i, int k, double value) {
   const at::Tensor& tensor = spec_.scalars.begin()[k].tensors[i];
   note_change(tensor);
   if (tensor.is_cpu()) store_element<double>(tensor.mutable_data_ptr(), bundles[i].scalars[k].storage, 0, value);
+}
+
+void check_average_weight(const char* op, const char* name, double weight) {
+  TORCH_CHECK_VALUE(weight >= 0.0 && weight <= 1.0, "optim_ext::", op, ": ", name, " is ", weight,
+                    ", expected a number from 0 to 1");
 }
 
 CheckOnly::CheckOnly() { ++check_only_depth; }

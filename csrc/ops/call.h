@@ -13,6 +13,7 @@
 
 #include "../kernels/operand.h"
 #include "../rules/rule.h"
+#include "../rules/average.h"
 
 namespace optim_ext::ops {
 
@@ -53,6 +54,8 @@ struct Common {
   const std::optional<at::Tensor>& grad_scale;   // GradScaler's: gradients are divided by it, in place
   const std::optional<at::Tensor>& found_inf;    // one: nothing is written
   const std::optional<at::Tensor>& grad_factor;  // multiplies the gradients as the rule sees them, not in memory
+  at::TensorList averages;                       // running averages of the parameters to be brought up to date; or none
+  const std::optional<at::Tensor>& average_weight;  // of the updated parameter in its average
 };
 
 struct CallSpec {
@@ -61,6 +64,7 @@ struct CallSpec {
   std::optional<at::TensorList> state_steps = std::nullopt;
   std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
+  int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
 class Call {
@@ -79,29 +83,43 @@ class Call {
 
   at::Device device = at::kCPU;
   std::vector<Bundle> bundles;
-  std::vector<uint8_t> in_double;  // per bundle: compute in double
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool skip = false;  // found_inf, where the host can see it
   bool steps_on_device = false;
 
  private:
+  // The lists behind the operands of one rule, with its masks.
+  struct Operands {
+    const List* lists;
+    int count, leader;
+    unsigned used, updates, written;  // written: updated, or unscaled in place
+    bool is_used(int k) const { return (used >> k) & 1u; }
+    bool is_updated(int k) const { return (updates >> k) & 1u; }
+    bool is_written(int k) const { return (written >> k) & 1u; }
+  };
+
   void check_lengths() const;
-  void add_bundle(int64_t i);
-  void add_layout(int64_t i, Bundle& bundle);
+  Bundle make_bundle(const Operands& operands, int64_t i);
+  const Layout* make_layout(const Operands& operands, int64_t i);
   at::Tensor coalesced(int64_t i);
-  void add_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
+  void use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
   void add_step(int64_t i, Bundle& bundle);
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
   void advance(int64_t i);
   void store_scalar(int64_t i, int k, double value);
+  template <class Visit>
+  void visit_written(const Visit& visit) const;  // visit(list name, index, tensor) for every tensor the sweep writes
   void check_overlap() const;
   void read_pass();
+  void read_average_weight();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
 
   const CallSpec& spec_;
-  const int operands_;
-  const unsigned used_, updates_;
+  const Operands rule_;
+  const List averaging_lists_[2];
+  const Operands averaging_;  // the operands of rules::Average
+  std::vector<Bundle> averages_;
   std::deque<Layout> layouts_;
   std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
@@ -134,6 +152,8 @@ void Call::commit(const Rule& rule) {
     }
   }
 }
+// Throws unless `weight`, of the newest in a running average, is a number in [0, 1].
+void check_average_weight(const char* op, const char* name, double weight);
 
 // While one of these lives, ops of this thread check their input and return before the first write.
 class CheckOnly {

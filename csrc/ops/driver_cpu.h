@@ -72,7 +72,12 @@ struct CpuDriver {
         const int64_t stop = std::min(end, first_tile[i + 1]);
         const int64_t from = (begin - first_tile[i]) * kTile,
                       to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
-        if (from < to) sweep_rows(call.in_double[i] ? in_double : in_float, ready, bundle, from, to, call.pass);
+        const auto sweep = bundle.in_double ? in_double : in_float;
+        if (bundle.average) {
+          sweep_averaged(sweep, ready, bundle, from, to, call.pass, isa);
+        } else if (from < to) {
+          sweep_rows(sweep, ready, bundle, from, to, call.pass);
+        }
         begin = stop;
       }
     };
@@ -80,6 +85,22 @@ struct CpuDriver {
       work(0, first_tile.back());
     } else {
       at::parallel_for(0, first_tile.back(), kGrain, work);
+    }
+  }
+
+ private:
+  static constexpr int64_t kStretch = 8 * kTile;  // elements updated before they are averaged, out of the cache
+
+  // The update, followed at a short distance by the very sweep that averages parameters on its own.
+  template <class Rule>
+  static void sweep_averaged(cpu::Sweep<Rule> update, const Rule& rule, const Bundle& bundle, int64_t begin,
+                             int64_t end, const Pass& pass, cpu::Isa isa) {
+    const auto average = bundle.average->in_double ? cpu::sweep_for<rules::Average, double>(isa)
+                                                   : cpu::sweep_for<rules::Average, float>(isa);
+    for (int64_t stop; begin < end; begin = stop) {
+      stop = std::min(end, begin + kStretch);
+      update(rule, bundle, begin, stop, pass);
+      average({pass.average_weight}, *bundle.average, begin, stop, Pass{});
     }
   }
 };

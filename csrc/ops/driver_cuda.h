@@ -55,6 +55,9 @@ struct CudaDriver {
     batch.found_inf = call.pass.device_found_inf;
     batch.grad_factor = call.pass.device_grad_factor;
     batch.grad_factor_storage = call.pass.grad_factor_storage;
+    batch.average_weight = call.pass.average_weight;
+    batch.live_average_weight = call.pass.device_average_weight;
+    batch.average_weight_storage = call.pass.average_weight_storage;
     TORCH_INTERNAL_ASSERT(call.device_hypers.size() <= static_cast<size_t>(cuda::kMaxLiveHypers));
     for (const DeviceHyper& hyper : call.device_hypers) {
       batch.hypers[batch.hyper_count++] = {hyper.offset, hyper.value, hyper.storage};
@@ -70,7 +73,7 @@ struct CudaDriver {
     bundles.reserve(call.bundles.size());
     int64_t elements = 0;
     for (size_t i = 0; i < call.bundles.size(); ++i) {
-      if ((call.in_double[i] != 0) != (sizeof(V) == sizeof(double)) ||
+      if (call.bundles[i].in_double != (sizeof(V) == sizeof(double)) ||
           (call.bundles[i].numel == 0 && rules::kScalarsOf<Rule> == 0))
         continue;
       bundles.push_back(&call.bundles[i]);

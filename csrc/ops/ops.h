@@ -29,9 +29,14 @@ struct Op;
 template <OpName kName, class... Args, void (*kBody)(const Common&, Args...)>
 struct Op<kName, kBody> {
   static void call(Args... args, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                   const OptionalTensor& grad_factor) {
-    kBody({kName.text, grad_scale, found_inf, grad_factor}, args...);
+                   const OptionalTensor& grad_factor, TensorList averages, const OptionalTensor& average_weight) {
+    kBody({kName.text, grad_scale, found_inf, grad_factor, averages, average_weight}, args...);
   }
+};
+// An op that is not a step has its own arguments only.
+template <OpName kName, class... Args, void (*kBody)(const char*, Args...)>
+struct Op<kName, kBody> {
+  static void call(Args... args) { kBody(kName.text, args...); }
 };
 
 template <class Driver>
@@ -90,5 +95,10 @@ template <class Driver>
 void sparse_adam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs,
                   TensorList exp_avg_sqs, TensorList state_steps, const Tensor& lr, double beta1, double beta2,
                   double eps, bool maximize);
+
+// Not a step: brings running averages up to date. found_inf of one: leaves them as they are.
+template <class Driver>
+void average_(const char* op, TensorList averages, TensorList params, const Tensor& weight,
+              const OptionalTensor& found_inf);
 
 }  // namespace optim_ext::ops

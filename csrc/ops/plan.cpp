@@ -1,9 +1,10 @@
 #include "plan.h"
 
+#include "average_plan.h"
+
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/Exceptions.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -32,11 +33,19 @@ Tensor from_python<Tensor>(PyObject* value) {
   return c10::scalar_to_tensor(from_python<double>(value));
 }
 
-namespace {
-
 OptionalTensor optional_tensor(PyObject* value) {
   return value == Py_None ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(value));
 }
+
+OptionalTensor on_device(const OptionalTensor& value, c10::Device device) {
+  return value && value->device() != device ? OptionalTensor(value->to(device, /*non_blocking=*/true)) : value;
+}
+
+Tensor weight_for(c10::Device device, const Tensor& weight) {
+  return weight.is_cpu() ? weight : *on_device(weight, device);
+}
+
+namespace {
 
 // A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
 bool is_intercepted(const Tensor& tensor) {
@@ -85,9 +94,11 @@ class Plan {
  public:
   // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse) each; a key of
   // None leaves that list empty.
-  Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls)
+  // averages: running averages by parameter, to be brought up to date with it.
+  Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls,
+       const py::dict& averages)
       : op_(std::move(op)), groups_(py::len(param_groups)) {
-    for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state);
+    for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state, averages);
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (const auto& param : params_of(param_groups, g)) groups_[g].push_back(param.ptr());
     }
@@ -97,16 +108,22 @@ class Plan {
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
   // hypers: one tuple per call, in the order of the op's schema.
   bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale,
-            const py::object& found_inf, const py::object& grad_factor, bool check_only) {
+            const py::object& found_inf, const py::object& grad_factor, const py::object& average_weight,
+            bool check_only) {
     if (!is_current(state, param_groups)) return false;
     TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
-    const CommonTensors common{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr()),
-                               optional_tensor(grad_factor.ptr())};
+    const CommonTensors common{
+        optional_tensor(grad_scale.ptr()),
+        optional_tensor(found_inf.ptr()),
+        optional_tensor(grad_factor.ptr()),
+        {},
+        average_weight.is_none() ? OptionalTensor() : OptionalTensor(from_python<Tensor>(average_weight.ptr()))};
     std::vector<Gathered> gathered(calls_.size());
     size_t to_make = 0;
     for (size_t c = 0; c < calls_.size(); ++c) {
       if (!gather(calls_[c], gathered[c])) return false;
       to_make += !gathered[c].grads.empty();
+      to_make += common.average_weight && calls_[c].is_averaged() && !gathered[c].all;
     }
     // One call checks itself before it writes. Several must all be sound before the first of them writes.
     if (check_only || to_make > 1) run_all(gathered, hypers, common, param_groups, true);
@@ -121,12 +138,15 @@ class Plan {
     std::vector<int64_t> indices;            // into group["params"], for messages
     std::vector<std::vector<Tensor>> lists;  // params, (grads: empty), state...; an absent list is empty
     bool takes_sparse;
-    std::vector<uint8_t> ready;  // whether the state of a parameter is there
+    std::vector<uint8_t> ready;    // whether the state of a parameter is there
+    std::vector<Tensor> averages;  // of the parameters; empty where they are not averaged
+    bool is_averaged() const { return !averages.empty(); }
   };
   struct Gathered {
     bool all = true;  // every parameter takes part: the plan's own lists serve
     std::vector<Tensor> grads;
     std::vector<int64_t> members;  // into the call's lists, where not all take part
+    std::vector<int64_t> idle;     // the others: without a gradient there is nothing to do but to average
   };
   struct Item {
     PyObject* key;
@@ -144,31 +164,38 @@ class Plan {
     return py::cast<py::list>(py::cast<py::dict>(param_groups[g])["params"]);
   }
 
-  void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state) {
+  void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state, const py::dict& averages) {
     const auto group = py::cast<size_t>(spec[0]);
     const auto params = params_of(param_groups, group);
     const auto keys = py::cast<py::tuple>(spec[2]);
     TORCH_CHECK(keys.size() + kFirstState == op_->lists(), "optim_ext: ", keys.size(),
                 " state keys given, the op takes ", op_->lists() - kFirstState);
     // One call per device, and per occurrence of a parameter that is in the group more than once: torch updates it that
-    // many times in turn.
-    std::map<std::pair<std::string, int>, size_t> call_of;
+    // many times in turn. Those that are averaged make a call of their own.
+    std::map<std::tuple<std::string, int, bool>, size_t> call_of;
     std::unordered_map<PyObject*, int> occurrences;
     for (const auto& index : spec[1]) {
       const auto i = py::cast<int64_t>(index);
       const py::object param = params[i];
       const Tensor& tensor = THPVariable_Unpack(param.ptr());
-      const auto place = std::make_pair(tensor.device().str(), occurrences[param.ptr()]++);
+      const bool averaged = averages.contains(param);
+      const auto place = std::make_tuple(tensor.device().str(), occurrences[param.ptr()]++, averaged);
       auto found = call_of.find(place);
       if (found == call_of.end()) {
         found = call_of.emplace(place, calls_.size()).first;
-        calls_.push_back(
-            {group, tensor.device(), {}, std::vector<std::vector<Tensor>>(op_->lists()), py::cast<bool>(spec[3]), {}});
+        calls_.push_back({group,
+                          tensor.device(),
+                          {},
+                          std::vector<std::vector<Tensor>>(op_->lists()),
+                          py::cast<bool>(spec[3]),
+                          {},
+                          {}});
         source_.push_back(spec_count_);
       }
       PlannedCall& call = calls_[found->second];
       call.indices.push_back(i);
       call.lists[kParams].push_back(tensor);
+      if (averaged) call.averages.push_back(THPVariable_Unpack(py::object(averages[param]).ptr()));
       PyObject* const entry = PyDict_GetItemWithError(state.ptr(), param.ptr());
       if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
       bool ready = true;
@@ -240,6 +267,7 @@ class Plan {
           out.all = false;
           for (size_t j = 0; j < i; ++j) out.members.push_back(static_cast<int64_t>(j));
         }
+        out.idle.push_back(static_cast<int64_t>(i));
         continue;
       }
       const bool sparse = call.takes_sparse && grad.is_sparse() && !grad.is_complex() && params[i].is_contiguous();
@@ -258,7 +286,17 @@ class Plan {
     for (size_t c = 0; c < calls_.size(); ++c) {
       if (!gathered[c].grads.empty())
         run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), common, param_groups, check_only);
+      if (common.average_weight && calls_[c].is_averaged() && !gathered[c].all)
+        average_idle(calls_[c], gathered[c], common, param_groups, check_only);
     }
+  }
+
+  // Parameters without a gradient stay as they are, but their averages still move towards them.
+  static void average_idle(const PlannedCall& call, const Gathered& gathered, const CommonTensors& common,
+                           const py::list& param_groups, bool check_only) {
+    AveragePairs pairs;
+    for (const int64_t i : gathered.idle) pairs.add(call.averages[i], call.lists[kParams][i]);
+    naming(call, gathered.idle, param_groups, [&] { pairs.run(*common.average_weight, common.found_inf, check_only); });
   }
 
   void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const CommonTensors& common,
@@ -267,30 +305,45 @@ class Plan {
                 "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
     std::vector<TensorList> lists(op_->lists());
     std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : op_->lists());
+    const auto taking_part = [&](const std::vector<Tensor>& all) {
+      std::vector<Tensor> subset;
+      for (const int64_t member : gathered.members) subset.push_back(all[member]);
+      return subset;
+    };
     for (size_t k = 0; k < lists.size(); ++k) {
       if (k == kGrads) {
         lists[k] = gathered.grads;
       } else if (gathered.all) {
         lists[k] = call.lists[k];
       } else {
-        if (!call.lists[k].empty()) {
-          for (const int64_t member : gathered.members) subsets[k].push_back(call.lists[k][member]);
-        }
+        if (!call.lists[k].empty()) subsets[k] = taking_part(call.lists[k]);
         lists[k] = subsets[k];
       }
     }
-    // The host is about to read what goes to the CPU, so that copy has to be waited for.
-    const auto on_device = [&](const OptionalTensor& value) {
-      return value && value->device() != call.device
-                 ? OptionalTensor(value->to(call.device, /*non_blocking=*/!call.device.is_cpu()))
-                 : value;
-    };
+    CommonTensors here{on_device(common.grad_scale, call.device),
+                       on_device(common.found_inf, call.device),
+                       on_device(common.grad_factor, call.device),
+                       {},
+                       std::nullopt};
+    std::vector<Tensor> averages;
+    if (common.average_weight && call.is_averaged()) {
+      if (!gathered.all) averages = taking_part(call.averages);
+      here.averages = gathered.all ? call.averages : averages;
+      here.average_weight = weight_for(call.device, *common.average_weight);
+    }
+    naming(call, gathered.members, param_groups, [&] { op_->run(lists, hypers, here, check_only); });
+  }
+
+  // Runs the body; what it refuses by index is told with the parameter's name. members: into the call's lists, all of
+  // them if empty.
+  template <class Body>
+  static void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::list& param_groups,
+                     const Body& body) {
     try {
-      op_->run(lists, hypers,
-               {on_device(common.grad_scale), on_device(common.found_inf), on_device(common.grad_factor)}, check_only);
+      body();
     } catch (const BadInput& bad) {
       if (bad.index < 0) throw;
-      const int64_t index = call.indices[gathered.all ? bad.index : gathered.members[bad.index]];
+      const int64_t index = call.indices[members.empty() ? bad.index : members[bad.index]];
       throw std::runtime_error(describe(call.group, index, param_groups) + ": " + bad.list + " " + bad.problem);
     }
   }
@@ -321,26 +374,23 @@ class Plan {
 
 void bind_plan(py::module_& m, PlannedOps ops) {
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
-      .def(py::init(
-               [ops](const std::string& op, const py::list& param_groups, const py::dict& state,
-                     const py::list& calls) { return std::make_unique<Plan>(ops.at(op), param_groups, state, calls); }),
-           py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"))
+      .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
+                          const py::list& calls, const py::dict& averages) {
+             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls, averages);
+           }),
+           py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict())
       .def(
           "step",
           [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers,
              const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
-             bool check_only) {
-            try {
-              return plan.step(state, param_groups, hypers, grad_scale, found_inf, grad_factor, check_only);
-            } catch (const py::error_already_set&) {
-              throw;
-            } catch (const std::exception&) {  // as torch's own bindings: ValueError, OutOfMemoryError, ...
-              torch::translate_exception_to_python(std::current_exception());
-              throw py::error_already_set();
-            }
+             const py::object& average_weight, bool check_only) {
+            return as_torch_raises([&] {
+              return plan.step(state, param_groups, hypers, grad_scale, found_inf, grad_factor, average_weight,
+                               check_only);
+            });
           },
           py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
-          py::arg("grad_factor"), py::arg("check_only") = false);
+          py::arg("grad_factor"), py::arg("average_weight") = py::none(), py::arg("check_only") = false);
   m.def(
       "unsupported_grad",
       [](const py::object& grad, bool takes_sparse) {

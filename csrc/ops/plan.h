@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 
 #include <map>
 #include <memory>
@@ -28,11 +29,31 @@ double from_python<double>(PyObject* value);
 template <>
 Tensor from_python<Tensor>(PyObject* value);
 
+OptionalTensor optional_tensor(PyObject* value);  // of a tensor or None
+OptionalTensor on_device(const OptionalTensor& value, c10::Device device);
+// The weight of an average as an op on `device` takes it: a number the host knows stays on the host.
+Tensor weight_for(c10::Device device, const Tensor& weight);
+
 // The tensors every op takes besides its own arguments.
 struct CommonTensors {
   OptionalTensor grad_scale, found_inf, grad_factor;
-  static constexpr size_t kCount = 3;
+  TensorList averages;
+  OptionalTensor average_weight;
+  static constexpr size_t kCount = 5, kLists = 1;
 };
+
+// Calls `body` for Python: C++ exceptions as torch's own bindings raise them (ValueError, OutOfMemoryError, ...).
+template <class Body>
+auto as_torch_raises(const Body& body) {
+  try {
+    return body();
+  } catch (const py::error_already_set&) {
+    throw;
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    throw py::error_already_set();
+  }
+}
 
 // What a plan needs of an op: how many leading arguments are lists, how to check a call and how to make it.
 struct PlannedOp {
@@ -51,7 +72,8 @@ class TypedPlannedOp;
 template <class... Args, void (*kCpu)(Args...), void (*... kOthers)(Args...)>
 class TypedPlannedOp<kCpu, kOthers...> final : public PlannedOp {
   static constexpr size_t kArguments = sizeof...(Args);
-  static constexpr size_t kLists = (0 + ... + (std::is_same_v<std::decay_t<Args>, TensorList> ? 1 : 0));
+  static constexpr size_t kLists =
+      (0 + ... + (std::is_same_v<std::decay_t<Args>, TensorList> ? 1 : 0)) - CommonTensors::kLists;
   static constexpr size_t kHypers = kArguments - kLists - CommonTensors::kCount;
   template <size_t I>
   using Argument = std::decay_t<std::tuple_element_t<I, std::tuple<Args...>>>;
@@ -79,9 +101,11 @@ class TypedPlannedOp<kCpu, kOthers...> final : public PlannedOp {
       const CheckOnly guard;
       constexpr void (*kernels[])(Args...) = {kCpu, kOthers...};
       kernels[sizeof...(kOthers) > 0 && lists[0][0].is_cuda() ? sizeof...(kOthers) : 0](
-          lists[L]..., std::get<H>(values)..., common.grad_scale, common.found_inf, common.grad_factor);
+          lists[L]..., std::get<H>(values)..., common.grad_scale, common.found_inf, common.grad_factor, common.averages,
+          common.average_weight);
     } else {
-      handle_.call(lists[L]..., std::get<H>(values)..., common.grad_scale, common.found_inf, common.grad_factor);
+      handle_.call(lists[L]..., std::get<H>(values)..., common.grad_scale, common.found_inf, common.grad_factor,
+                   common.averages, common.average_weight);
     }
   }
 

@@ -7,6 +7,7 @@
 #include "adam.h"
 #include "adamax.h"
 #include "asgd.h"
+#include "average.h"
 #include "lion.h"
 #include "nadam.h"
 #include "radam.h"
@@ -23,6 +24,7 @@
   X(Adam<true>)                    \
   X(Adamax)                        \
   X(ASGD)                          \
+  X(Average)                       \
   X(Lion)                          \
   X(NAdam)                         \
   X(RAdam)                         \

@@ -15,7 +15,8 @@ struct Sgd {
   bool nesterov, maximize;
   bool is_first_step;  // the buffer starts as the gradient itself, without dampening
 
-  double lookahead, kept, taken;        // filled in by at_step: the shares of the old buffer and of the gradient in the new one
+  double lookahead, kept,
+      taken;  // filled in by at_step: the shares of the old buffer and of the gradient in the new one
 
   OPTIM_EXT_RULE Sgd at_step(double) const {
     Sgd rule = *this;

@@ -21,6 +21,9 @@ template <class Rule, class V>
     cuda::open_block(batch, table, index, block);
     if (block.skip) continue;
     for (int thread = 0; thread < cuda::kThreads; ++thread) cuda::sweep_thread<Rule, V>(block, thread);
+    cuda::Block<rules::Average> average;
+    cuda::open_average(batch, table, block, average);
+    for (int thread = 0; !average.skip && thread < cuda::kThreads; ++thread) cuda::average_thread(average, thread);
   }
 }
 
@@ -58,6 +61,28 @@ int run_on_host(cuda::Batch<Rule> batch, const std::vector<const Bundle*>& bundl
 const std::vector<int64_t> kLengths = {1,    2,    3,    4,    7,    8,    9,    16,   31,   33,   255,  256, 257, 300,
                                        1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 6144, 8200, 1,   5,   64};
 
+// A running average of the parameter that `param` holds: dense like it, or only to be walked.
+Case make_average(const Case& param, Storage storage, bool aligned, bool strided, Random& random) {
+  const int64_t numel = param.bundle.numel;
+  Case made = make_case<rules::Average>(numel, {storage}, strided || param.layout.ndim > 0, random, aligned);
+  made.operands.pop_back();
+  if (made.layout.ndim > 0) {
+    int64_t stride = 1;
+    for (int d = 2; d >= 0; --d) {
+      made.layout.strides[1][d] = param.layout.ndim > 0 ? param.layout.strides[0][d] : stride;
+      stride *= made.layout.sizes[d];
+    }
+  }
+  return made;
+}
+
+const Bundle& follow(Case& average, const Bundle& param) {
+  average.bundle.data[1] = param.data[0];
+  average.bundle.storage[1] = param.storage[0];
+  average.bundle.in_double = average.bundle.storage[0] == Storage::f64 || param.storage[0] == Storage::f64;
+  return average.ready();
+}
+
 // One call of many tensors, all differing in length, storage, alignment, strides and step.
 template <class Rule, class V>
 void test_bytes(const char* name, const std::vector<Storages>& mixes) {
@@ -67,7 +92,8 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
     Rule rule = filled<Rule>(turn % 8, turn % 6 == 0 ? -1 : static_cast<int>(turn % 6), random);  // lr is never zero
     const bool scaled = turn % 4 >= 2, live = turn % 2 == 1;
     const float scale = 3.0f, keep = 0.0f, live_value = 0.375f;
-    std::vector<Case> start, expected, got;
+    std::vector<Case> start, expected, got, average_start, average_expected, average_got;
+    const bool averages = turn % 2 == 0;
     std::vector<float> float_steps(kLengths.size());
     std::vector<double> double_steps(kLengths.size());
     std::vector<const Bundle*> bundles;
@@ -90,6 +116,10 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
       const double value = live_value;
       std::memcpy(static_cast<void*>(&rule), &value, sizeof value);
     }
+    const float live_weight = 0.25f;
+    batch.average_weight = turn % 8 == 0 ? 1.0 : 0.7;
+    if (turn % 4 == 2) batch.live_average_weight = &live_weight;
+    const rules::Average averaging{batch.live_average_weight ? live_weight : batch.average_weight};
     Pass pass;
     pass.unscale = scaled;
     pass.grad_scale = scale;
@@ -97,10 +127,21 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
     for (size_t i = 0; i < start.size(); ++i) {
       expected.push_back(start[i].clone());
       got.push_back(start[i].clone());
+      const auto storage = static_cast<Storage>((i + turn) % 4);
+      average_start.push_back(make_average(start[i], storage, i % 5 != 4, i % 6 == 5, random));
+      average_expected.push_back(average_start[i].clone());
+      average_got.push_back(average_start[i].clone());
     }
     for (size_t i = 0; i < start.size(); ++i) {
       const Bundle& bundle = expected[i].ready();
       cpu::sweep_for<Rule, V>(cpu::Isa::baseline)(rule.at_step(bundle.step), bundle, 0, bundle.numel, pass);
+      const Bundle& average = follow(average_expected[i], bundle);
+      if (averages && i % 7 != 6) {
+        const auto sweep = average.in_double ? cpu::sweep_for<rules::Average, double>(cpu::Isa::baseline)
+                                             : cpu::sweep_for<rules::Average, float>(cpu::Isa::baseline);
+        sweep(averaging, average, 0, average.numel, Pass{});
+        got[i].bundle.average = &follow(average_got[i], got[i].bundle);
+      }
       float_steps[i] = static_cast<float>(double_steps[i] = bundle.step);
       Bundle& there = got[i].bundle;
       if (i % 3 != 0) {  // the step lives on the device
@@ -119,6 +160,11 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
       check(same(expected[i], got[i], &operand, &element),
             "%s, V of %zu bytes, turn %u, tensor %zu of %ld: operand %d, element %ld", name, sizeof(V), turn, i,
             static_cast<long>(kLengths[i]), operand, static_cast<long>(element));
+      check(same(average_expected[i], average_got[i], &operand, &element),
+            "%s, V of %zu bytes, turn %u, average %zu of %ld: element %ld", name, sizeof(V), turn, i,
+            static_cast<long>(kLengths[i]), static_cast<long>(element));
+      check(!averages || i % 7 == 6 || kLengths[i] < 8 || !same(average_start[i], average_got[i], &operand, &element),
+            "%s leaves average %zu as it is", name, i);
     }
     const float skip = 1.0f;
     batch.found_inf = &skip;
@@ -127,6 +173,7 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
       int operand = -1;
       int64_t element = -1;
       check(same(expected[i], got[i], &operand, &element), "%s: a skipped step writes to tensor %zu", name, i);
+      check(same(average_expected[i], average_got[i], &operand, &element), "%s: a skipped step averages %zu", name, i);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../../rules/rule.h"
+#include "../../rules/average.h"
 #include "../operand.h"
 
 namespace optim_ext::cuda {
@@ -54,9 +55,11 @@ struct Entry : ScalarStates<rules::kScalarsOf<Rule>> {
   double step;              // where the host knows it
   const void* device_step;  // else where it lives (f32 or f64); null on the host
   int32_t layout;           // where its Layout lies, in bytes from the start of the table; 0: dense, all in one order
+  int32_t average_layout;   // the same for the average and the parameter
+  void* average;            // the running average of the updated parameter; null: none
   Storage storage[kSlots<Rule>];
-  Storage step_storage;
-  bool vector;  // dense, of one storage, aligned: 16 bytes at a time
+  Storage step_storage, average_storage;
+  bool vector, average_vector;  // dense, of one storage, aligned: 16 bytes at a time
 };
 
 template <class Rule>
@@ -64,12 +67,14 @@ struct Batch {
   Rule rule;
   LiveHyper hypers[kMaxLiveHypers];
   int32_t hyper_count;
-  int32_t count;            // entries in the table
-  int64_t chunk;            // elements per block, a multiple of kMinChunk
-  const float* grad_scale;  // null: gradients are taken as they are
-  const float* found_inf;   // null: never skipped
-  const void* grad_factor;  // null: one
-  Storage grad_factor_storage;
+  int32_t count;                    // entries in the table
+  int64_t chunk;                    // elements per block, a multiple of kMinChunk
+  const float* grad_scale;          // null: gradients are taken as they are
+  const float* found_inf;           // null: never skipped
+  const void* grad_factor;          // null: one
+  double average_weight;            // of the updated parameter in its average
+  const void* live_average_weight;  // set instead where the value lives on the device
+  Storage grad_factor_storage, average_weight_storage;
   const unsigned char* remote;  // the table in device memory; null: it follows in the arguments
 };
 
@@ -93,7 +98,7 @@ struct TableShape {
   OPTIM_EXT_HOST_DEVICE int64_t bytes() const { return layouts_at() + layouts * static_cast<int64_t>(sizeof(Layout)); }
   void add(const Bundle& bundle) {
     ++count;
-    layouts += bundle.layout != nullptr;
+    layouts += (bundle.layout != nullptr) + (bundle.average && bundle.average->layout);
   }
 };
 
@@ -106,7 +111,7 @@ inline int64_t chunk_for(int64_t elements, int multiprocessors) {
 }
 
 template <class Rule>
-Entry<Rule> make_entry(const Bundle& bundle, int32_t layout) {
+Entry<Rule> make_entry(const Bundle& bundle, int32_t layout, int32_t average_layout) {
   Entry<Rule> entry{};
   entry.numel = bundle.numel;
   entry.step = bundle.step;
@@ -123,6 +128,13 @@ Entry<Rule> make_entry(const Bundle& bundle, int32_t layout) {
     entry.storage[s] = bundle.storage[operand];
     entry.vector &= entry.storage[s] == entry.storage[0] && reinterpret_cast<uintptr_t>(entry.data[s]) % 16 == 0;
   }
+  if (bundle.average) {
+    const auto average = make_entry<rules::Average>(*bundle.average, average_layout, 0);
+    entry.average = average.data[0];
+    entry.average_storage = average.storage[0];
+    entry.average_vector = average.vector;
+    entry.average_layout = average_layout;
+  }
   return entry;
 }
 
@@ -131,16 +143,20 @@ Entry<Rule> make_entry(const Bundle& bundle, int32_t layout) {
 template <class Rule>
 int64_t fill_table(const Bundle* const* bundles, const TableShape<Rule>& shape, int64_t chunk, unsigned char* to) {
   int64_t chunks = 0, layout_at = shape.layouts_at();
+  const auto place = [&](const Layout* layout) {
+    if (layout == nullptr) return 0;
+    std::memcpy(to + layout_at, layout, sizeof(Layout));
+    layout_at += static_cast<int64_t>(sizeof(Layout));
+    return static_cast<int32_t>(layout_at - static_cast<int64_t>(sizeof(Layout)));
+  };
   for (int64_t i = 0; i < shape.count; ++i) {
     const Bundle& bundle = *bundles[i];
     const int32_t first = static_cast<int32_t>(chunks);
     std::memcpy(to + i * 4, &first, 4);
-    const Entry<Rule> entry = make_entry<Rule>(bundle, bundle.layout ? static_cast<int32_t>(layout_at) : 0);
+    const int32_t layout = place(bundle.layout);
+    const Entry<Rule> entry =
+        make_entry<Rule>(bundle, layout, place(bundle.average ? bundle.average->layout : nullptr));
     std::memcpy(to + shape.entries_at() + i * static_cast<int64_t>(sizeof entry), &entry, sizeof entry);
-    if (bundle.layout) {
-      std::memcpy(to + layout_at, bundle.layout, sizeof(Layout));
-      layout_at += static_cast<int64_t>(sizeof(Layout));
-    }
     chunks += (bundle.numel + chunk - 1) / chunk;
   }
   return chunks;

@@ -9,9 +9,11 @@
 #include "batch.h"
 
 #if defined(__CUDACC__)
+#define OPTIM_EXT_HOST_DEVICE_APART static __host__ __device__ __noinline__
 #define OPTIM_EXT_UNROLL _Pragma("unroll")
 #define OPTIM_EXT_ROLLED _Pragma("unroll 1")
 #else
+#define OPTIM_EXT_HOST_DEVICE_APART inline
 #define OPTIM_EXT_UNROLL
 #define OPTIM_EXT_ROLLED
 #endif
@@ -100,6 +102,29 @@ OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned c
   block.grad_factor = batch.grad_factor ? load_element<double>(batch.grad_factor, batch.grad_factor_storage, 0) : 1.0;
   rules::Scalar after[kMaxScalars];
   block.rule = ready_rule(batch, block.entry, after);
+}
+
+// The piece of an open block once more, as what the rule of averages works on: its update and its parameter, walked in
+// the same order, so that the block needs nothing but its own update to be finished.
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE void open_average(const Batch<Rule>& batch, const unsigned char* table, const Block<Rule>& block,
+                                        Block<rules::Average>& average) {
+  const Entry<Rule>& entry = block.entry;
+  average.skip = block.skip || entry.average == nullptr;
+  if (average.skip) return;
+  average.rule = {batch.live_average_weight
+                      ? load_element<double>(batch.live_average_weight, batch.average_weight_storage, 0)
+                      : batch.average_weight};
+  average.entry.data[0] = entry.average;
+  average.entry.data[1] = entry.data[0];
+  average.entry.storage[0] = entry.average_storage;
+  average.entry.storage[1] = entry.storage[0];
+  average.entry.vector = entry.average_vector;
+  average.layout = entry.average_layout == 0 ? nullptr : reinterpret_cast<const Layout*>(table + entry.average_layout);
+  average.begin = block.begin;
+  average.size = block.size;
+  average.grad_factor = 1.0;
+  average.unscale = false;
 }
 
 OPTIM_EXT_HOST_DEVICE double bits_to_double(uint64_t bits) { return __builtin_bit_cast(double, bits); }
@@ -339,6 +364,13 @@ OPTIM_EXT_HOST_DEVICE void sweep_thread(const Block<Rule>& block, int thread) {
     }
   }
   sweep_range<ElementAccess<V>, Rule, V>(block, rule, done, size, thread, slots);  // the rest, or everything
+}
+
+// Done by every thread of a block when all of them have finished its update. What they read of the parameter is still
+// in the cache, and this costs the update no registers: it is a function of its own.
+OPTIM_EXT_HOST_DEVICE_APART void average_thread(const Block<rules::Average>& block, int thread) {
+  const bool in_double = block.entry.storage[0] == Storage::f64 || block.entry.storage[1] == Storage::f64;
+  in_double ? sweep_thread<rules::Average, double>(block, thread) : sweep_thread<rules::Average, float>(block, thread);
 }
 
 }  // namespace optim_ext::cuda

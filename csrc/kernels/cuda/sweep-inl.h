@@ -23,9 +23,20 @@ constexpr int kMinBlocks = 3;
 template <class Rule, class V, int64_t kBytes>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) sweep(const __grid_constant__ Args<Rule, kBytes> args) {
   __shared__ Block<Rule> block;
-  if (threadIdx.x == 0) open_block(args.batch, args.batch.remote ? args.batch.remote : args.room, blockIdx.x, block);
+  __shared__ Block<rules::Average> average;
+  if (threadIdx.x == 0) {
+    const unsigned char* const table = args.batch.remote ? args.batch.remote : args.room;
+    open_block(args.batch, table, blockIdx.x, block);
+    open_average(args.batch, table, block, average);
+  }
   __syncthreads();
-  if (!block.skip) sweep_thread<Rule, V>(block, static_cast<int>(threadIdx.x));
+  if (block.skip) return;
+  sweep_thread<Rule, V>(block, static_cast<int>(threadIdx.x));
+  if constexpr (!std::is_same_v<Rule, rules::Average>) {
+    if (average.skip) return;
+    __syncthreads();
+    average_thread(average, static_cast<int>(threadIdx.x));
+  }
 }
 
 template <class Rule, int64_t kBytes>

@@ -1,0 +1,19 @@
+#include "drivers.h"
+#include "ops.h"
+
+namespace optim_ext::ops {
+
+template <class Driver>
+void average_(const char* op, TensorList averages, TensorList params, const Tensor& weight,
+              const OptionalTensor& found_inf) {
+  const OptionalTensor none;
+  if (weight.defined() && weight.is_cpu() && weight.numel() == 1)
+    check_average_weight(op, "weight", weight.item().toDouble());
+  rules::Average rule{};
+  const CallSpec spec{{op, none, found_inf, none, {}, none}, {{"averages", averages}, {"params", params}}};
+  run<Driver>(rule, spec, {{"weight", rule.weight, weight}});
+}
+
+OPTIM_EXT_INSTANTIATE_OP(average_)
+
+}  // namespace optim_ext::ops

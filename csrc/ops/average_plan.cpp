@@ -1,0 +1,188 @@
+#include "average_plan.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "drivers.h"
+#include "plan.h"
+
+namespace optim_ext::ops {
+
+void AveragePairs::add(const Tensor& average, const Tensor& param) {
+  if (averages_.empty()) device_ = average.device();
+  averages_.push_back(average);
+  params_.push_back(param);
+}
+
+bool AveragePairs::is_in_place() const {
+  return std::all_of(averages_.begin(), averages_.end(), [&](const Tensor& t) { return t.device() == device_; });
+}
+
+void AveragePairs::run(const Tensor& weight, const OptionalTensor& found_inf, bool check_only) const {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto elsewhere = [&](const Tensor& t) { return t.device() != device_; };
+  std::vector<Tensor> copies;
+  if (std::any_of(params_.begin(), params_.end(), elsewhere)) {
+    for (const Tensor& param : params_) copies.push_back(param.to(device_, /*non_blocking=*/true));
+  }
+  const TensorList params = copies.empty() ? params_ : copies;
+  const Tensor here = weight_for(device_, weight);
+  const OptionalTensor found = on_device(found_inf, device_);
+  if (check_only) {
+    const CheckOnly guard;
+#if defined(OPTIM_EXT_WITH_CUDA)
+    if (device_.is_cuda()) return average_<CudaDriver>("average_", averages_, params, here, found);
+#endif
+    return average_<CpuDriver>("average_", averages_, params, here, found);
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("optim_ext::average_", "")
+                             .typed<void(TensorList, TensorList, const Tensor&, const OptionalTensor&)>();
+  op.call(averages_, params, here, found);
+}
+
+namespace {
+
+// The tensors of two module trees as their `_parameters`, `_buffers` and `_modules` hold them: compared by identity at
+// every update, which takes a fraction of the time that walking modules in Python does.
+class ModuleTree {
+ public:
+  // modules: the root, and every module below it after the one that holds it.
+  explicit ModuleTree(const py::list& modules) {
+    for (const auto& module : modules) {
+      Node node{module.ptr(), {}};
+      const py::object attributes = attributes_of(module.ptr());
+      for (size_t k = 0; k < kDicts; ++k) {
+        PyObject* const dict = dict_of(attributes, k);
+        TORCH_CHECK_TYPE(dict != nullptr, "optim_ext: expected a torch.nn.Module");
+        PyObject *key, *value;
+        for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+          node.values[k].push_back(value);
+          if (k != kModules) tensors_.push_back(py::reinterpret_borrow<py::object>(value));
+        }
+      }
+      nodes_.push_back(std::move(node));
+    }
+  }
+
+  bool is_current(const py::object& root) const {
+    if (root.ptr() != nodes_.front().module) return false;
+    // A module is looked into only after the one that holds it was found unchanged, so it is alive.
+    return std::all_of(nodes_.begin(), nodes_.end(), [](const Node& node) { return is_unchanged(node); });
+  }
+
+ private:
+  static constexpr size_t kDicts = 3, kModules = 2;
+  struct Node {
+    PyObject* module;
+    std::array<std::vector<PyObject*>, kDicts> values;
+  };
+
+  static py::object attributes_of(PyObject* module) {
+    PyObject* const attributes = PyObject_GenericGetDict(module, nullptr);
+    if (attributes == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(attributes);
+  }
+
+  static PyObject* dict_of(const py::object& attributes, size_t k) {
+    static PyObject* const names[] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers"),
+                                      PyUnicode_InternFromString("_modules")};
+    PyObject* const dict = PyDict_GetItemWithError(attributes.ptr(), names[k]);
+    return dict && PyDict_Check(dict) ? dict : nullptr;
+  }
+
+  static bool is_unchanged(const Node& node) {
+    const py::object attributes = attributes_of(node.module);
+    for (size_t k = 0; k < kDicts; ++k) {
+      PyObject* const dict = dict_of(attributes, k);
+      if (!dict || static_cast<size_t>(PyDict_Size(dict)) != node.values[k].size()) return false;
+      PyObject *key, *value;
+      auto expected = node.values[k].begin();
+      for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++expected) {
+        if (value != *expected) return false;
+      }
+    }
+    return true;
+  }
+
+  std::vector<Node> nodes_;
+  std::vector<py::object> tensors_;  // kept alive, so that no other tensor can come to have the same identity
+};
+
+// A cache of what an averaged model hands to average_. The truth stays in the modules.
+class AveragePlan {
+ public:
+  // trees: the modules below each root that is_current() will be asked about. names: of the pairs, for messages.
+  AveragePlan(const std::vector<py::list>& trees, std::vector<std::string> names, const py::list& averages,
+              const py::list& params)
+      : trees_(trees.begin(), trees.end()), names_(std::move(names)) {
+    for (size_t i = 0; i < names_.size(); ++i) {
+      const Tensor& average = THPVariable_Unpack(py::object(averages[i]).ptr());
+      auto call = std::find_if(calls_.begin(), calls_.end(),
+                               [&](const PlannedCall& c) { return c.pairs.device() == average.device(); });
+      if (call == calls_.end()) call = calls_.insert(calls_.end(), PlannedCall{});
+      call->pairs.add(average, THPVariable_Unpack(py::object(params[i]).ptr()));
+      call->indices.push_back(i);
+    }
+  }
+
+  bool is_current(const py::args& roots) const {
+    if (roots.size() != trees_.size()) return false;
+    for (size_t t = 0; t < trees_.size(); ++t) {
+      if (!trees_[t].is_current(roots[t])) return false;
+    }
+    return std::all_of(calls_.begin(), calls_.end(), [](const PlannedCall& c) { return c.pairs.is_in_place(); });
+  }
+
+  // Brings all averages up to date, or, having written nothing, raises an error that names the parameter.
+  void run(const py::object& weight, const py::object& found_inf, bool check_only) const {
+    const Tensor number = from_python<Tensor>(weight.ptr());
+    const OptionalTensor found = optional_tensor(found_inf.ptr());
+    const py::gil_scoped_release no_gil;
+    if (check_only || calls_.size() > 1) run_all(number, found, true);
+    if (!check_only) run_all(number, found, false);
+  }
+
+ private:
+  struct PlannedCall {
+    AveragePairs pairs;
+    std::vector<size_t> indices;  // into names_
+  };
+
+  void run_all(const Tensor& weight, const OptionalTensor& found_inf, bool check_only) const {
+    for (const PlannedCall& call : calls_) {
+      try {
+        call.pairs.run(weight, found_inf, check_only);
+      } catch (const BadInput& bad) {
+        if (bad.index < 0) throw;
+        throw std::runtime_error("'" + names_[call.indices[bad.index]] + "': " + bad.list + " " + bad.problem);
+      }
+    }
+  }
+
+  std::vector<ModuleTree> trees_;
+  std::vector<std::string> names_;
+  std::vector<PlannedCall> calls_;
+};
+
+}  // namespace
+
+void bind_average_plan(py::module_& m) {
+  py::class_<AveragePlan>(m, "AveragePlan")
+      .def(py::init<const std::vector<py::list>&, std::vector<std::string>, const py::list&, const py::list&>(),
+           py::arg("trees"), py::arg("names"), py::arg("averages"), py::arg("params"))
+      .def("is_current", &AveragePlan::is_current)
+      .def(
+          "run",
+          [](const AveragePlan& plan, const py::object& weight, const py::object& found_inf, bool check_only) {
+            as_torch_raises([&] { plan.run(weight, found_inf, check_only); });
+          },
+          py::arg("weight"), py::arg("found_inf") = py::none(), py::arg("check_only") = false);
+}
+
+}  // namespace optim_ext::ops
