@@ -285,7 +285,7 @@ def test_negative_parameter_takes_torchs_path(spec):
     lockstep = Lockstep(spec, params=[random((3,), torch.float64, 1)])
     param = torch._neg_view(-lockstep.params[0])
     optimizer = spec.ours([param], **spec.typical)
-    for step in range(2):
+    for _ in range(2):
         lockstep.step()
         param.grad = lockstep.params[0].grad
         optimizer.step()
