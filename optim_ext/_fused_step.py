@@ -65,6 +65,7 @@ class FusedStep(Optimizer):
     """
 
     _op: ClassVar[str]
+    _takes_sparse: ClassVar[bool] = False  # whether torch's code for the rule takes sparse gradients
     _plan: _C.Plan | None
     _averaging: StepAveraging | None
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
@@ -257,6 +258,8 @@ class FusedStep(Optimizer):
 
     def _torch_step(self, groups: list[Group]) -> None:
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
+        if self._takes_sparse and not torch.compiler.is_compiling():
+            self._check_sparse(groups)
         after_mixin = type(self).__mro__[type(self).__mro__.index(FusedStep) + 1 :]
         step = next(cls.__dict__["step"] for cls in after_mixin if "step" in cls.__dict__)
         if step is Optimizer.step:
@@ -275,6 +278,21 @@ class FusedStep(Optimizer):
             raise
         finally:
             self.param_groups = all_groups
+
+    def _check_sparse(self, groups: list[Group]) -> None:
+        """Refuse what torch would refuse only when it gets there, with the parameters before it written."""
+        for group in groups:
+            if group["weight_decay"] == 0:
+                continue
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.is_sparse:
+                    names = group.get("param_names")
+                    number = next(i for i, other in enumerate(self.param_groups) if other is group)
+                    which = f"'{names[index]}'" if names else f"{index} of group {number}"
+                    raise RuntimeError(
+                        f"parameter {which}: weight_decay option is not compatible with sparse gradients, "
+                        f"found {group['weight_decay']}, expected 0"
+                    )
 
     def _traced_step(self) -> None:
         """The step as torch.compile sees it: torch's gathering (which Dynamo knows) and the op itself."""

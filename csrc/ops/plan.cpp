@@ -83,7 +83,9 @@ std::optional<std::string> unsupported(const Tensor& tensor) {
     case at::kComplexDouble: break;
     default: return std::string("there is no kernel for dtype ") + c10::toString(tensor.scalar_type());
   }
-  if (tensor.is_conj() || tensor.is_neg()) return "it is a lazy conjugate or negative view";
+  // A conjugate view is not torch's to handle: its code would fail on it with half of the list written. Plans refuse
+  // it.
+  if (tensor.is_neg() && !tensor.is_conj()) return "it is a lazy negative view";
   return std::nullopt;
 }
 
@@ -178,6 +180,8 @@ class Plan {
       const auto i = py::cast<int64_t>(index);
       const py::object param = params[i];
       const Tensor& tensor = THPVariable_Unpack(param.ptr());
+      TORCH_CHECK(!tensor.is_conj(), describe(group, i, param_groups),
+                  " is a lazy conjugate view, expected a tensor of its own; call resolve_conj() on it");
       const bool averaged = averages.contains(param);
       const auto place = std::make_tuple(tensor.device().str(), occurrences[param.ptr()]++, averaged);
       auto found = call_of.find(place);

@@ -205,6 +205,27 @@ def test_sparse_gradients(sparse_spec):
     assert optim_ext.explain(lockstep.ours)[0].native
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["by place", "by name"])
+@pytest.mark.parametrize("sparse_spec", SPARSE, ids=name)
+def test_sparse_gradients_refuse_weight_decay(sparse_spec, named):
+    """As in torch, but before the dense parameters in front of it are written, whatever group they are in."""
+    params = make_params([(6, 3)] * 4, torch.float64)
+    own = [(f"layer.{i}", p) for i, p in enumerate(params)] if named else params
+    options = {**sparse_spec.sparse, "weight_decay": 0.1}
+    optimizer = sparse_spec.ours([{"params": own[:1]}, {"params": own[1:]}], **options)
+    give_grads(params, 0)
+    optimizer.step()
+    give_grads(params, 1)
+    give_sparse(params[2:3], 1)
+    before = snapshot(optimizer)
+    place = "parameter 'layer.2'" if named else "parameter 1 of group 1"
+    with pytest.raises(RuntimeError, match=f"{place}: weight_decay option is not compatible with sparse gradients"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    optimizer.param_groups[1]["weight_decay"] = 0
+    optimizer.step()
+
+
 @pytest.mark.parametrize("sparse_spec", SPARSE, ids=name)
 def test_sparse_and_dense_in_one_optimizer(sparse_spec):
     def groups(params):

@@ -100,6 +100,35 @@ def test_add_param_group_after_steps(variant):
     lockstep.step(3).check()
 
 
+def test_params_of_a_group_changed_between_steps(variant):
+    """group["params"] is a plain list: parameters are replaced, removed, put in and moved between groups by hand."""
+    half = lambda params: [{"params": params[:3]}, {"params": params[3:]}]  # noqa: E731
+    lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64, groups=half).step(2)
+    late = make_params(((4,), (2, 2)), torch.float64, seed=90)
+    for optimizer, params, own in zip(
+        lockstep.both, (lockstep.params, lockstep.twins), (late, twin(late)), strict=True
+    ):
+        if variant.spec.name == "Adagrad":  # whose state torch makes in the constructor only
+            for param in own:
+                optimizer.state[param] = {"step": torch.tensor(1.0), "sum": torch.ones_like(param)}
+        first, second = (group["params"] for group in optimizer.param_groups)
+        optimizer.state.pop(first[1], None)
+        first[1] = own[0]
+        params[1] = own[0]
+        second.append(own[1])
+        params.append(own[1])
+    lockstep.step(2).check()
+    for optimizer in lockstep.both:
+        first, second = (group["params"] for group in optimizer.param_groups)
+        second.insert(0, first.pop())
+    lockstep.step(2).check()
+    for optimizer, params in zip(lockstep.both, (lockstep.params, lockstep.twins), strict=True):
+        dropped = optimizer.param_groups[1]["params"].pop(2)
+        optimizer.state.pop(dropped, None)
+        params[:] = [param for param in params if param is not dropped]
+    lockstep.step(2).check()
+
+
 def test_empty_groups_do_nothing(spec):
     lockstep = Lockstep(spec, groups=lambda p: [{"params": []}, {"params": p}, {"params": []}]).step(3).check()
     lockstep.step(1, frozen=range(len(lockstep.params))).check()

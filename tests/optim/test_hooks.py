@@ -71,6 +71,27 @@ def test_step_hooks_fire_once_in_order(spec, build, flags):
         assert seen[1] == ["global pre", "pre", "post", "global post"] * 2
 
 
+def test_pre_hook_that_changes_arguments_and_gradients(spec):
+    """What a hook returns is what step() is given, and gradients it edits or replaces are those of the step."""
+    lockstep = Lockstep(spec, dtype=torch.float64)
+    returned = []
+    for optimizer, params in zip(lockstep.both, (lockstep.params, lockstep.twins), strict=True):
+
+        def hook(opt, args, kwargs, params=params):
+            params[0].grad = params[0].grad * 2
+            params[4].grad.mul_(0.5)
+            params[5].grad = None
+            return (opt, lambda: 42.0), {}
+
+        optimizer.register_step_pre_hook(hook)
+    for step in range(3):
+        for optimizer, params in zip(lockstep.both, (lockstep.params, lockstep.twins), strict=True):
+            give_grads(params, step)
+            returned.append(optimizer.step())
+        lockstep.check()
+    assert returned == [42.0] * 6
+
+
 def test_pre_hook_that_returns_nonsense(spec):
     for optimizer in Lockstep(spec).both:
         optimizer.register_step_pre_hook(lambda *_: 3)

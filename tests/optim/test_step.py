@@ -266,6 +266,32 @@ def test_conjugate_and_negative_views(spec):
         lockstep.check()
 
 
+def test_conjugate_parameter_is_refused_before_any_write(spec):
+    """A parameter whose memory holds the conjugate of its values: torch fails on it with half of its list written."""
+    params = [p.detach() for p in make_params(((3,), (3,)), torch.complex64)]
+    params[1] = params[1].conj()
+    optimizer = spec.ours(params, **spec.typical)
+    for param in params:
+        param.grad = torch.ones(3, dtype=torch.complex64)
+    before = [p.resolve_conj().clone() for p in params]
+    keys = {id(p): set(entries) for p, entries in optimizer.state.items()}
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 .*resolve_conj\(\)"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert {id(p): set(entries) for p, entries in optimizer.state.items()} == keys
+
+
+def test_negative_parameter_takes_torchs_path(spec):
+    lockstep = Lockstep(spec, params=[random((3,), torch.float64, 1)])
+    param = torch._neg_view(-lockstep.params[0])
+    optimizer = spec.ours([param], **spec.typical)
+    for _ in range(2):
+        lockstep.step()
+        param.grad = lockstep.params[0].grad
+        optimizer.step()
+    torch.testing.assert_close(param.resolve_neg(), lockstep.twins[0], rtol=1e-11, atol=1e-12)
+
+
 def test_param_data_reassigned(variant):
     """p.data = ... gives the parameter other memory: the next step must write there."""
     lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64).step(2)

@@ -133,7 +133,9 @@ def test_tensor_lr_equals_its_number(spec, options):
 @pytest.mark.parametrize("spec_with_betas", [s for s in SPECS if s.betas], ids=lambda s: s.name)
 def test_tensor_betas_live_on(spec_with_betas):
     """Betas given as tensors are read at each step, as their owner may fill them anew."""
-    lockstep = Lockstep(spec_with_betas, {"betas": torch.tensor((0.8, 0.95), dtype=torch.float64).unbind()}, dtype=torch.float64)
+    lockstep = Lockstep(
+        spec_with_betas, {"betas": torch.tensor((0.8, 0.95), dtype=torch.float64).unbind()}, dtype=torch.float64
+    )
     for beta1, beta2 in ((0.8, 0.95), (0.5, 0.9), (0.9, 0.99)):
         for optimizer in lockstep.both:
             betas = optimizer.param_groups[0]["betas"]
@@ -217,7 +219,9 @@ def test_gradient_of_another_dtype(spec, dtype, grad_dtype):
 
 
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
-@pytest.mark.parametrize(("dtype", "grad_dtype"), [(p, g) for p, g in PAIRS if not p.is_complex], ids=lambda d: short(d))
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"), [(p, g) for p, g in PAIRS if not p.is_complex], ids=lambda d: short(d)
+)
 def test_momentum_of_a_gradient_of_another_dtype(dtype, grad_dtype, weight_decay):
     """SGD's buffer starts as the gradient, in the dtype that has: torch's for-loop is the model."""
     sgd = next(spec for spec in SPECS if spec.name == "SGD")
