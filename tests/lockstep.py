@@ -178,6 +178,31 @@ class Lockstep:
         return self
 
 
+def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, device: Device = "cpu") -> None:
+    """Torch rounds to 16 bits after each of its operations, ours once a step: the two are no farther apart than torch's
+    largest error against double allows, parameters and state alike."""
+    start = make_params(dtype=dtype, device=device)
+    truth = Lockstep(spec, options, params=[torch.nn.Parameter(p.detach().double()) for p in start])
+    lockstep = Lockstep(spec, options, params=start)
+    for step in range(5):
+        give_grads(lockstep.params, step)
+        for own in (lockstep.twins, truth.twins):
+            for param, giver in zip(own, lockstep.params, strict=True):
+                param.grad = giver.grad.to(param.dtype)
+        for optimizer in (*lockstep.both, truth.theirs):
+            optimizer.step()
+
+    def every(optimizer: torch.optim.Optimizer, params: list[Tensor], key: str | None) -> Tensor:
+        tensors = params if key is None else [optimizer.state[p][key] for p in params]
+        return torch.cat([t.detach().double().flatten() for t in tensors])
+
+    for key in (None, *sorted(spec.state(options) - {"step"})):
+        exact = every(truth.theirs, truth.twins, key)
+        ours, theirs = every(lockstep.ours, lockstep.params, key), every(lockstep.theirs, lockstep.twins, key)
+        one_rounding = torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - theirs).abs().max() <= 2.05 * (theirs - exact).abs().max() + one_rounding, key
+
+
 def native_ops(run: Callable[[], Any]) -> list[str]:
     """Names of this library's ops that ran, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

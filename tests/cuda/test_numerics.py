@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from lockstep import Lockstep, bits, copy_of, give_grads, make_params, random
+from lockstep import Lockstep, bits, check_in_half_precision, copy_of, give_grads, make_params, random
 from specs import SPECS, Tolerance
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+WIDE = (torch.float64, torch.complex128)
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*WIDE, torch.float32, torch.complex64, *HALF)
 # Around the width of an access (16 bytes), of a block (256 threads) and of a chunk (2048 elements and more).
 SHAPES = ((), (1,), (3,), (0,), (257,), (31, 33), (2048,), (5, 409), (4097,), (300, 301), (1 << 17,))
 # What capturable=True costs torch itself: it computes bias corrections in float32, whatever the parameters are.
@@ -25,16 +27,26 @@ def is_tensor(value):
     return any(isinstance(entry, Tensor) for entry in (value if isinstance(value, tuple) else (value,)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def for_torch(options):
+    """Torch's foreach, its default on a GPU, refuses tensors unless capturable."""
+    return (
+        {**options, "foreach": False}
+        if any(map(is_tensor, options.values())) and not options.get("capturable")
+        else options
+    )
+
+
+@pytest.mark.parametrize("dtype", (*WIDE, torch.float32, torch.complex64), ids=short)
 def test_equals_torch(cuda_case, dtype, device):
-    options = with_half_options(cuda_case, dtype)
-    if any(map(is_tensor, options.values())) and not options.get("capturable"):
-        options = {**options, "foreach": False}  # torch's foreach, the default on a GPU, refuses tensors here
+    options = for_torch(cuda_case.options)
     lockstep = Lockstep(cuda_case.spec, options, dtype=dtype, device=device).step(5)
     tolerance = lockstep.tolerance()
-    if options.get("capturable"):
-        tolerance = max(tolerance, CAPTURABLE, key=lambda t: t.atol)
-    lockstep.check(tolerance)
+    lockstep.check(max(tolerance, CAPTURABLE, key=lambda t: t.atol) if options.get("capturable") else tolerance)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+def test_equals_torch_in_half_precision(cuda_case, dtype, device):
+    check_in_half_precision(cuda_case.spec, for_torch(with_half_options(cuda_case, dtype)), dtype, device)
 
 
 def canonical(tensor):
@@ -122,13 +134,10 @@ def test_same_bits_at_the_edges(cuda_case, dtype, device):
     assert all(result == on_cpu for result in on_gpu)
 
 
-MIXED = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64, torch.complex128]
-
-
 def test_dtypes_mixed_in_one_optimizer(variant, device):
     finals = []
     for place in ("cpu", device):
-        params = [p for dtype in MIXED for p in make_params(((5, 3), (2049,)), dtype, device=place)]
+        params = [p for dtype in DTYPES for p in make_params(((5, 3), (2049,)), dtype, device=place)]
         finals.append(run(variant.spec, copy_of(variant.options), params, give_grads))
     assert finals[1] == finals[0]
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from lockstep import SHAPES, Lockstep, copy_of, give_grads, make_params, native_ops, random, twin
+from lockstep import (
+    SHAPES,
+    Lockstep,
+    check_in_half_precision,
+    copy_of,
+    give_grads,
+    make_params,
+    native_ops,
+    random,
+    twin,
+)
 from specs import SPECS, TENSOR_LRS
 
 WIDE = (torch.float64, torch.complex128)
@@ -30,29 +40,7 @@ def test_equals_torch_in_the_same_dtype(case, dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=short)
 def test_equals_torch_in_half_precision(case, dtype):
-    """Torch rounds to 16 bits after each of its operations, ours once a step: the two are no farther apart than torch's
-    largest error against double allows, parameters and state alike."""
-    options = options_for(case, dtype)
-    start = make_params(dtype=dtype)
-    truth = Lockstep(case.spec, options, params=[torch.nn.Parameter(p.detach().double()) for p in start])
-    lockstep = Lockstep(case.spec, options, params=start)
-    for step in range(5):
-        give_grads(lockstep.params, step)
-        for own in (lockstep.twins, truth.twins):
-            for param, giver in zip(own, lockstep.params, strict=True):
-                param.grad = giver.grad.to(param.dtype)
-        for optimizer in (*lockstep.both, truth.theirs):
-            optimizer.step()
-
-    def every(optimizer, params, key):
-        tensors = params if key is None else [optimizer.state[p][key] for p in params]
-        return torch.cat([t.detach().double().flatten() for t in tensors])
-
-    for key in (None, *sorted(case.spec.state(options) - {"step"})):
-        exact = every(truth.theirs, truth.twins, key)
-        ours, theirs = every(lockstep.ours, lockstep.params, key), every(lockstep.theirs, lockstep.twins, key)
-        one_rounding = torch.finfo(dtype).eps * exact.abs().max()
-        assert (ours - theirs).abs().max() <= 2.05 * (theirs - exact).abs().max() + one_rounding, key
+    check_in_half_precision(case.spec, options_for(case, dtype), dtype)
 
 
 def trajectory(optimizer_class, options, params, grads_of, steps):
