@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "ops/drivers.h"
+#include "ops/gradients.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -33,9 +34,22 @@ using namespace optim_ext::ops;
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state_sums, Tensor(d!)[] state_steps, *, Tensor lr, "  \
     "float lr_decay, float weight_decay, float eps, bool maximize, " COMMON_ARGUMENTS ") -> ()")
 
+// Ops on gradients alone. What they return is new, and on the device of their arguments.
+#define FOR_EACH_GRADIENT_OP(X)                                                                            \
+  X(grad_norm,                                                                                             \
+    "(Tensor[] grads, *, float norm_type=2.0, float? max_norm=None, bool skip_nonfinite=False, "           \
+    "float? skip_above=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(a!)? skips=None) -> " \
+    "(Tensor norm, Tensor grad_factor, Tensor found_inf)")                                                 \
+  X(clip_, "(Tensor(a!)[] tensors, *, float? limit=None, Tensor? factor=None) -> ()")                      \
+  X(norms, "(Tensor[] tensors, *, float norm_type=2.0) -> Tensor")                                         \
+  X(count_nonfinite, "(Tensor[] tensors) -> Tensor")
+
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, function, schema) m.def(#op schema);
   FOR_EACH_OP(DEFINE)
+#undef DEFINE
+#define DEFINE(op, schema) m.def(#op schema);
+  FOR_EACH_GRADIENT_OP(DEFINE)
 #undef DEFINE
 }
 
@@ -43,12 +57,18 @@ TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
 #define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CpuDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)
 #undef IMPLEMENT
+#define IMPLEMENT(op, schema) m.impl(#op, &op<CpuDriver>);
+  FOR_EACH_GRADIENT_OP(IMPLEMENT)
+#undef IMPLEMENT
 }
 
 #if defined(OPTIM_EXT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)
+#undef IMPLEMENT
+#define IMPLEMENT(op, schema) m.impl(#op, &op<CudaDriver>);
+  FOR_EACH_GRADIENT_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
 #define PLAN_ENTRY(op, function, schema) \
@@ -59,6 +79,7 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 
 PYBIND11_MODULE(_C, m) {
   bind_plan(m, {FOR_EACH_OP(PLAN_ENTRY)});
+  bind_gradients(m);
 #define NAME(op, function, schema) #op,
   m.def("ops", [] { return std::vector<std::string>{FOR_EACH_OP(NAME)}; }, "The names of all ops.");
 #undef NAME

@@ -26,6 +26,16 @@ class Plan:
         check_only: bool = False,
     ) -> bool: ...
 
+def grad_norm(
+    param_groups: list[dict[str, Any]],
+    norm_type: float = 2.0,
+    max_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    skip_above: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skips: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def unsupported(tensor: Tensor) -> str | None: ...
 def unsupported_grad(grad: Tensor) -> str | None: ...
 def isa() -> str: ...

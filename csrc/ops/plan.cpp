@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include "gradients.h"
+
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -7,7 +9,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <sstream>
 #include <unordered_map>
 
 namespace optim_ext::ops {
@@ -34,47 +35,6 @@ Tensor from_python<Tensor>(PyObject* value) {
 
 namespace {
 
-OptionalTensor optional_tensor(PyObject* value) {
-  return value == Py_None ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(value));
-}
-
-// A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
-bool is_intercepted(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet intercepting({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
-                                              c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize});
-  return (tensor.key_set() & intercepting) != c10::DispatchKeySet();
-}
-
-// Why no kernel can read `grad`; None if one can, or if it is bad input that the op itself refuses.
-std::optional<std::string> unsupported_grad(const Tensor& grad) {
-  if (is_intercepted(grad)) return "it is a tensor subclass that intercepts its operations";
-  if (grad.is_sparse()) return "it is sparse";
-  if (grad.layout() != at::kStrided) return "its layout is not strided";
-  return std::nullopt;
-}
-
-// Why no kernel of this build can update `tensor`; None if one can.
-std::optional<std::string> unsupported(const Tensor& tensor) {
-  if (auto problem = unsupported_grad(tensor)) return problem;
-#if defined(OPTIM_EXT_WITH_CUDA)
-  if (!tensor.is_cpu() && !tensor.is_cuda()) return "there is no kernel for device " + tensor.device().str();
-#else
-  if (tensor.is_cuda()) return "this build of optim_ext has no CUDA kernels (see python -m optim_ext)";
-  if (!tensor.is_cpu()) return "there is no kernel for device " + tensor.device().str();
-#endif
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-    case at::kDouble:
-    case at::kBFloat16:
-    case at::kHalf:
-    case at::kComplexFloat:
-    case at::kComplexDouble: break;
-    default: return std::string("there is no kernel for dtype ") + c10::toString(tensor.scalar_type());
-  }
-  if (tensor.is_conj() || tensor.is_neg()) return "it is a lazy conjugate or negative view";
-  return std::nullopt;
-}
-
 // A cache of what one optimizer hands to its op: parameters and state tensors as vectors. The truth stays in Python:
 // every step first walks param_groups and state and compares identities, and reports itself stale where anything was
 // replaced.
@@ -96,8 +56,7 @@ class Plan {
             const py::object& found_inf, const py::object& grad_factor, bool check_only) {
     if (!is_current(state, param_groups)) return false;
     TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
-    const CommonTensors common{optional_tensor(grad_scale.ptr()), optional_tensor(found_inf.ptr()),
-                               optional_tensor(grad_factor.ptr())};
+    const CommonTensors common{optional_tensor(grad_scale), optional_tensor(found_inf), optional_tensor(grad_factor)};
     std::vector<Gathered> gathered(calls_.size());
     size_t to_make = 0;
     for (size_t c = 0; c < calls_.size(); ++c) {
@@ -272,30 +231,16 @@ class Plan {
         lists[k] = subsets[k];
       }
     }
-    const auto on_device = [&](const OptionalTensor& value) {
-      return value && value->device() != call.device ? OptionalTensor(value->to(call.device, /*non_blocking=*/true))
-                                                     : value;
-    };
     try {
       op_->run(lists, hypers,
-               {on_device(common.grad_scale), on_device(common.found_inf), on_device(common.grad_factor)}, check_only);
+               {moved_to(call.device, common.grad_scale), moved_to(call.device, common.found_inf),
+                moved_to(call.device, common.grad_factor)},
+               check_only);
     } catch (const BadInput& bad) {
       if (bad.index < 0) throw;
       const int64_t index = call.indices[gathered.all ? bad.index : gathered.members[bad.index]];
       throw std::runtime_error(describe(call.group, index, param_groups) + ": " + bad.list + " " + bad.problem);
     }
-  }
-
-  static std::string describe(size_t group, int64_t index, const py::list& param_groups) {
-    const auto options = py::cast<py::dict>(param_groups[group]);
-    std::ostringstream out;
-    if (options.contains("param_names")) {
-      out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)]))
-          << "'";
-    } else {
-      out << "parameter " << index << " of group " << group;
-    }
-    return out.str();
   }
 
   std::shared_ptr<PlannedOp> op_;
@@ -332,12 +277,6 @@ void bind_plan(py::module_& m, PlannedOps ops) {
           },
           py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("grad_factor"), py::arg("check_only") = false);
-  m.def(
-      "unsupported_grad", [](const py::object& grad) { return unsupported_grad(THPVariable_Unpack(grad.ptr())); },
-      "Why no kernel can read the gradient, or None.");
-  m.def(
-      "unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
-      "Why no kernel of this build can update the tensor, or None.");
 }
 
 }  // namespace optim_ext::ops

@@ -27,6 +27,8 @@ constexpr unsigned all_operands(int n) { return (1u << n) - 1u; }
 OPTIM_EXT_RULE float root(float x) { return __builtin_sqrtf(x); }
 OPTIM_EXT_RULE double root(double x) { return __builtin_sqrt(x); }
 
+OPTIM_EXT_RULE double magnitude(double x) { return __builtin_fabs(x); }
+
 // The larger of two values; NaN if either is NaN, as torch.maximum.
 template <class V>
 OPTIM_EXT_RULE V larger(V a, V b) {
