@@ -4,6 +4,7 @@
 
 #include "ops/average_plan.h"
 #include "ops/drivers.h"
+#include "ops/gradients.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -88,15 +89,31 @@ c10::FunctionSchema parsed(const char* text) {
 
 }  // namespace
 
+// Ops on gradients alone. What they return is new, and on the device of their arguments.
+#define FOR_EACH_GRADIENT_OP(X)                                                                            \
+  X(grad_norm,                                                                                             \
+    "(Tensor[] grads, *, float norm_type=2.0, float? max_norm=None, bool skip_nonfinite=False, "           \
+    "float? skip_above=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(a!)? skips=None) -> " \
+    "(Tensor norm, Tensor grad_factor, Tensor found_inf)")                                                 \
+  X(clip_, "(Tensor(a!)[] tensors, *, float? limit=None, Tensor? factor=None) -> ()")                      \
+  X(norms, "(Tensor[] tensors, *, float norm_type=2.0) -> Tensor")                                         \
+  X(count_nonfinite, "(Tensor[] tensors) -> Tensor")
+
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, function, schema) m.def(parsed(#op schema));
   FOR_EACH_OP(DEFINE)
+#undef DEFINE
+#define DEFINE(op, schema) m.def(#op schema);
+  FOR_EACH_GRADIENT_OP(DEFINE)
 #undef DEFINE
 }
 
 TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
 #define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CpuDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)
+#undef IMPLEMENT
+#define IMPLEMENT(op, schema) m.impl(#op, &op<CpuDriver>);
+  FOR_EACH_GRADIENT_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
 
@@ -117,6 +134,9 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #define IMPLEMENT(op, function, schema) m.impl(#op, &Op<#op, &function<CudaDriver>>::call);
   FOR_EACH_OP(IMPLEMENT)
 #undef IMPLEMENT
+#define IMPLEMENT(op, schema) m.impl(#op, &op<CudaDriver>);
+  FOR_EACH_GRADIENT_OP(IMPLEMENT)
+#undef IMPLEMENT
 }
 #define PLAN_ENTRY(op, function, schema) \
   {#op, planned<&Op<#op, &function<CpuDriver>>::call, &Op<#op, &function<CudaDriver>>::call>("optim_ext::" #op)},
@@ -127,6 +147,7 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 PYBIND11_MODULE(_C, m) {
   bind_plan(m, {FOR_EACH_STEP_OP(PLAN_ENTRY)});
   bind_average_plan(m);
+  bind_gradients(m);
 #define NAME(op, function, schema) #op,
   m.def(
       "step_ops", [] { return std::vector<std::string>{FOR_EACH_STEP_OP(NAME)}; }, "The ops an optimizer steps with.");

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optim_ext._load import _C
 
@@ -13,5 +15,21 @@ def _updates_in_place(*args: Any, **kwargs: Any) -> None:
     """Every op here writes into its arguments, as its schema says, and returns nothing."""
 
 
-for _op in _C.ops():
+for _op in (*_C.ops(), "clip_"):
     torch.library.register_fake(f"optim_ext::{_op}", _updates_in_place)
+
+
+def _grad_norm(grads: list[Tensor], **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    in_double = any(grad.dtype in (torch.float64, torch.complex128) for grad in grads)
+    dtypes = (torch.float64 if in_double else torch.float32, torch.float64, torch.float32)
+    norm, grad_factor, found_inf = (grads[0].new_empty((), dtype=dtype) for dtype in dtypes)
+    return norm, grad_factor, found_inf
+
+
+def _one_per_tensor(dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda tensors, **_: tensors[0].new_empty(len(tensors), dtype=dtype)
+
+
+torch.library.register_fake("optim_ext::grad_norm", _grad_norm)
+torch.library.register_fake("optim_ext::norms", _one_per_tensor(torch.float64))
+torch.library.register_fake("optim_ext::count_nonfinite", _one_per_tensor(torch.int64))

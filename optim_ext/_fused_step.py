@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from optim_ext import _grad_control
+from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite, Verdict
 from optim_ext._load import _C
 from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
 
 Group = dict[str, Any]
+# What every op takes besides its own arguments: (grad_scale, found_inf, grad_factor).
+Common = tuple[Tensor | None, Tensor | None, Tensor | None]
 # What one op call needs besides tensors: which entries of group["params"], and the op's hyper-parameters in order.
 Call = tuple[list[int], tuple[Any, ...]]
 
@@ -35,6 +40,11 @@ _HYPERS = {
 # Torch's check that an optimizer met inside a CUDA graph is capturable; newer versions gave it another name.
 _HEALTH_CHECK: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
+
+_NOT_COMPILED = (
+    "clip_grad_norm cannot be used with a compiled step: it would have to remember a norm from one graph for the next. "
+    "Use set_grad_policy(max_norm=...), which is compiled into the step"
 )
 
 # Implementations of __torch_function__ that leave a tensor an ordinary one.
@@ -68,6 +78,8 @@ class FusedStep(Optimizer):
     _takes_sparse: ClassVar[bool] = False  # whether torch's code for the rule takes sparse gradients
     _plan: _C.Plan | None
     _averaging: StepAveraging | None
+    _armed: ArmedClip | None  # by clip_grad_norm, for the next step
+    _grad_policy: GradPolicy | None
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
@@ -132,9 +144,114 @@ class FusedStep(Optimizer):
         self._plan = None
         self._averaging = None if averaged is None else step_averaging(averaged, model, self)
 
+    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the gradients of the next step by their norm: instead of ``torch.nn.utils.clip_grad_norm_``.
+
+        One native reduction over the gradients of all groups. The factor ``max_norm / (norm + 1e-6)``, at most one, is
+        applied inside the next ``step()``, once; ``p.grad`` stays as it is. A second call replaces the first,
+        ``zero_grad()`` drops it. Gradients that are changed before the step are still multiplied by this factor.
+
+        Args:
+            max_norm: the largest norm allowed, at least 0.
+            norm_type: 1, 2 or inf.
+            error_if_nonfinite: raise where the norm is infinite or NaN (reads the norm on the host).
+
+        Returns:
+            The norm of all gradients viewed as one vector, 0 if there are none: float32 (float64 if there are float64
+            gradients), shape (), on the device of the first gradient. Nothing waits for it. Where ``GradScaler`` leaves
+            unscaling to ``step()`` (``fused=True`` without ``unscale_``), gradients are still scaled here; the step then
+            turns this tensor into the norm of the unscaled gradients, which is what it clips by.
+
+        Raises:
+            ValueError: ``max_norm`` is negative or NaN, or another ``norm_type``.
+            RuntimeError: no native norm for a gradient (sparse, or a subclass such as DTensor), or a norm that is not
+                finite with ``error_if_nonfinite``.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(_NOT_COMPILED)
+        self._armed = None
+        self._armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
+        return self._armed.norm
+
+    def set_grad_policy(
+        self,
+        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        skip_above: float | None = None,
+    ) -> GradPolicy | None:
+        """Clip and skip at every ``step()``, for frameworks that call nothing else. Without arguments: no longer.
+
+        The norm is taken inside the step, and what becomes of it is decided on its device. A skipped step writes
+        nothing: no parameter, state, step count or average. The policy is not part of ``state_dict()``.
+
+        Args:
+            max_norm: gradients enter the update multiplied by ``max_norm / (norm + 1e-6)`` where that is below one.
+            norm_type: 1, 2 or inf.
+            skip_nonfinite: skip a step whose norm is infinite or NaN.
+            skip_above: skip a step unless its norm is at most this.
+
+        Returns:
+            The policy, also as ``grad_policy``: ``last_norm``, ``last_step_skipped`` and ``skipped_steps`` are tensors
+            that say what happened. None without arguments.
+
+        Raises:
+            ValueError: a limit is negative or NaN, or another ``norm_type``.
+
+        ``clip_grad_norm`` takes the place of ``max_norm`` and of the norm for the step it arms. Skipping needs step
+        counts on the device of the gradients, which on a GPU means ``fused=True`` or ``capturable=True``.
+        """
+        asked = max_norm is not None or skip_nonfinite or skip_above is not None
+        self._grad_policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
+        return self._grad_policy
+
+    @property
+    def grad_policy(self) -> GradPolicy | None:
+        """What ``set_grad_policy`` made, or None."""
+        return self.__dict__.get("_grad_policy")
+
+    def find_nonfinite(self) -> list[NonFinite]:
+        """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers).
+
+        An empty list if there are none. Reads everything, and waits for the device.
+        """
+        return _grad_control.find_nonfinite(self)
+
+    def measure_step(self) -> AbstractContextManager[list[GroupNorms]]:
+        """Norms of gradient, parameter and update of each group for a step taken inside, there when it ends::
+
+            with optimizer.measure_step() as norms:
+                optimizer.step()
+            print(norms[0].update / norms[0].param)
+
+        Keeps a copy of all parameters meanwhile.
+        """
+        return _grad_control.measure_step(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._armed = None
+
+    zero_grad.__doc__ = Optimizer.zero_grad.__doc__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch's, which copies and pickles options and state alone, and the policy: clipping must not get lost."""
+        policy = self.grad_policy
+        return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
+
     def _eager_step(self) -> None:
         signature: list[Any] = [self._signature(group) for group in self.param_groups]
-        common = self._common()
+        verdict = self._verdict()
+        try:
+            self._native_step(signature, self._common(verdict))
+        except BaseException:
+            verdict.take_back()
+            raise
+        verdict.record()
+        self._armed = None
+
+    def _native_step(self, signature: list[Any], common: Common) -> None:
         averaging = self.__dict__.get("_averaging")
         weight = None
         if averaging is not None:
@@ -157,24 +274,30 @@ class FusedStep(Optimizer):
         flags = (group.get(name) for name in ("differentiable", "capturable", "fused"))
         return (self._state_keys(group), self._takes_sparse(group), *flags)
 
-    def _common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What every op takes besides its own arguments: (grad_scale, found_inf, grad_factor).
+    def _verdict(self) -> Verdict:
+        """What this step is told of its gradients: by GradScaler, by ``clip_grad_norm`` and by the standing policy.
 
-        The first two are GradScaler's, which it leaves on optimizers that were made with ``fused=True``.
+        GradScaler leaves word on optimizers that were made with ``fused=True``.
         """
-        if not any(group.get("fused") for group in self.param_groups):
-            return None, None, None
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None), None
+        grad_scale = found_inf = None
+        if any(group.get("fused") for group in self.param_groups):
+            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        armed, policy = self.__dict__.get("_armed"), self.__dict__.get("_grad_policy")
+        if armed is None and policy is None:
+            return Verdict(grad_scale, found_inf)
+        return _grad_control.judge(self, armed, policy, grad_scale, found_inf)
+
+    def _common(self, verdict: Verdict) -> Common:
+        """What every op takes besides its own arguments."""
+        return verdict.grad_scale, verdict.found_inf, verdict.grad_factor
 
     def _planning_step(
-        self,
-        signature: list[Any],
-        common: tuple[Tensor | None, Tensor | None, Tensor | None],
-        averaging: StepAveraging | None,
-        weight: float | Tensor | None,
+        self, signature: list[Any], common: Common, averaging: StepAveraging | None, weight: float | Tensor | None
     ) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
         by_torch = [group for group in self.param_groups if self._torch_reason(group) is not None]
+        if by_torch:
+            self._refuse_controls(self._torch_reason(by_torch[0]))
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
             if len(by_torch) == len(self.param_groups) > 0:
@@ -213,9 +336,19 @@ class FusedStep(Optimizer):
         except BaseException:
             _restore(self.state, before)
             raise
-        if reusable and not by_torch:
+        if _skipped(common):
+            _restore(self.state, before)  # also of what was made for a first step
+        elif reusable and not by_torch:
             plan.signature = signature
             self._plan = plan
+
+    def _refuse_controls(self, reason: str | None) -> None:
+        """Raise where torch's own code is to run, for the reason given, which knows nothing of factors and skipping."""
+        if self.__dict__.get("_armed") is not None or self.grad_policy is not None:
+            raise RuntimeError(
+                f"clip_grad_norm and set_grad_policy need a native step, but torch's own code would run ({reason}); "
+                "use torch.nn.utils.clip_grad_norm_ with this optimizer"
+            )
 
     def _prepare(self, group: Group) -> list[Call]:
         """Let torch create missing state, and return the op calls for the step that is being prepared."""
@@ -297,11 +430,24 @@ class FusedStep(Optimizer):
     def _traced_step(self) -> None:
         """The step as torch.compile sees it: torch's gathering (which Dynamo knows) and the op itself."""
         op = getattr(torch.ops.optim_ext, self._op)
+        verdict = self._traced_verdict()
         for group in self.param_groups:
             lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
             self._init_group(group, *lists)
             if lists[0]:
-                op(*lists, **self._named_hypers(group))
+                op(
+                    *lists,
+                    **self._named_hypers(group),
+                    found_inf=verdict.found_inf,
+                    grad_factor=verdict.grad_factor,
+                )
+        verdict.record()
+
+    def _traced_verdict(self) -> Verdict:
+        if self.__dict__.get("_armed") is not None:
+            raise RuntimeError(_NOT_COMPILED)
+        policy = self.__dict__.get("_grad_policy")
+        return Verdict() if policy is None else _grad_control.judge(self, None, policy, None, None)
 
     def _named_hypers(self, group: Group) -> dict[str, Any]:
         """The hyper-parameters as the op's schema wants them. A number becomes a tensor by a product: that is how a
@@ -320,6 +466,12 @@ def _has_counter(entry: Any) -> bool:
 def _is_plain(tensor: Tensor) -> bool:
     implementation = type(tensor).__torch_function__
     return getattr(implementation, "__func__", implementation) in _PLAIN
+
+
+def _skipped(common: Common) -> bool:
+    """Whether the step was skipped, as far as the host can know without waiting."""
+    found_inf = common[1]
+    return found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() == 1
 
 
 def _restore(state: dict[Any, Any], before: dict[Any, Any]) -> None:

@@ -39,6 +39,7 @@ class SGD(FusedStep, torch.optim.SGD):
     def _traced_step(self) -> None:
         """With dampening the first step is another formula, and a traced graph cannot tell; torch's code can."""
         if any(group["momentum"] != 0 and group["dampening"] != 0 for group in self.param_groups):
+            self._refuse_controls("compiled SGD with dampened momentum")
             self._torch_step(self.param_groups)
         else:
             super()._traced_step()

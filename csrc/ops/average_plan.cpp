@@ -9,6 +9,7 @@
 #include <string>
 
 #include "drivers.h"
+#include "gradients.h"
 #include "plan.h"
 
 namespace optim_ext::ops {
@@ -32,7 +33,7 @@ void AveragePairs::run(const Tensor& weight, const OptionalTensor& found_inf, bo
   }
   const TensorList params = copies.empty() ? params_ : copies;
   const Tensor here = weight_for(device_, weight);
-  const OptionalTensor found = on_device(found_inf, device_);
+  const OptionalTensor found = moved_to(device_, found_inf);
   if (check_only) {
     const CheckOnly guard;
 #if defined(OPTIM_EXT_WITH_CUDA)
@@ -142,7 +143,7 @@ class AveragePlan {
   // Brings all averages up to date, or, having written nothing, raises an error that names the parameter.
   void run(const py::object& weight, const py::object& found_inf, bool check_only) const {
     const Tensor number = from_python<Tensor>(weight.ptr());
-    const OptionalTensor found = optional_tensor(found_inf.ptr());
+    const OptionalTensor found = optional_tensor(found_inf);
     const py::gil_scoped_release no_gil;
     if (check_only || calls_.size() > 1) run_all(number, found, true);
     if (!check_only) run_all(number, found, false);

@@ -418,20 +418,26 @@ void Call::read_average_weight() {
   check_average_weight(spec_.common.op, "average_weight", pass.average_weight);
 }
 
+const void* scalar_data(const char* op, const char* name, const std::optional<at::Tensor>& value, at::Device device,
+                        at::ArrayRef<at::ScalarType> dtypes) {
+  if (!value || !value->defined()) return nullptr;
+  const bool fits = std::find(dtypes.begin(), dtypes.end(), value->scalar_type()) != dtypes.end();
+  TORCH_CHECK_VALUE(value->numel() == 1 && fits && value->layout() == at::kStrided, "optim_ext::", op, ": ", name,
+                    " must be one ", c10::Join(" or ", dtypes), " element, found ", value->scalar_type(), " of shape ",
+                    value->sizes());
+  TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", op, ": ", name, " is on ", value->device(), ", expected ",
+                    device);
+  return value->const_data_ptr();
+}
+
 void Call::read_pass() {
-  const auto one_number = [&](const std::optional<at::Tensor>& value, const char* name, bool or_double) -> const void* {
-    if (!value || !value->defined()) return nullptr;
-    const bool fits = value->scalar_type() == at::kFloat || (or_double && value->scalar_type() == at::kDouble);
-    TORCH_CHECK_VALUE(value->numel() == 1 && fits && value->layout() == at::kStrided, "optim_ext::", spec_.common.op,
-                      ": ", name, " must be one Float ", or_double ? "or Double " : "", "element, found ",
-                      value->scalar_type(), " of shape ", value->sizes());
-    TORCH_CHECK_VALUE(value->device() == device, "optim_ext::", spec_.common.op, ": ", name, " is on ", value->device(),
-                      ", expected ", device);
-    return value->const_data_ptr();
+  const auto given = [&](const std::optional<at::Tensor>& value, const char* name,
+                         at::ArrayRef<at::ScalarType> dtypes) {
+    return scalar_data(spec_.common.op, name, value, device, dtypes);
   };
-  const auto* const scale = static_cast<const float*>(one_number(spec_.common.grad_scale, "grad_scale", false));
-  const auto* const found = static_cast<const float*>(one_number(spec_.common.found_inf, "found_inf", false));
-  const void* const factor = one_number(spec_.common.grad_factor, "grad_factor", true);
+  const auto* const scale = static_cast<const float*>(given(spec_.common.grad_scale, "grad_scale", {at::kFloat}));
+  const auto* const found = static_cast<const float*>(given(spec_.common.found_inf, "found_inf", {at::kFloat}));
+  const void* const factor = given(spec_.common.grad_factor, "grad_factor", {at::kFloat, at::kDouble});
   read_average_weight();
   if (factor) pass.grad_factor_storage = *storage_of(spec_.common.grad_factor->scalar_type());
   if (device.is_cpu()) {
@@ -449,7 +455,8 @@ void Call::read_pass() {
     for (size_t i = 0; i < list.tensors.size(); ++i) {
       if (list.tensors[i].is_cpu())
         refuse(list.name, static_cast<int64_t>(i),
-               text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
+               text("is on cpu, but whether the step is skipped is known on ", device,
+                    " only; fused=True or capturable=True keep it there"));
     }
   };
   if (spec_.state_steps) must_be_there({"state_steps", *spec_.state_steps});

@@ -58,6 +58,11 @@ struct Common {
   const std::optional<at::Tensor>& average_weight;  // of the updated parameter in its average
 };
 
+// Where the value of a one-element tensor lies, null if it was not given. Throws ValueError for another dtype or
+// device.
+const void* scalar_data(const char* op, const char* name, const std::optional<at::Tensor>& value, at::Device device,
+                        at::ArrayRef<at::ScalarType> dtypes);
+
 struct CallSpec {
   const Common& common;
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order

@@ -28,6 +28,9 @@ const unsigned char* CudaTable::send() {
   return static_cast<const unsigned char*>(device_.get());
 }
 
+CudaScratch::CudaScratch(int64_t bytes)
+    : data_(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes))) {}
+
 void check_cuda(cudaError_t error) { C10_CUDA_CHECK(error); }
 
 namespace {

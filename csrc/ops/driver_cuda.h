@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../kernels/cuda/launch.h"
+#include "../kernels/cuda/reduce_block.h"
 #include "../rules/all_rules.h"
 #include "call.h"
 #include "driver_cpu.h"
@@ -32,6 +33,17 @@ class CudaTable {
   const CudaPlace& place_;
   const int64_t bytes_;
   at::DataPtr host_, device_;
+};
+
+// Memory of the current device for the length of a call, from torch's caching allocator: reused for work of the current
+// stream only.
+class CudaScratch {
+ public:
+  explicit CudaScratch(int64_t bytes);
+  void* data() const { return data_.get(); }
+
+ private:
+  at::DataPtr data_;
 };
 
 // Throws what torch throws for a CUDA error.
@@ -66,6 +78,61 @@ struct CudaDriver {
     sweep<double>(batch, call, place);
   }
 
+  // One result for all tensors of the call: a launch, unless a graph is captured and the table is long.
+  template <class Reduction>
+  static void reduce_all(const Call& call, const NormOutcome& outcome) {
+    const c10::DeviceGuard guard(call.device);
+    const CudaPlace place(call.device);
+    std::vector<const Bundle*> bundles;
+    int64_t chunks = 0;
+    for (const Bundle& bundle : call.bundles) {
+      if (bundle.numel != 0) bundles.push_back(&bundle);
+      chunks += reduce_chunks(bundle.numel);
+    }
+    TORCH_CHECK(chunks <= INT32_MAX, "optim_ext: more than 2^31 chunks of gradients");
+    const CudaScratch scratch((chunks * kReduceSlots + 1) * static_cast<int64_t>(sizeof(double)));
+    auto* const finished = static_cast<unsigned*>(scratch.data());
+    auto* slots = static_cast<double*>(scratch.data()) + 1;
+    check_cuda(cudaMemsetAsync(finished, 0, sizeof(unsigned), place.stream));
+    cuda::Batch<cuda::ReduceJob<Reduction>> batch{};
+    batch.chunk = kReduceChunk;
+    batch.rule.finished = finished;
+    batch.rule.blocks = static_cast<unsigned>(chunks);
+    batch.rule.all_slots = slots;
+    batch.rule.outcome = outcome;
+    for_each_table(batch, bundles, place, [&](auto& args, int64_t of_table) {
+      args.batch.rule.slots = slots;
+      check_cuda(cuda::launch_reduce<Reduction>(args, of_table, place.stream));
+      slots += of_table * kReduceSlots;
+    });
+  }
+
+  // One result per tensor.
+  template <class Reduction>
+  static void reduce_each(const Call& call, double* results) {
+    const c10::DeviceGuard guard(call.device);
+    const CudaPlace place(call.device);
+    std::vector<const Bundle*> bundles;
+    int64_t chunks = 0;
+    for (const Bundle& bundle : call.bundles) {
+      bundles.push_back(&bundle);
+      chunks += reduce_chunks(bundle.numel);
+    }
+    const CudaScratch scratch(chunks * kReduceSlots * static_cast<int64_t>(sizeof(double)));
+    auto* slots = static_cast<double*>(scratch.data());
+    cuda::Batch<cuda::ReduceJob<Reduction>> batch{};
+    batch.chunk = kReduceChunk;
+    for_each_table(batch, bundles, place, [&](auto& args, int64_t of_table) {
+      args.batch.rule.slots = slots;
+      args.batch.rule.each = results;
+      args.batch.rule.chunks = static_cast<int32_t>(of_table);
+      check_cuda(cuda::launch_reduce<Reduction>(args, of_table, place.stream));
+      check_cuda(cuda::launch_finish_each<Reduction>(args, place.stream));
+      slots += of_table * kReduceSlots;
+      results += args.batch.count;
+    });
+  }
+
  private:
   template <class V, class Rule>
   static void sweep(cuda::Batch<Rule> batch, const Call& call, const CudaPlace& place) {
@@ -80,6 +147,15 @@ struct CudaDriver {
       elements += call.bundles[i].numel;
     }
     batch.chunk = cuda::chunk_for(elements, place.multiprocessors);
+    for_each_table(batch, bundles, place, [&](const auto& args, int64_t chunks) {
+      check_cuda(cuda::launch_sweep<Rule, V>(args, chunks, place.stream));
+    });
+  }
+
+  // Launches with as few tables as hold all tensors.
+  template <class Rule, class Launch>
+  static void for_each_table(const cuda::Batch<Rule>& batch, const std::vector<const Bundle*>& bundles,
+                             const CudaPlace& place, const Launch& launch) {
     const bool large = cuda::argument_bytes() >= cuda::kLargeArgs;
     const int64_t room = large ? cuda::Args<Rule, cuda::kLargeArgs>::kRoom : cuda::Args<Rule, cuda::kSmallArgs>::kRoom;
     const auto count = static_cast<int64_t>(bundles.size());
@@ -88,36 +164,36 @@ struct CudaDriver {
       auto shape = cuda::fitting<Rule>(next, count - done, room);
       if (shape.count < count - done && !place.capturing) {
         shape = cuda::fitting<Rule>(next, count - done, INT64_MAX);
-        launch_remote<V>(batch, next, shape, place);
+        launch_remote(batch, next, shape, place, launch);
       } else if (shape.bytes() <= cuda::Args<Rule, cuda::kSmallArgs>::kRoom) {
-        launch<V, cuda::kSmallArgs>(batch, next, shape, place);
+        launch_local<cuda::kSmallArgs>(batch, next, shape, launch);
       } else {
-        launch<V, cuda::kLargeArgs>(batch, next, shape, place);
+        launch_local<cuda::kLargeArgs>(batch, next, shape, launch);
       }
       done += shape.count;
     }
   }
 
-  template <class V, int64_t kBytes, class Rule>
-  static void launch(const cuda::Batch<Rule>& batch, const Bundle* const* bundles, const cuda::TableShape<Rule>& shape,
-                     const CudaPlace& place) {
+  template <int64_t kBytes, class Rule, class Launch>
+  static void launch_local(const cuda::Batch<Rule>& batch, const Bundle* const* bundles,
+                           const cuda::TableShape<Rule>& shape, const Launch& launch) {
     cuda::Args<Rule, kBytes> args;  // the room that no table fills stays as it is
     args.batch = batch;
     args.batch.count = static_cast<int32_t>(shape.count);
     const int64_t chunks = cuda::fill_table(bundles, shape, batch.chunk, args.room);
-    check_cuda(cuda::launch_sweep<Rule, V, kBytes>(args, chunks, place.stream));
+    launch(args, chunks);
   }
 
-  template <class V, class Rule>
+  template <class Rule, class Launch>
   static void launch_remote(const cuda::Batch<Rule>& batch, const Bundle* const* bundles,
-                            const cuda::TableShape<Rule>& shape, const CudaPlace& place) {
+                            const cuda::TableShape<Rule>& shape, const CudaPlace& place, const Launch& launch) {
     CudaTable table(place, shape.bytes());
     cuda::Args<Rule, cuda::kSmallArgs> args;
     args.batch = batch;
     args.batch.count = static_cast<int32_t>(shape.count);
     const int64_t chunks = cuda::fill_table(bundles, shape, batch.chunk, table.host());
     args.batch.remote = table.send();
-    check_cuda(cuda::launch_sweep<Rule, V, cuda::kSmallArgs>(args, chunks, place.stream));
+    launch(args, chunks);
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "call.h"
 
@@ -100,5 +101,25 @@ void sparse_adam_(const Common& common, TensorList params, TensorList grads, Ten
 template <class Driver>
 void average_(const char* op, TensorList averages, TensorList params, const Tensor& weight,
               const OptionalTensor& found_inf);
+
+// Multiplies tensors by `factor` and brings what comes out into [-limit, limit].
+template <class Driver>
+void clip_(TensorList tensors, std::optional<double> limit, const OptionalTensor& factor);
+
+// The norm of all gradients together, and what a step is to make of it: (norm, grad_factor, found_inf), each with one
+// element. The last two are what an optimizer's op takes under these names. `skips` counts the steps to be skipped.
+template <class Driver>
+std::tuple<Tensor, Tensor, Tensor> grad_norm(TensorList grads, double norm_type, std::optional<double> max_norm,
+                                             bool skip_nonfinite, std::optional<double> skip_above,
+                                             const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                                             const OptionalTensor& skips);
+
+// The norm of each tensor, in double.
+template <class Driver>
+Tensor norms(TensorList tensors, double norm_type);
+
+// How many elements of each tensor are not finite; the two parts of a complex number count on their own.
+template <class Driver>
+Tensor count_nonfinite(TensorList tensors);
 
 }  // namespace optim_ext::ops

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include "average_plan.h"
+#include "gradients.h"
 
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -8,7 +9,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <sstream>
 #include <unordered_map>
 
 namespace optim_ext::ops {
@@ -33,61 +33,11 @@ Tensor from_python<Tensor>(PyObject* value) {
   return c10::scalar_to_tensor(from_python<double>(value));
 }
 
-OptionalTensor optional_tensor(PyObject* value) {
-  return value == Py_None ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(value));
-}
-
-OptionalTensor on_device(const OptionalTensor& value, c10::Device device) {
-  return value && value->device() != device ? OptionalTensor(value->to(device, /*non_blocking=*/true)) : value;
-}
-
 Tensor weight_for(c10::Device device, const Tensor& weight) {
-  return weight.is_cpu() ? weight : *on_device(weight, device);
+  return weight.is_cpu() ? weight : *moved_to(device, weight);
 }
 
 namespace {
-
-// A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
-bool is_intercepted(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet intercepting({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
-                                              c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize});
-  return (tensor.key_set() & intercepting) != c10::DispatchKeySet();
-}
-
-// Why no kernel can read `grad`; None if one can, or if it is bad input that the op itself refuses.
-std::optional<std::string> unsupported_grad(const Tensor& grad, bool takes_sparse) {
-  if (is_intercepted(grad)) return "it is a tensor subclass that intercepts its operations";
-  if (grad.is_sparse()) {
-    if (!takes_sparse) return "it is sparse";
-    return grad.is_complex() ? std::optional<std::string>("it is sparse and complex") : std::nullopt;
-  }
-  if (grad.layout() != at::kStrided) return "its layout is not strided";
-  return std::nullopt;
-}
-
-// Why no kernel of this build can update `tensor`; None if one can.
-std::optional<std::string> unsupported(const Tensor& tensor) {
-  if (auto problem = unsupported_grad(tensor, false)) return problem;
-#if defined(OPTIM_EXT_WITH_CUDA)
-  if (!tensor.is_cpu() && !tensor.is_cuda()) return "there is no kernel for device " + tensor.device().str();
-#else
-  if (tensor.is_cuda()) return "this build of optim_ext has no CUDA kernels (see python -m optim_ext)";
-  if (!tensor.is_cpu()) return "there is no kernel for device " + tensor.device().str();
-#endif
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-    case at::kDouble:
-    case at::kBFloat16:
-    case at::kHalf:
-    case at::kComplexFloat:
-    case at::kComplexDouble: break;
-    default: return std::string("there is no kernel for dtype ") + c10::toString(tensor.scalar_type());
-  }
-  // A conjugate view is not torch's to handle: its code would fail on it with half of the list written. Plans refuse
-  // it.
-  if (tensor.is_neg() && !tensor.is_conj()) return "it is a lazy negative view";
-  return std::nullopt;
-}
 
 // A cache of what one optimizer hands to its op: parameters and state tensors as vectors. The truth stays in Python:
 // every step first walks param_groups and state and compares identities, and reports itself stale where anything was
@@ -115,9 +65,9 @@ class Plan {
     if (!is_current(state, param_groups)) return false;
     TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
     const CommonTensors common{
-        optional_tensor(grad_scale.ptr()),
-        optional_tensor(found_inf.ptr()),
-        optional_tensor(grad_factor.ptr()),
+        optional_tensor(grad_scale),
+        optional_tensor(found_inf),
+        optional_tensor(grad_factor),
         {},
         average_weight.is_none() ? OptionalTensor() : OptionalTensor(from_python<Tensor>(average_weight.ptr()))};
     std::vector<Gathered> gathered(calls_.size());
@@ -324,9 +274,9 @@ class Plan {
         lists[k] = subsets[k];
       }
     }
-    CommonTensors here{on_device(common.grad_scale, call.device),
-                       on_device(common.found_inf, call.device),
-                       on_device(common.grad_factor, call.device),
+    CommonTensors here{moved_to(call.device, common.grad_scale),
+                       moved_to(call.device, common.found_inf),
+                       moved_to(call.device, common.grad_factor),
                        {},
                        std::nullopt};
     std::vector<Tensor> averages;
@@ -350,18 +300,6 @@ class Plan {
       const int64_t index = call.indices[members.empty() ? bad.index : members[bad.index]];
       throw std::runtime_error(describe(call.group, index, param_groups) + ": " + bad.list + " " + bad.problem);
     }
-  }
-
-  static std::string describe(size_t group, int64_t index, const py::list& param_groups) {
-    const auto options = py::cast<py::dict>(param_groups[group]);
-    std::ostringstream out;
-    if (options.contains("param_names")) {
-      out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)]))
-          << "'";
-    } else {
-      out << "parameter " << index << " of group " << group;
-    }
-    return out.str();
   }
 
   std::shared_ptr<PlannedOp> op_;
@@ -395,15 +333,6 @@ void bind_plan(py::module_& m, PlannedOps ops) {
           },
           py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("grad_factor"), py::arg("average_weight") = py::none(), py::arg("check_only") = false);
-  m.def(
-      "unsupported_grad",
-      [](const py::object& grad, bool takes_sparse) {
-        return unsupported_grad(THPVariable_Unpack(grad.ptr()), takes_sparse);
-      },
-      py::arg("grad"), py::arg("takes_sparse") = false, "Why no kernel can read the gradient, or None.");
-  m.def(
-      "unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
-      "Why no kernel of this build can update the tensor, or None.");
 }
 
 }  // namespace optim_ext::ops

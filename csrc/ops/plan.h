@@ -29,8 +29,6 @@ double from_python<double>(PyObject* value);
 template <>
 Tensor from_python<Tensor>(PyObject* value);
 
-OptionalTensor optional_tensor(PyObject* value);  // of a tensor or None
-OptionalTensor on_device(const OptionalTensor& value, c10::Device device);
 // The weight of an average as an op on `device` takes it: a number the host knows stays on the host.
 Tensor weight_for(c10::Device device, const Tensor& weight);
 

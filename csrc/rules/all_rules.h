@@ -8,8 +8,10 @@
 #include "adamax.h"
 #include "asgd.h"
 #include "average.h"
+#include "clip.h"
 #include "lion.h"
 #include "nadam.h"
+#include "norm.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "rprop.h"
@@ -25,6 +27,7 @@
   X(Adamax)                        \
   X(ASGD)                          \
   X(Average)                       \
+  X(Clip)                          \
   X(Lion)                          \
   X(NAdam)                         \
   X(RAdam)                         \
@@ -36,4 +39,12 @@
   X(Sgd<false>)                    \
   X(Sgd<true>)                     \
   X(SparseAdam)
+
+
+// The reductions, which have one operand and write nothing.
+#define OPTIM_EXT_FOR_EACH_REDUCTION(X) \
+  X(L1Norm)                             \
+  X(L2Norm)                             \
+  X(MaxNorm)                            \
+  X(NonFinite)
 // clang-format on

@@ -5,6 +5,7 @@
 #include "../../rules/all_rules.h"
 #include "../convert.h"
 #include "../operand.h"
+#include "../reduce.h"
 
 #if defined(__x86_64__)
 #define OPTIM_EXT_X86_ISAS 1
@@ -27,10 +28,14 @@ struct MakeIndices<0, I...> {
 template <class Rule>
 using Sweep = void (*)(const Rule&, const Bundle&, int64_t begin, int64_t end, const Pass&);
 
+using Reduce = double (*)(const Bundle&, int64_t begin, int64_t end);
+
 #define OPTIM_EXT_DECLARE_ISA(isa)                                                                  \
   namespace isa {                                                                                   \
   template <class Rule, class V>                                                                    \
   void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass); \
+  template <class Rule>                                                                             \
+  double reduce(const Bundle& bundle, int64_t begin, int64_t end);                                  \
   }
 OPTIM_EXT_DECLARE_ISA(isa_baseline)
 OPTIM_EXT_DECLARE_ISA(isa_avx2)
@@ -46,6 +51,15 @@ Sweep<Rule> sweep_for(Isa isa) {
   if (isa == Isa::avx2) return &isa_avx2::sweep<Rule, V>;
 #endif
   return &isa_baseline::sweep<Rule, V>;
+}
+
+template <class Rule>
+Reduce reduce_for(Isa isa) {
+#if OPTIM_EXT_X86_ISAS
+  if (isa == Isa::avx512) return &isa_avx512::reduce<Rule>;
+  if (isa == Isa::avx2) return &isa_avx2::reduce<Rule>;
+#endif
+  return &isa_baseline::reduce<Rule>;
 }
 
 }  // namespace optim_ext::cpu

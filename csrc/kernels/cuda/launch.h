@@ -26,6 +26,16 @@ int multiprocessors(int device);
 template <class Rule, class V, int64_t kBytes>
 cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream);
 
+// One block per chunk of kReduceChunk elements.
+template <class Reduction>
+struct ReduceJob;
+template <class Reduction, int64_t kBytes>
+cudaError_t launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream);
+
+// Then, where a result per tensor is wanted, one block for each of them.
+template <class Reduction, int64_t kBytes>
+cudaError_t launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, cudaStream_t stream);
+
 template <int64_t kBytes>
 cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream);
 

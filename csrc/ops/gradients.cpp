@@ -1,0 +1,171 @@
+#include "gradients.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <sstream>
+#include <utility>
+#include <vector>
+
+#include "ops.h"
+
+namespace optim_ext::ops {
+
+namespace {
+
+// Why no kernel can read `grad`; None if one can, or if it is bad input that the op itself refuses.
+std::optional<std::string> unsupported_grad(const Tensor& grad, bool takes_sparse) {
+  if (is_intercepted(grad)) return "it is a tensor subclass that intercepts its operations";
+  if (grad.is_sparse()) {
+    if (!takes_sparse) return "it is sparse";
+    return grad.is_complex() ? std::optional<std::string>("it is sparse and complex") : std::nullopt;
+  }
+  if (grad.layout() != at::kStrided) return "its layout is not strided";
+  return std::nullopt;
+}
+
+// Why no kernel of this build can update `tensor`; None if one can.
+std::optional<std::string> unsupported(const Tensor& tensor) {
+  if (auto problem = unsupported_grad(tensor, false)) return problem;
+#if defined(OPTIM_EXT_WITH_CUDA)
+  if (!tensor.is_cpu() && !tensor.is_cuda()) return "there is no kernel for device " + tensor.device().str();
+#else
+  if (tensor.is_cuda()) return "this build of optim_ext has no CUDA kernels (see python -m optim_ext)";
+  if (!tensor.is_cpu()) return "there is no kernel for device " + tensor.device().str();
+#endif
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf:
+    case at::kComplexFloat:
+    case at::kComplexDouble: break;
+    default: return std::string("there is no kernel for dtype ") + c10::toString(tensor.scalar_type());
+  }
+  // A conjugate view is not torch's to handle: its code would fail on it with half of the list written. Plans refuse
+  // it.
+  if (tensor.is_neg() && !tensor.is_conj()) return "it is a lazy negative view";
+  return std::nullopt;
+}
+
+using GradNorm = std::tuple<Tensor, Tensor, Tensor>;
+
+GradNorm call_grad_norm(TensorList grads, double norm_type, std::optional<double> max_norm, bool skip_nonfinite,
+                        std::optional<double> skip_above, const OptionalTensor& grad_scale,
+                        const OptionalTensor& found_inf, const OptionalTensor& skips) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("optim_ext::grad_norm", "")
+                             .typed<GradNorm(TensorList, double, std::optional<double>, bool, std::optional<double>,
+                                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>();
+  return op.call(grads, norm_type, max_norm, skip_nonfinite, skip_above, grad_scale, found_inf, skips);
+}
+
+// The gradients of all groups by device, in order.
+std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& param_groups) {
+  std::vector<std::pair<at::Device, std::vector<Tensor>>> found;
+  for (size_t g = 0; g < param_groups.size(); ++g) {
+    const auto params = py::cast<py::list>(py::cast<py::dict>(param_groups[g])["params"]);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      Tensor grad = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).grad();
+      if (!grad.defined()) continue;
+      if (grad.is_conj() || grad.is_neg()) grad = grad.resolve_conj().resolve_neg();
+      if (const auto problem = unsupported(grad)) {
+        throw std::runtime_error(describe(g, i, param_groups) + ": no native norm of its gradient: " + *problem +
+                                 "; torch.nn.utils.clip_grad_norm_ may be able to clip it");
+      }
+      auto place = std::find_if(found.begin(), found.end(), [&](const auto& of) { return of.first == grad.device(); });
+      if (place == found.end()) place = found.insert(found.end(), {grad.device(), {}});
+      place->second.push_back(std::move(grad));
+    }
+  }
+  return found;
+}
+
+// The norm over several devices is the norm of their norms, taken on the first, as torch does.
+GradNorm grad_norm_of(const py::list& param_groups, double norm_type, std::optional<double> max_norm,
+                      bool skip_nonfinite, std::optional<double> skip_above, const py::object& grad_scale,
+                      const py::object& found_inf, const py::object& skips) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto grads = gather(param_groups);
+  std::vector<Tensor> norms;
+  if (grads.empty()) norms.push_back(at::zeros({}));
+  for (size_t d = 0; grads.size() > 1 && d < grads.size(); ++d) {
+    norms.push_back(
+        std::get<0>(call_grad_norm(grads[d].second, norm_type, {}, false, {}, {}, {}, {})).to(grads[0].first));
+  }
+  const auto& all = grads.size() == 1 ? grads[0].second : norms;
+  const auto given = [&](const py::object& value) { return moved_to(all[0].device(), optional_tensor(value)); };
+  const OptionalTensor scale = given(grad_scale), found = given(found_inf), count = optional_tensor(skips);
+  const py::gil_scoped_release no_gil;
+  return call_grad_norm(all, norm_type, max_norm, skip_nonfinite, skip_above, scale, found, count);
+}
+
+}  // namespace
+
+// A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
+bool is_intercepted(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet intercepting({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
+                                              c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize});
+  return (tensor.key_set() & intercepting) != c10::DispatchKeySet();
+}
+
+std::optional<Tensor> optional_tensor(const py::object& value) {
+  return value.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(value.ptr()));
+}
+
+std::optional<Tensor> moved_to(at::Device device, const OptionalTensor& value) {
+  return value && value->device() != device ? OptionalTensor(value->to(device, /*non_blocking=*/!device.is_cpu()))
+                                            : value;
+}
+
+std::string describe(size_t group, int64_t index, const py::list& param_groups) {
+  const auto options = py::cast<py::dict>(param_groups[group]);
+  std::ostringstream out;
+  if (options.contains("param_names")) {
+    out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)])) << "'";
+  } else {
+    out << "parameter " << index << " of group " << group;
+  }
+  return out.str();
+}
+
+void bind_gradients(py::module_& m) {
+  m.def(
+      "grad_norm",
+      [](const py::list& param_groups, double norm_type, std::optional<double> max_norm, bool skip_nonfinite,
+         std::optional<double> skip_above, const py::object& grad_scale, const py::object& found_inf,
+         const py::object& skips) {
+        try {
+          const auto [norm, grad_factor, skip] =
+              grad_norm_of(param_groups, norm_type, max_norm, skip_nonfinite, skip_above, grad_scale, found_inf, skips);
+          const auto wrap = [](const Tensor& tensor) {
+            return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+          };
+          return py::make_tuple(wrap(norm), wrap(grad_factor), wrap(skip));
+        } catch (const py::error_already_set&) {
+          throw;
+        } catch (const std::exception&) {
+          torch::translate_exception_to_python(std::current_exception());
+          throw py::error_already_set();
+        }
+      },
+      py::arg("param_groups"), py::arg("norm_type") = 2.0, py::arg("max_norm") = py::none(),
+      py::arg("skip_nonfinite") = false, py::arg("skip_above") = py::none(), py::arg("grad_scale") = py::none(),
+      py::arg("found_inf") = py::none(), py::arg("skips") = py::none(),
+      "The op of the same name on the gradients of all groups.");
+  m.def(
+      "unsupported_grad",
+      [](const py::object& grad, bool takes_sparse) {
+        return unsupported_grad(THPVariable_Unpack(grad.ptr()), takes_sparse);
+      },
+      py::arg("grad"), py::arg("takes_sparse") = false, "Why no kernel can read the gradient, or None.");
+  m.def(
+      "unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
+      "Why no kernel of this build can update the tensor, or None.");
+}
+
+}  // namespace optim_ext::ops

@@ -1,0 +1,253 @@
+"""Clipping, skipping and looking at gradients on the way into a step, without a pass of their own over them.
+
+One native reduction gives the norm of all gradients and, on their device, what the step makes of it: a factor that the
+update multiplies them by, and whether it is skipped. The gradients themselves are only read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optim_ext._load import _C
+
+NORM_TYPES = (1.0, 2.0, math.inf)
+
+
+@dataclass
+class GradPolicy:
+    """What every step of an optimizer does about the norm of its gradients; made by ``set_grad_policy``.
+
+    Attributes:
+        max_norm: gradients enter the update multiplied by ``max_norm / (norm + 1e-6)`` where that is below one.
+        norm_type: 1, 2 or inf.
+        skip_nonfinite: no step where the norm is infinite or NaN.
+        skip_above: no step unless the norm is at most this.
+        last_norm: the norm at the last step, of unscaled gradients: float32 (float64 if there are float64 gradients),
+            shape (), on the device of the gradients. None before the first step.
+        last_step_skipped: whether the last step was skipped: bool, shape (). None before the first step.
+        skipped_steps: how many steps were skipped since the policy was set: int64, shape ().
+
+    The tensors live where the gradients do; reading one with ``item()`` is what waits for the device, nothing else does.
+    """
+
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    skip_nonfinite: bool = False
+    skip_above: float | None = None
+    last_norm: Tensor | None = field(default=None, init=False, repr=False)
+    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), init=False, repr=False)
+    _last_skip: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.norm_type = checked_norm_type(self.norm_type)
+        self.max_norm = None if self.max_norm is None else checked_limit("max_norm", self.max_norm)
+        self.skip_above = None if self.skip_above is None else checked_limit("skip_above", self.skip_above)
+
+    @property
+    def last_step_skipped(self) -> Tensor | None:
+        return None if self._last_skip is None else self._last_skip != 0
+
+
+class ArmedClip(NamedTuple):
+    """A norm already taken, for the next step to use."""
+
+    max_norm: float
+    norm: Tensor
+    grad_factor: Tensor
+
+
+class NonFinite(NamedTuple):
+    """A parameter that is not all finite: its name or place, and how many elements of gradient and value are not."""
+
+    parameter: str
+    grad: int
+    value: int
+
+    def __str__(self) -> str:
+        return f"{self.parameter}: {self.grad} non-finite in the gradient, {self.value} in the value"
+
+
+class GroupNorms(NamedTuple):
+    """Euclidean norms of one parameter group: of its gradients, of its parameters after the step, and of what the step
+    changed. float64 tensors of shape ()."""
+
+    grad: Tensor
+    param: Tensor
+    update: Tensor
+
+
+def checked_limit(name: str, value: float) -> float:
+    value = float(value)
+    if not value >= 0.0:  # true for NaN too
+        raise ValueError(f"{name} must be at least 0, found {value}")
+    return value
+
+
+def checked_norm_type(norm_type: float) -> float:
+    norm_type = float(norm_type)
+    if norm_type not in NORM_TYPES:
+        raise ValueError(
+            f"norm_type must be 1, 2 or inf, found {norm_type}; torch.nn.utils.clip_grad_norm_ takes any other"
+        )
+    return norm_type
+
+
+def check_finite(norm: Tensor, norm_type: float) -> None:
+    """Raise torch's error for a norm that is not finite. Waits for the device."""
+    if not torch.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+
+
+def arm(optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> ArmedClip:
+    """Take the norm of an optimizer's gradients and the factor that clips them."""
+    max_norm, norm_type = checked_limit("max_norm", max_norm), checked_norm_type(norm_type)
+    norm, grad_factor, _ = _C.grad_norm(optimizer.param_groups, norm_type, max_norm)
+    if error_if_nonfinite:
+        check_finite(norm, norm_type)
+    return ArmedClip(max_norm, norm, grad_factor)
+
+
+class Verdict(NamedTuple):
+    """What one step is told of its gradients; the policy learns of it once the step has succeeded."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    grad_factor: Tensor | None = None
+    policy: GradPolicy | None = None
+    norm: Tensor | None = None
+    skip: Tensor | None = None
+
+    def record(self) -> None:
+        if self.policy is not None:
+            self.policy.last_norm, self.policy._last_skip = self.norm, self.skip
+
+    def take_back(self) -> None:
+        """The step has failed: it was not skipped, then."""
+        if self.policy is not None and self.skip is not None:
+            self.policy.skipped_steps.sub_(self.skip.long())
+
+
+def judge(
+    optimizer: Optimizer,
+    armed: ArmedClip | None,
+    policy: GradPolicy | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Verdict:
+    """What becomes of one step, from a norm that was taken before (``armed``) or is taken now for a standing policy.
+
+    ``grad_scale`` and ``found_inf`` are what GradScaler left on a fused optimizer.
+    """
+    if policy is None and armed is not None and grad_scale is None:
+        return Verdict(None, found_inf, armed.grad_factor)
+    device = armed.norm.device if armed is not None else _device_of_grads(optimizer)
+    norm_type = policy.norm_type if policy is not None else 2.0
+    rules: dict[str, Any] = {
+        "max_norm": armed.max_norm if armed is not None else policy.max_norm if policy is not None else None,
+        "grad_scale": _moved(grad_scale, device),
+        "found_inf": _moved(found_inf, device),
+    }
+    if policy is not None:
+        policy.skipped_steps = policy.skipped_steps.to(device)
+        rules |= {
+            "skip_nonfinite": policy.skip_nonfinite,
+            "skip_above": policy.skip_above,
+            "skips": policy.skipped_steps,
+        }
+    if armed is not None:
+        # The norm of one number is that number. GradScaler hands its scale to step() alone, so a norm taken before was
+        # that of scaled gradients.
+        norm, grad_factor, skip = torch.ops.optim_ext.grad_norm([armed.norm], norm_type=math.inf, **rules)
+        if grad_scale is not None:
+            armed.norm.copy_(norm)
+    elif torch.compiler.is_compiling():
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=norm_type, **rules)
+    else:
+        norm, grad_factor, skip = _C.grad_norm(optimizer.param_groups, norm_type, **rules)
+    may_skip = found_inf is not None or (
+        policy is not None and (policy.skip_nonfinite or policy.skip_above is not None)
+    )
+    clips = rules["max_norm"] is not None
+    return Verdict(grad_scale, skip if may_skip else None, grad_factor if clips else None, policy, norm, skip)
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _device_of_grads(optimizer: Optimizer) -> torch.device:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                device: torch.device = p.grad.device
+                return device
+    return torch.device("cpu")
+
+
+def find_nonfinite(optimizer: Optimizer) -> list[NonFinite]:
+    """The parameters of an optimizer whose gradient or value is not finite, with counts, in the order of the groups."""
+    found = []
+    for index, group in enumerate(optimizer.param_groups):
+        values = _count(group["params"])
+        grads = _count([p.grad for p in group["params"]])
+        for place, (grad, value) in enumerate(zip(grads, values, strict=True)):
+            if grad or value:
+                names = group.get("param_names")
+                name = f"parameter '{names[place]}'" if names else f"parameter {place} of group {index}"
+                found.append(NonFinite(name, grad, value))
+    return found
+
+
+def _count(tensors: list[Tensor | None]) -> list[int]:
+    """How many elements of each tensor are not finite, none for None. One wait per device."""
+    counts = [0] * len(tensors)
+    for places, of_device in _by_device(tensors):
+        counted = torch.ops.optim_ext.count_nonfinite(of_device).tolist()
+        for place, count in zip(places, counted, strict=True):
+            counts[place] = count
+    return counts
+
+
+def _by_device(tensors: list[Tensor | None]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The tensors that are there, without autograd, with their places, one list per device."""
+    devices: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None:
+            places, of_device = devices.setdefault(tensor.device, ([], []))
+            places.append(place)
+            of_device.append(tensor.detach().to_dense() if tensor.is_sparse else tensor.detach())
+    return iter(devices.values())
+
+
+def _norm(tensors: list[Tensor | None]) -> Tensor:
+    """The Euclidean norm of all tensors together, in float64 of shape ()."""
+    norms = [torch.ops.optim_ext.norms(of_device) for _, of_device in _by_device(tensors)]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    total: Tensor = torch.linalg.vector_norm(torch.cat([each.to(norms[0].device) for each in norms]))
+    return total
+
+
+@contextmanager
+def measure_step(optimizer: Optimizer) -> Iterator[list[GroupNorms]]:
+    """Norms of gradient, parameter and update of each group, for the steps taken inside."""
+    before = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
+    measured: list[GroupNorms] = []
+    yield measured
+    for group, values in zip(optimizer.param_groups, before, strict=True):
+        updates = [p.detach() - value for p, value in zip(group["params"], values, strict=True)]
+        grads = [p.grad for p in group["params"]]
+        measured.append(GroupNorms(grad=_norm(grads), param=_norm(group["params"]), update=_norm(updates)))

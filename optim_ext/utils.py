@@ -1,0 +1,127 @@
+"""Native equals of ``torch.nn.utils``' gradient clipping, for training loops that keep their own.
+
+They take the same arguments, return the same and change the gradients in place. One pass reads the gradients for the
+norm and one scales them; an optimizer's ``clip_grad_norm`` saves the second. What the kernels do not cover (norm types
+other than 1, 2 and inf, sparse gradients, tensor subclasses such as DTensor, other devices) goes to torch's own function.
+``foreach`` chooses between torch's implementations and changes nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from optim_ext._grad_control import NORM_TYPES, check_finite, checked_limit
+from optim_ext._load import _C
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all tensors together, viewed as one vector: ``torch.nn.utils.get_total_norm``.
+
+    Returns:
+        shape (), in the dtype the tensors promote to, on the device of the first; 0 if there are none.
+
+    Raises:
+        RuntimeError: the norm is infinite or NaN and ``error_if_nonfinite`` is set.
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if not _native(tensors, norm_type):
+        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    norm = _total_norm(tensors, float(norm_type))
+    if error_if_nonfinite:
+        check_finite(norm, float(norm_type))
+    return norm.to(_promoted(tensors))
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale gradients in place so that their norm is at most ``max_norm``: ``torch.nn.utils.clip_grad_norm_``.
+
+    Returns:
+        The norm before that, as ``get_total_norm``.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN.
+        RuntimeError: the norm is infinite or NaN and ``error_if_nonfinite`` is set.
+    """
+    max_norm = checked_limit("max_norm", max_norm)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not _native(grads, norm_type):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    norm_type = float(norm_type)
+    norm = _total_norm(grads, norm_type)
+    if error_if_nonfinite:
+        check_finite(norm, norm_type)
+    # The norm of one number is that number: what is wanted of this call is the factor.
+    _, factor, _ = torch.ops.optim_ext.grad_norm([norm], norm_type=torch.inf, max_norm=max_norm)
+    for of_device in _by_device(grads):
+        torch.ops.optim_ext.clip_(of_device, factor=factor.to(of_device[0].device))
+    return norm.to(_promoted(grads))
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
+    """Bring every element of the gradients into [-clip_value, clip_value], in place: ``torch.nn.utils.clip_grad_value_``.
+
+    Raises:
+        ValueError: ``clip_value`` is negative or NaN.
+    """
+    clip_value = checked_limit("clip_value", clip_value)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not _native(grads, 2.0) or any(grad.is_complex() for grad in grads):  # torch says why complex has no order
+        torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
+        return
+    for of_device in _by_device(grads):
+        torch.ops.optim_ext.clip_(of_device, limit=clip_value)
+
+
+def _native(tensors: list[Tensor], norm_type: float) -> bool:
+    """Whether the kernels cover this; torch's own function is asked otherwise, also where there is nothing to do."""
+    return (
+        len(tensors) > 0
+        and float(norm_type) in NORM_TYPES
+        and all(_C.unsupported(tensor) is None for tensor in tensors)
+    )
+
+
+def _by_device(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    devices: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        devices.setdefault(tensor.device, []).append(tensor)
+    return devices.values()
+
+
+def _total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """float32, or float64 if there is any; over several devices the norm of their norms, on the first."""
+    norms = [
+        torch.ops.optim_ext.grad_norm(of_device, norm_type=norm_type)[0].to(tensors[0].device)
+        for of_device in _by_device(tensors)
+    ]
+    norm: Tensor = norms[0] if len(norms) == 1 else torch.ops.optim_ext.grad_norm(norms, norm_type=norm_type)[0]
+    return norm
+
+
+def _promoted(tensors: list[Tensor]) -> torch.dtype:
+    dtypes = {tensor.dtype.to_real() for tensor in tensors}
+    promoted = dtypes.pop()
+    for dtype in dtypes:
+        promoted = torch.promote_types(promoted, dtype)
+    return promoted
