@@ -7,6 +7,7 @@ as ordinary tensors under torch's keys; torch's own ``_init_group`` creates it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -75,12 +76,19 @@ class FusedStep(Optimizer):
     """
 
     _op: ClassVar[str]
-    _takes_sparse: ClassVar[bool] = False  # whether torch's code for the rule takes sparse gradients
+    _torch_takes_sparse: ClassVar[bool] = False  # whether torch's code does, as long as there is no weight decay
+    _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _plan: _C.Plan | None
     _averaging: StepAveraging | None
     _armed: ArmedClip | None  # by clip_grad_norm, for the next step
     _grad_policy: GradPolicy | None
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        after_mixin = cls.__mro__[cls.__mro__.index(FusedStep) + 1 :]
+        step = next(base.__dict__["step"] for base in after_mixin if "step" in base.__dict__)
+        cls._bare_torch_step = staticmethod(inspect.unwrap(step))
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         raise NotImplementedError
@@ -391,20 +399,16 @@ class FusedStep(Optimizer):
 
     def _torch_step(self, groups: list[Group]) -> None:
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
-        if self._takes_sparse and not torch.compiler.is_compiling():
+        if self._torch_takes_sparse and not torch.compiler.is_compiling():
             self._check_sparse(groups)
-        after_mixin = type(self).__mro__[type(self).__mro__.index(FusedStep) + 1 :]
-        step = next(cls.__dict__["step"] for cls in after_mixin if "step" in cls.__dict__)
-        if step is Optimizer.step:
+        if self._bare_torch_step is inspect.unwrap(Optimizer.step):
             reason = self._torch_reason(groups[0])
             raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__
         all_groups = self.param_groups
         counters = [(entry["step"], entry["step"].clone()) for entry in self.state.values() if _has_counter(entry)]
         self.param_groups = groups
         try:
-            step(self)
+            self._bare_torch_step(self)
         except BaseException:
             for counter, count in counters:  # torch counts before it refuses
                 counter.copy_(count)

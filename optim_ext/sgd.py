@@ -14,7 +14,7 @@ class SGD(FusedStep, torch.optim.SGD):
     __doc__ = torch.optim.SGD.__doc__
 
     _op = "sgd_"
-    _takes_sparse = True
+    _torch_takes_sparse = True
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)
@@ -40,7 +40,7 @@ class SGD(FusedStep, torch.optim.SGD):
         """With dampening the first step is another formula, and a traced graph cannot tell; torch's code can."""
         if any(group["momentum"] != 0 and group["dampening"] != 0 for group in self.param_groups):
             self._refuse_controls("compiled SGD with dampened momentum")
-            self._torch_step(self.param_groups)
+            self._bare_torch_step(self)
         else:
             super()._traced_step()
 

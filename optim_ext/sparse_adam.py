@@ -37,9 +37,9 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
 
     def _eager_step(self) -> None:
         """No plan is kept: tables are few, and their step counts have to be read and written one by one."""
-        self._counters = {}
+        self._plan, self._counters = None, {}
         try:
-            self._planning_step([])
+            super()._eager_step()
             for p, counter in self._counters.items():
                 self.state[p]["step"] = int(counter.item())
         finally:

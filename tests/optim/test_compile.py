@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lockstep import copy_of, give_grads, make_params, twin
-from specs import TENSOR_LRS
+from lockstep import assert_close, copy_of, give_grads, make_params, twin
+from specs import TENSOR_LRS, Tolerance
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -33,9 +33,10 @@ def compiled(optimizer, backend="aot_eager"):
 
 
 def compare(spec, options, steps=4, backend="aot_eager", dtype=torch.float64):
-    if spec.name == "SGD" and options.get("momentum") and options.get("dampening"):
-        pytest.skip("compiled with dampened momentum, SGD takes torch's own step, which breaks the graph on purpose")
-    params = make_params(SHAPES, dtype)
+    torchs = spec.name == "SGD" and options.get("momentum") and options.get("dampening")
+    tolerance = spec.tolerances[dtype] if torchs else Tolerance(0, 0)
+    # torch 2.13's own compiled step loses the buffer of a 0-dim parameter when it is functionalised.
+    params = make_params(SHAPES[:2] if torchs else SHAPES, dtype)
     others = twin(params)
     eager, traced = spec.ours(others, **copy_of(options)), spec.ours(params, **copy_of(options))
     step, counter = compiled(traced, backend)
@@ -45,10 +46,10 @@ def compare(spec, options, steps=4, backend="aot_eager", dtype=torch.float64):
         eager.step()
         step()
     for mine, other in zip(params, others, strict=True):
-        assert torch.equal(mine, other)
+        assert_close(mine, other, tolerance)
         assert traced.state.get(mine, {}).keys() == eager.state.get(other, {}).keys()
         for key, value in eager.state.get(other, {}).items():
-            assert torch.equal(traced.state[mine][key], value), key
+            assert_close(traced.state[mine][key], value, tolerance, key)
     return counter
 
 
@@ -60,6 +61,8 @@ def test_equals_eager_in_one_graph(variant):
     counter = compare(variant.spec, variant.options)
     # The first step makes the state; from the second on the graph is the last one.
     assert counter.frame_count <= 2
+    if variant.spec.name == "SGD" and variant.options.get("momentum") and variant.options.get("dampening"):
+        return  # torch's own code
     assert any(f"optim_ext.{variant.spec.op}" in "".join(ops_in(graph)) for graph in counter.graphs)
 
 
