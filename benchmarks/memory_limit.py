@@ -1,4 +1,5 @@
-"""The bare loop that measures the memory limit of a step: memory_limit.cpp, compiled here for this very machine."""
+"""What measures the memory limit of a step: on the CPU a bare loop (memory_limit.cpp, compiled here for this very
+machine), on a GPU a copy within its memory."""
 
 from __future__ import annotations
 
@@ -58,3 +59,17 @@ class MemoryLoop:
         count = ctypes.c_int64(len(self._sizes))
         if MemoryLoop._library.walk_memory(count, self._updated, self._addresses, self._sizes, threads) != 0:
             raise ValueError(f"no loop for {self._updated} updated streams")
+
+
+class DeviceCopy:
+    """Moves as many bytes as a step over these tensors reads and writes, by copying one buffer in GPU memory."""
+
+    def __init__(self, gradients: Sequence[Tensor], updated: Sequence[Sequence[Tensor]]):
+        moved = sum(t.nbytes for t in gradients) + 2 * sum(t.nbytes for stream in updated for t in stream)
+        self._source, self._target = (
+            torch.ones(moved // 2, dtype=torch.uint8, device=gradients[0].device) for _ in range(2)
+        )
+        self.bytes = 2 * self._source.nbytes
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)

@@ -38,10 +38,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def heading(environment: dict[str, Any]) -> str:
     env = SimpleNamespace(**environment)
-    return (
-        f"Date {env.date}, torch {env.torch}, {env.cpu} ({env.capability}), {env.threads} of {env.cores} cores, "
-        f"load {env.load_average_before:.1f} before"
-    )
+    return f"Date {env.date}, torch {env.torch}, {env.machine}, load {env.load_average_before:.1f} before"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -66,6 +63,8 @@ def tables(cells: list[Any]) -> str:
             columns += ["GB/s", "limit GB/s", "of limit"]
         if has_cold:
             columns += ["cold caches", "ratio cold"]
+        if of_case[0].launches:
+            columns += ["host us", "host us of torch's best", "launches", "launches of torch's best"]
         columns += ["met"]
         text.append(f"\n### {of_case[0].case_title}\n")
         text.append("| " + " | ".join(columns) + " |")
@@ -79,6 +78,9 @@ def tables(cells: list[Any]) -> str:
                 row += [f"{cell.of_limit:.0%}"]
             if has_cold:
                 row += [number(cell.cold_ms["optim_ext"]), f"{cell.cold_ratio:.2f}x"]
+            if cell.launches:
+                pair = ("optim_ext", cell.best_torch_mode)
+                row += [*(number(cell.host_us[mode]) for mode in pair), *(str(cell.launches[mode]) for mode in pair)]
             row += [VERDICTS[verdict(cell)]]
             text.append("| " + " | ".join(row) + " |")
         if any(cell.wrong_modes for cell in of_case):
@@ -160,7 +162,7 @@ def plot(cells: list[Any], environment: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         "Time of one optimizer step. At the right: torch's best mode / optim_ext "
         "(green as required, olive less but at the memory limit, red missed)\n"
-        f"{environment['cpu']}, {environment['threads']} of {environment['cores']} cores, torch {environment['torch']}"
+        f"{environment['machine']}, torch {environment['torch']}"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,20 +1,21 @@
-"""Time of one optimizer step on the CPU: optim_ext against every mode of torch.optim, and against the memory limit.
+"""Time of one optimizer step: optim_ext against every mode of torch.optim, and against the memory limit.
 
     python benchmarks/step_time.py                                   # everything, about eight minutes on two cores
     python benchmarks/step_time.py --case resnet50 --algorithm adamw rmsprop
     python benchmarks/step_time.py --quick                           # few repeats, for a first look
+    python benchmarks/step_time.py --device cuda                     # on a GPU, about three minutes
 
 All modes run in one process, in rounds: each round goes once through all modes, in shuffled order, so that a busy
 neighbour slows them alike. Times are medians over the rounds; a ratio is the median of the ratios within a round.
 A mode's turn is one step where the tensors are large, and several steps in a row where they are small; small tensors
 are then measured a second time with the caches emptied before every step, as a backward pass leaves them.
+On a GPU a turn is timed by CUDA events, and small tensors are measured by the time the host takes and by launches.
 docs/performance.md explains the columns. Writes step_time.json and step_time.png to ``--output-dir``.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import inspect
 import json
@@ -25,7 +26,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,16 +34,15 @@ from typing import Any
 import report
 import shapes
 import torch
-from memory_limit import MemoryLoop
+from places import Cpu, Gpu
 from torch import Tensor, nn
 
 import optim_ext
 
 OURS, LIMIT, DEEPSPEED = "optim_ext", "memory limit", "DeepSpeed"
 TORCH_MODES: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-REQUIRED_OF_LIMIT = 0.9
 MOST_ROUNDS = 100
-WARM_TURN = 10  # steps in a row where the tensors are small
+MOST_HOST_US = 100.0  # for a thousand small tensors on a GPU
 CACHE_BYTES = 128 * 2**20  # more than the last level of any cache this is likely to meet
 
 
@@ -83,15 +82,13 @@ class Case:
     required: dict[str, float]
     dtype: torch.dtype = torch.float32
     measures_limit: bool = False
-    required_of_limit: float | None = None
+    near_limit: bool = False  # whether it has to come near the limit (see places.py)
     small: bool = False  # fits the caches
 
 
 CASES = {
-    "gpt2": Case("GPT-2 124M", shapes.gpt2(), LARGE, measures_limit=True, required_of_limit=REQUIRED_OF_LIMIT),
-    "matrices": Case(
-        "two 4096 x 4096", shapes.two_matrices(), LARGE, measures_limit=True, required_of_limit=REQUIRED_OF_LIMIT
-    ),
+    "gpt2": Case("GPT-2 124M", shapes.gpt2(), LARGE, measures_limit=True, near_limit=True),
+    "matrices": Case("two 4096 x 4096", shapes.two_matrices(), LARGE, measures_limit=True, near_limit=True),
     "resnet50": Case(
         "ResNet-50", shapes.resnet50(), {key: max(1.1, ratio) for key, ratio in LARGE.items()}, measures_limit=True
     ),
@@ -130,17 +127,20 @@ class Cell:
     of_limit: float | None = None
     cold_ms: dict[str, float] = field(default_factory=dict)
     cold_ratio: float | None = None
+    host_us: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
     met: bool = False
 
 
 class Tensors:
     """Initial values and two sets of gradients of a case, shared by all its algorithms and modes."""
 
-    def __init__(self, case: Case):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, case: Case, device: torch.device):
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(std: float) -> list[Tensor]:
-            return [torch.empty(s, dtype=case.dtype).normal_(0, std, generator=generator) for s in case.shapes]
+            empty = [torch.empty(shape, dtype=case.dtype, device=device) for shape in case.shapes]
+            return [tensor.normal_(0, std, generator=generator) for tensor in empty]
 
         self.values = normal(0.02)
         gradients = normal(0.1)
@@ -232,37 +232,18 @@ def state_lists(optimizer: Any) -> list[list[Tensor]]:
     return [[optimizer.state[p][kind] for p in params] for kind in kinds]
 
 
-def extra_mib(step: Callable[[], Any]) -> float | None:
-    """How far one call raises the resident memory of the process at its highest, in MiB; None where Linux cannot say.
-
-    Free memory is given back to the system first, so that every page the call needs is counted.
-    """
-
-    def resident(field_name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field_name + ":"))
-
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        step()
-        return max(0, resident("VmHWM") - before) / 1024
-    except (OSError, AttributeError, StopIteration):
-        step()  # every mode takes the same number of steps, measured or not
-        return None
-
-
-def measure(case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, seconds: float) -> Cell:
+def measure(
+    case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, seconds: float, place: Cpu | Gpu
+) -> Cell:
     case, algorithm = CASES[case_key], ALGORITHMS[algorithm_key]
+    on_gpu = isinstance(place, Gpu)
     optimizers = make_optimizers(algorithm, case, tensors)
     calls: dict[str, Callable[[], Any]] = {mode: optimizer.step for mode, optimizer in optimizers.items()}
     extra = {}
     for mode, optimizer in optimizers.items():
         hand_out(tensors.gradients[0], optimizer)
         optimizer.step()  # makes the state
-        extra[mode] = extra_mib(optimizer.step)
+        extra[mode] = place.extra_mib(optimizer.step)
     wrong = wrong_modes(optimizers, tensors.values, case.dtype)
     if OURS in wrong:
         raise RuntimeError(f"{case_key}, {algorithm_key}: optim_ext moved the parameters elsewhere than torch")
@@ -273,18 +254,23 @@ def measure(case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, s
     bytes_moved = None
     if case.measures_limit:
         params = [p.data for p in optimizers[OURS].param_groups[0]["params"]]
-        loop = MemoryLoop(tensors.gradients[0], [params, *state_lists(optimizers[OURS])])
+        loop = place.limit(tensors.gradients[0], [params, *state_lists(optimizers[OURS])])
         calls[LIMIT], bytes_moved = loop, loop.bytes
 
     def new_gradients(turn: int) -> None:
         for optimizer in optimizers.values():
             hand_out(tensors.gradients[turn % 2], optimizer)
 
-    samples = in_rounds(calls, new_gradients, repeats, seconds, steps=WARM_TURN if case.small else 1)
-    cold = {}
-    if case.small:
+    samples = in_rounds(calls, new_gradients, repeats, seconds, lambda call: place.turn(call, case.small))
+    cold, host_us, launches = {}, {}, {}
+    if case.small and isinstance(place, Gpu):
+        host_us = place.host_us(calls)
+        launches = {mode: place.launches(call) for mode, call in calls.items()}
+    elif case.small:
         lines = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
-        cold = in_rounds(calls, new_gradients, repeats, seconds, before_each=lambda: lines.add_(1))
+        cold = in_rounds(
+            calls, new_gradients, repeats, seconds, lambda call: place.turn(call, False, lambda: lines.add_(1))
+        )
 
     medians = {mode: statistics.median(times) for mode, times in samples.items()}
     best = min((mode for mode in TORCH_MODES if mode in medians and mode not in wrong), key=lambda mode: medians[mode])
@@ -295,12 +281,14 @@ def measure(case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, s
         algorithm=algorithm_key,
         algorithm_title=algorithm.title,
         rounds=len(ratios),
-        required_ratio=case.required[algorithm_key],
-        required_of_limit=case.required_of_limit,
+        required_ratio=1.0 if on_gpu else case.required[algorithm_key],
+        required_of_limit=place.required_of_limit if case.near_limit else None,
         ms={mode: median * 1e3 for mode, median in medians.items()},
         extra_mib=extra,
         wrong_modes=wrong,
         best_torch_mode=best,
+        host_us=host_us,
+        launches=launches,
         ratio=statistics.median(ratios),
     )
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [cell.ratio] * 3
@@ -317,6 +305,7 @@ def measure(case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, s
         cell.ratio >= cell.required_ratio
         and (cell.required_of_limit is None or (cell.of_limit or 0.0) >= cell.required_of_limit)
         and (cell.cold_ratio is None or cell.cold_ratio >= 1.0)
+        and (not launches or (launches[OURS] == 1 and host_us[OURS] <= MOST_HOST_US))
     )
     return cell
 
@@ -326,10 +315,9 @@ def in_rounds(
     new_gradients: Callable[[int], None],
     repeats: int,
     seconds: float,
-    steps: int = 1,
-    before_each: Callable[[], Any] = lambda: None,
+    turn: Callable[[Callable[[], Any]], float],
 ) -> dict[str, list[float]]:
-    """Seconds per step of every mode, one value per round: the median of its ``steps`` steps in a row.
+    """Seconds per step of every mode, one value per round: what ``turn`` measures of it.
 
     Two rounds to warm up, then ``repeats`` rounds or as many as fit into ``seconds``, whichever is more.
     """
@@ -342,14 +330,9 @@ def in_rounds(
         while rounds < repeats or (time.perf_counter() - start < seconds and rounds < MOST_ROUNDS):
             new_gradients(rounds)
             for mode in shuffle.sample(list(calls), len(calls)):
-                call, times = calls[mode], []
-                for _ in range(steps):
-                    before_each()
-                    before = time.perf_counter()
-                    call()
-                    times.append(time.perf_counter() - before)
+                took = turn(calls[mode])
                 if rounds >= 0:
-                    samples[mode].append(statistics.median(times))
+                    samples[mode].append(took)
             rounds += 1
     finally:
         gc.enable()
@@ -387,17 +370,10 @@ def wrong_modes(optimizers: dict[str, Any], initial: list[Tensor], dtype: torch.
     return wrong
 
 
-def environment(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+def environment(place: Cpu | Gpu) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
+        "machine": place.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load_average_before": os.getloadavg()[0],
@@ -409,7 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds at least; cheap cells take more (default 15)")
     parser.add_argument("--quick", action="store_true", help="three rounds and no more")
     parser.add_argument("--output-dir", type=Path, default=Path("bench_results"))
@@ -418,18 +395,19 @@ def main(arguments: list[str] | None = None) -> int:
     if repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
 
-    torch.set_num_threads(options.threads)
-    started = environment(options.threads)
-    DEEPSPEED_OPTIMIZERS.update(find_deepspeed())
+    place = Gpu() if options.device == "cuda" else Cpu(options.threads)
+    started = environment(place)
+    if isinstance(place, Cpu):
+        DEEPSPEED_OPTIMIZERS.update(find_deepspeed())
     planned = [
         (case, [key for key in options.algorithm if key in CASES[case].required])
         for case in options.case  # one case at a time, to have the memory of one only
     ]
     cells = []
     for case_key, algorithm_keys in planned:
-        tensors = Tensors(CASES[case_key])
+        tensors = Tensors(CASES[case_key], place.device)
         for algorithm_key in algorithm_keys:
-            cell = measure(case_key, algorithm_key, tensors, repeats, seconds)
+            cell = measure(case_key, algorithm_key, tensors, repeats, seconds, place)
             print(f"{cell.case_title}: {cell.algorithm_title} {cell.ratio:.2f}x", file=sys.stderr, flush=True)
             cells.append(cell)
         del tensors
