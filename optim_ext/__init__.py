@@ -8,7 +8,6 @@ import torch.optim
 from torch.optim import *  # noqa: F403
 from torch.optim import (  # noqa: F401
     ASGD,
-    LBFGS,
     Adadelta,
     Adafactor,
     Adamax,
@@ -28,6 +27,7 @@ from optim_ext._load import build_info
 from optim_ext.adagrad import Adagrad as Adagrad
 from optim_ext.adam import Adam as Adam
 from optim_ext.adamw import AdamW as AdamW
+from optim_ext.lbfgs import LBFGS as LBFGS
 from optim_ext.rmsprop import RMSprop as RMSprop
 from optim_ext.sgd import SGD as SGD
 

@@ -25,16 +25,6 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-std::optional<Storage> storage_of(at::ScalarType dtype) {
-  switch (c10::toRealValueType(dtype)) {
-    case at::kFloat: return Storage::f32;
-    case at::kDouble: return Storage::f64;
-    case at::kBFloat16: return Storage::bf16;
-    case at::kHalf: return dtype == at::kHalf ? std::optional(Storage::f16) : std::nullopt;  // no complex of halves
-    default: return std::nullopt;
-  }
-}
-
 // Same order of elements in memory; the stride of a dimension of size one means nothing.
 bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
@@ -115,6 +105,20 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
 }
 
 }  // namespace
+
+std::optional<Storage> storage_of(at::ScalarType dtype) {
+  switch (c10::toRealValueType(dtype)) {
+    case at::kFloat: return Storage::f32;
+    case at::kDouble: return Storage::f64;
+    case at::kBFloat16: return Storage::bf16;
+    case at::kHalf: return dtype == at::kHalf ? std::optional(Storage::f16) : std::nullopt;  // no complex of halves
+    default: return std::nullopt;
+  }
+}
+
+void note_write(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
 
 BadInput::BadInput(const std::string& op, const std::string& list, int64_t index, const std::string& problem)
     : c10::Error(text("optim_ext::", op, ": ", list, index < 0 ? "" : text("[", index, "]"), " ", problem),
@@ -372,16 +376,13 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
 
 void Call::commit() {
   const auto lists = spec_.operands.begin();
-  const auto changed = [](const at::Tensor& tensor) {
-    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  };
   for (size_t i = 0; i < bundles.size(); ++i) {
     for (int k = 0; k < operands_; ++k) {
-      if ((updates_ >> k) & 1u) changed(lists[k].tensors[i]);
+      if ((updates_ >> k) & 1u) note_write(lists[k].tensors[i]);
     }
     if (!spec_.state_steps) continue;
     const at::Tensor& step = (*spec_.state_steps)[i];
-    changed(step);
+    note_write(step);
     if (!step.is_cpu()) continue;
     if (bundles[i].step_storage == Storage::f32) {
       bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;

@@ -59,7 +59,17 @@ struct CallSpec {
   std::optional<at::TensorList> state_steps = std::nullopt;
 };
 
-class Call {
+// What a driver is handed: checked memory.
+struct Work {
+  at::Device device = at::kCPU;
+  std::vector<Bundle> bundles;
+  std::vector<uint8_t> in_double;  // per bundle: compute in double
+  std::vector<DeviceHyper> device_hypers;
+  Pass pass;
+  bool steps_on_device = false;
+};
+
+class Call : public Work {
  public:
   // Checks everything; throws BadInput (a Python RuntimeError) or c10::ValueError (a Python ValueError).
   Call(const CallSpec& spec, int operands, unsigned used, unsigned updates);
@@ -71,13 +81,7 @@ class Call {
   // Advances counters that live on the host and tells autograd that parameters and state are about to change.
   void commit();
 
-  at::Device device = at::kCPU;
-  std::vector<Bundle> bundles;
-  std::vector<uint8_t> in_double;  // per bundle: compute in double
-  std::vector<DeviceHyper> device_hypers;
-  Pass pass;
   bool skip = false;  // found_inf, where the host can see it
-  bool steps_on_device = false;
 
  private:
   void check_lengths() const;
@@ -93,6 +97,11 @@ class Call {
   const unsigned used_, updates_;
   std::deque<Layout> layouts_;
 };
+
+std::optional<Storage> storage_of(at::ScalarType dtype);
+
+// Tells autograd that a tensor has been written.
+void note_write(const at::Tensor& tensor);
 
 // While one of these lives, ops of this thread check their input and return before the first write.
 class CheckOnly {

@@ -23,7 +23,7 @@ struct CpuDriver {
   static constexpr int64_t kGrain = 64;  // tiles below which waking a second thread costs more than it saves
 
   template <class Rule>
-  static void run(const Rule& rule, const Call& call) {
+  static void run(const Rule& rule, const Work& call) {
     std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
     for (size_t i = 0; i < call.bundles.size(); ++i) {
       first_tile[i + 1] = first_tile[i] + (call.bundles[i].numel + kTile - 1) / kTile;
@@ -44,10 +44,22 @@ struct CpuDriver {
         begin = stop;
       }
     };
+    share_out(first_tile.back(), kGrain, work);
+  }
+
+  // The vectors of L-BFGS; results are written to `out`.
+  static void history_dots(const HistoryDots& task, double* out);
+  static void history_combine(const HistoryCombination& task, Norms* out);
+  static void norms(const NormsOf& task, Norms* out);
+
+ private:
+  // Calls work(begin, end) for parts of [0, tiles) on as many threads as that is worth.
+  template <class Work>
+  static void share_out(int64_t tiles, int64_t grain, const Work& work) {
     if (in_forked_child()) {
-      work(0, first_tile.back());
+      work(int64_t(0), tiles);
     } else {
-      at::parallel_for(0, first_tile.back(), kGrain, work);
+      at::parallel_for(0, tiles, grain, work);
     }
   }
 };

@@ -33,7 +33,7 @@ void check_cuda(cudaError_t error) { C10_CUDA_CHECK(error); }
 namespace {
 
 template <int64_t kBytes>
-void advance(const std::vector<std::vector<void*>>& counters_by_storage, const Call& call, const CudaPlace& place) {
+void advance(const std::vector<std::vector<void*>>& counters_by_storage, const Work& call, const CudaPlace& place) {
   cuda::Counters<kBytes> counters;
   counters.found_inf = call.pass.device_found_inf;
   counters.count = counters.floats = 0;
@@ -53,7 +53,7 @@ void advance(const std::vector<std::vector<void*>>& counters_by_storage, const C
 
 }  // namespace
 
-void advance_counters(const Call& call, const CudaPlace& place) {
+void advance_counters(const Work& call, const CudaPlace& place) {
   std::vector<std::vector<void*>> counters(2);  // floats, then doubles
   for (const Bundle& bundle : call.bundles) {
     if (bundle.device_step)

@@ -38,13 +38,13 @@ class CudaTable {
 void check_cuda(cudaError_t error);
 
 // Adds one to every step counter that lives on the device, unless the step is skipped there.
-void advance_counters(const Call& call, const CudaPlace& place);
+void advance_counters(const Work& call, const CudaPlace& place);
 
 struct CudaDriver {
   // One launch for all tensors computed in float and one for those in double, if there are any. While a CUDA graph is
   // captured a table has to travel in the arguments, so a call of hundreds of tensors becomes several launches.
   template <class Rule>
-  static void run(const Rule& rule, const Call& call) {
+  static void run(const Rule& rule, const Work& call) {
     if (call.device.is_cpu()) return CpuDriver::run(rule, call);  // a tensor on the GPU among the hyper-parameters
     const c10::DeviceGuard guard(call.device);
     const CudaPlace place(call.device);
@@ -65,7 +65,7 @@ struct CudaDriver {
 
  private:
   template <class V, class Rule>
-  static void sweep(cuda::Batch<Rule> batch, const Call& call, const CudaPlace& place) {
+  static void sweep(cuda::Batch<Rule> batch, const Work& call, const CudaPlace& place) {
     std::vector<const Bundle*> bundles;
     bundles.reserve(call.bundles.size());
     int64_t elements = 0;

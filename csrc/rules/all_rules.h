@@ -4,6 +4,7 @@
 
 #include "adagrad.h"
 #include "adam.h"
+#include "lbfgs.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
@@ -12,6 +13,9 @@
   X(Adagrad)                       \
   X(Adam<false>)                   \
   X(Adam<true>)                    \
+  X(Displace<false>)               \
+  X(Displace<true>)                \
+  X(Flatten)                       \
   X(RMSprop<false, false>)         \
   X(RMSprop<false, true>)          \
   X(RMSprop<true, false>)          \
