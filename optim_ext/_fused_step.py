@@ -65,6 +65,10 @@ class FusedStep(Optimizer):
     _plan: _C.Plan | None
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
+    @property
+    def _native_how(self) -> str:
+        return f"one call of optim_ext::{self._op} per device"
+
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         raise NotImplementedError
 

@@ -154,7 +154,7 @@ class LBFGS(torch.optim.LBFGS):
             return "parameters share memory"
         return None
 
-    _native_how = "optim_ext::lbfgs_pair_ and optim_ext::lbfgs_combine_ in every iteration"
+    _native_how = "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

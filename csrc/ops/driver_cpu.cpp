@@ -34,7 +34,7 @@ int64_t tiles_per_thread(int64_t rows) { return std::max<int64_t>(1, 64 / (1 + r
 
 }  // namespace
 
-void CpuDriver::history_dots(const HistoryDots& task, double* out) {
+void CpuDriver::history_dots(at::Device, const HistoryDots& task, double* out) {
   const int64_t tiles = history_tiles(task.numel);
   std::vector<double> sums(static_cast<size_t>(tiles * task.sums()));
   const auto dots = cpu::history_kernels_for(current_isa()).dots;
@@ -43,7 +43,7 @@ void CpuDriver::history_dots(const HistoryDots& task, double* out) {
   total(sums.data(), tiles, task.sums(), out);
 }
 
-void CpuDriver::history_combine(const HistoryCombination& task, Norms* out) {
+void CpuDriver::history_combine(at::Device, const HistoryCombination& task, Norms* out) {
   const int64_t tiles = history_tiles(task.numel);
   std::vector<Norms> norms(static_cast<size_t>(tiles));
   const auto combine = cpu::history_kernels_for(current_isa()).combine;
@@ -52,7 +52,7 @@ void CpuDriver::history_combine(const HistoryCombination& task, Norms* out) {
   *out = total(norms.data(), tiles);
 }
 
-void CpuDriver::norms(const NormsOf& task, Norms* out) {
+void CpuDriver::norms(at::Device, const NormsOf& task, Norms* out) {
   const int64_t tiles = history_tiles(task.numel);
   std::vector<Norms> norms(static_cast<size_t>(tiles));
   const auto of_tiles = cpu::history_kernels_for(current_isa()).norms;

@@ -48,9 +48,9 @@ struct CpuDriver {
   }
 
   // The vectors of L-BFGS; results are written to `out`.
-  static void history_dots(const HistoryDots& task, double* out);
-  static void history_combine(const HistoryCombination& task, Norms* out);
-  static void norms(const NormsOf& task, Norms* out);
+  static void history_dots(at::Device, const HistoryDots& task, double* out);
+  static void history_combine(at::Device, const HistoryCombination& task, Norms* out);
+  static void norms(at::Device, const NormsOf& task, Norms* out);
 
  private:
   // Calls work(begin, end) for parts of [0, tiles) on as many threads as that is worth.

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../kernels/cuda/history.h"
 #include "../kernels/cuda/launch.h"
 #include "../rules/all_rules.h"
 #include "call.h"
@@ -62,6 +63,12 @@ struct CudaDriver {
     sweep<float>(batch, call, place);
     sweep<double>(batch, call, place);
   }
+
+  // The vectors of L-BFGS. The task's lists of rows and coefficients are on the host, `out` is on the device; nothing
+  // is waited for.
+  static void history_dots(at::Device device, const HistoryDots& task, double* out);
+  static void history_combine(at::Device device, const HistoryCombination& task, Norms* out);
+  static void norms(at::Device device, const NormsOf& task, Norms* out);
 
  private:
   template <class V, class Rule>

@@ -183,7 +183,7 @@ Tensor lbfgs_norms(const Tensor& vector, const OptionalTensor& other) {
   const Vectors vectors("lbfgs_norms", vector, "vector");
   const NormsOf task{vectors.numel(), vectors.storage(), vector.const_data_ptr(), vectors.in(other, "other")};
   Tensor out = results(vector, 3);
-  Driver::norms(task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
+  Driver::norms(vector.device(), task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
   return out;
 }
 
@@ -198,7 +198,7 @@ Tensor lbfgs_dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps
   task.grad = vector.const_data_ptr();
   task.metric = vectors.in(metric, "metric");
   Tensor out = results(vector, task.sums());
-  Driver::history_dots(task, out.mutable_data_ptr<double>());
+  Driver::history_dots(vector.device(), task, out.mutable_data_ptr<double>());
   return out;
 }
 
@@ -225,7 +225,7 @@ Tensor lbfgs_pair_(const Tensor& y, const Tensor& s, const Tensor& grad, const T
   note_write(y);
   note_write(s);
   Tensor out = results(grad, task.sums());
-  Driver::history_dots(task, out.mutable_data_ptr<double>());
+  Driver::history_dots(grad.device(), task, out.mutable_data_ptr<double>());
   return out;
 }
 
@@ -253,7 +253,7 @@ Tensor lbfgs_combine_(const Tensor& d, const Tensor& grad, TensorList old_dirs, 
   task.s_coefficient = values + 1 + count;
   note_write(d);
   Tensor out = results(grad, 3);
-  Driver::history_combine(task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
+  Driver::history_combine(grad.device(), task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
   return out;
 }
 
