@@ -1,10 +1,12 @@
 // The table of contents: every op with its schema, the dispatch keys it is registered for, and the Python module.
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "ops/average_plan.h"
 #include "ops/drivers.h"
 #include "ops/gradients.h"
+#include "ops/lbfgs_op.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -99,12 +101,26 @@ c10::FunctionSchema parsed(const char* text) {
   X(norms, "(Tensor[] tensors, *, float norm_type=2.0) -> Tensor")                                         \
   X(count_nonfinite, "(Tensor[] tensors) -> Tensor")
 
+// X(op, schema): the parts of an L-BFGS iteration, which works on flat vectors.
+#define FOR_EACH_LBFGS_OP(X)                                                                                       \
+  X(lbfgs_gather_, "(Tensor(a!) flat, Tensor[] tensors, int[] offsets, *, bool negate=False) -> ()")               \
+  X(lbfgs_displace_, "(Tensor(a!)[] params, Tensor d, *, Tensor? origin=None, float t) -> ()")                     \
+  X(lbfgs_norms, "(Tensor vector, Tensor? other=None) -> Tensor")                                                  \
+  X(lbfgs_dots, "(Tensor vector, Tensor[] old_dirs, Tensor[] old_stps, *, Tensor? metric=None) -> Tensor")         \
+  X(lbfgs_pair_,                                                                                                   \
+    "(Tensor(a!) y, Tensor(b!) s, Tensor grad, Tensor prev_grad, Tensor d, Tensor[] old_dirs, Tensor[] old_stps, " \
+    "*, Tensor? metric=None, float t, float grad_weight=1.0, float prev_weight=1.0) -> Tensor")                    \
+  X(lbfgs_combine_,                                                                                                \
+    "(Tensor(a!) d, Tensor grad, Tensor[] old_dirs, Tensor[] old_stps, *, Tensor coefficients, "                   \
+    "Tensor? metric=None) -> Tensor")
+
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, function, schema) m.def(parsed(#op schema));
   FOR_EACH_OP(DEFINE)
 #undef DEFINE
 #define DEFINE(op, schema) m.def(#op schema);
   FOR_EACH_GRADIENT_OP(DEFINE)
+  FOR_EACH_LBFGS_OP(DEFINE)
 #undef DEFINE
 }
 
@@ -114,6 +130,7 @@ TORCH_LIBRARY_IMPL(optim_ext, CPU, m) {
 #undef IMPLEMENT
 #define IMPLEMENT(op, schema) m.impl(#op, &op<CpuDriver>);
   FOR_EACH_GRADIENT_OP(IMPLEMENT)
+  FOR_EACH_LBFGS_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
 
@@ -136,6 +153,7 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #undef IMPLEMENT
 #define IMPLEMENT(op, schema) m.impl(#op, &op<CudaDriver>);
   FOR_EACH_GRADIENT_OP(IMPLEMENT)
+  FOR_EACH_LBFGS_OP(IMPLEMENT)
 #undef IMPLEMENT
 }
 #define PLAN_ENTRY(op, function, schema) \
@@ -153,5 +171,15 @@ PYBIND11_MODULE(_C, m) {
       "step_ops", [] { return std::vector<std::string>{FOR_EACH_STEP_OP(NAME)}; }, "The ops an optimizer steps with.");
   m.def("ops", [] { return std::vector<std::string>{FOR_EACH_OP(NAME)}; }, "The names of all ops.");
 #undef NAME
+  py::class_<LbfgsGram>(m, "LbfgsGram")
+      .def(py::init<>())
+      .def("append_dots", [](LbfgsGram& gram, const Tensor& dots) { gram.append_dots(dots); })
+      .def("push", [](LbfgsGram& gram, const Tensor& dots, int64_t history_size,
+                      double least) { return gram.push(dots, history_size, least); })
+      .def("coefficients", &LbfgsGram::coefficients)
+      .def_property_readonly("count", &LbfgsGram::count)
+      .def_property_readonly("h_diag", &LbfgsGram::h_diag)
+      .def_property_readonly("curvatures", &LbfgsGram::curvatures)
+      .def_property_readonly("alpha", &LbfgsGram::alpha);
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set the CPU kernels run with in this process.");
 }

@@ -7,7 +7,6 @@ torch's own. ``Lion`` is not in torch.
 import torch.optim
 from torch.optim import *  # noqa: F403
 from torch.optim import (  # noqa: F401
-    LBFGS,
     Adafactor,
     Muon,
     Optimizer,
@@ -24,6 +23,7 @@ from optim_ext.adam import Adam as Adam
 from optim_ext.adamax import Adamax as Adamax
 from optim_ext.adamw import AdamW as AdamW
 from optim_ext.asgd import ASGD as ASGD
+from optim_ext.lbfgs import LBFGS as LBFGS
 from optim_ext.lion import Lion as Lion
 from optim_ext.nadam import NAdam as NAdam
 from optim_ext.radam import RAdam as RAdam

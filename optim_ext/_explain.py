@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from optim_ext._fused_step import FusedStep
+from optim_ext.lbfgs import LBFGS
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,9 @@ def explain(optimizer: Optimizer) -> list[GroupReport]:
     """
     reports = []
     for index, group in enumerate(optimizer.param_groups):
-        if not isinstance(optimizer, FusedStep):
-            reason: str | None = f"{type(optimizer).__name__} has no native step in optim_ext"
-        else:
-            reason = optimizer._torch_reason(group, ahead=True)
-        if reason is None and isinstance(optimizer, FusedStep):
-            reports.append(GroupReport(index, True, f"one call of optim_ext::{optimizer._op} per device"))
-        else:
-            reports.append(GroupReport(index, False, str(reason)))
+        if not isinstance(optimizer, (FusedStep, LBFGS)):
+            reports.append(GroupReport(index, False, f"{type(optimizer).__name__} has no native step in optim_ext"))
+            continue
+        reason = optimizer._torch_reason(group, ahead=True)
+        reports.append(GroupReport(index, reason is None, reason or optimizer._native_how))
     return reports

@@ -90,6 +90,10 @@ class FusedStep(Optimizer):
         step = next(base.__dict__["step"] for base in after_mixin if "step" in base.__dict__)
         cls._bare_torch_step = staticmethod(inspect.unwrap(step))
 
+    @property
+    def _native_how(self) -> str:
+        return f"one call of optim_ext::{self._op} per device"
+
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         raise NotImplementedError
 

@@ -27,16 +27,6 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-std::optional<Storage> storage_of(at::ScalarType dtype) {
-  switch (c10::toRealValueType(dtype)) {
-    case at::kFloat: return Storage::f32;
-    case at::kDouble: return Storage::f64;
-    case at::kBFloat16: return Storage::bf16;
-    case at::kHalf: return dtype == at::kHalf ? std::optional(Storage::f16) : std::nullopt;  // no complex of halves
-    default: return std::nullopt;
-  }
-}
-
 // Same order of elements in memory; the stride of a dimension of size one means nothing.
 bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
@@ -121,6 +111,20 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
 }
 
 }  // namespace
+
+std::optional<Storage> storage_of(at::ScalarType dtype) {
+  switch (c10::toRealValueType(dtype)) {
+    case at::kFloat: return Storage::f32;
+    case at::kDouble: return Storage::f64;
+    case at::kBFloat16: return Storage::bf16;
+    case at::kHalf: return dtype == at::kHalf ? std::optional(Storage::f16) : std::nullopt;  // no complex of halves
+    default: return std::nullopt;
+  }
+}
+
+void note_write(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
 
 BadInput::BadInput(const std::string& op, const std::string& list, int64_t index, const std::string& problem)
     : c10::Error(text("optim_ext::", op, ": ", list, index < 0 ? "" : text("[", index, "]"), " ", problem),
@@ -511,22 +515,14 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
   }
 }
 
-namespace {
-
-void note_change(const at::Tensor& tensor) {
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-}
-
-}  // namespace
-
 void Call::advance(int64_t i) {
   for (int k = 0; k < rule_.count; ++k) {
-    if (rule_.is_updated(k)) note_change(rule_.lists[k].tensors[i]);
+    if (rule_.is_updated(k)) note_write(rule_.lists[k].tensors[i]);
   }
-  if (bundles[i].average) note_change(averaging_lists_[0].tensors[i]);
+  if (bundles[i].average) note_write(averaging_lists_[0].tensors[i]);
   if (!spec_.state_steps) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
-  note_change(step);
+  note_write(step);
   if (!step.is_cpu()) return;
   if (bundles[i].step_storage == Storage::f32) {
     bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;
@@ -537,7 +533,7 @@ void Call::advance(int64_t i) {
 
 void Call::store_scalar(int64_t i, int k, double value) {
   const at::Tensor& tensor = spec_.scalars.begin()[k].tensors[i];
-  note_change(tensor);
+  note_write(tensor);
   if (tensor.is_cpu()) store_element<double>(tensor.mutable_data_ptr(), bundles[i].scalars[k].storage, 0, value);
 }
 

@@ -72,7 +72,16 @@ struct CallSpec {
   int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
-class Call {
+// What a driver is handed: checked memory.
+struct Work {
+  at::Device device = at::kCPU;
+  std::vector<Bundle> bundles;
+  std::vector<DeviceHyper> device_hypers;
+  Pass pass;
+  bool steps_on_device = false;
+};
+
+class Call : public Work {
  public:
   // Checks everything; throws BadInput (a Python RuntimeError) or c10::ValueError (a Python ValueError).
   Call(const CallSpec& spec, int operands, unsigned used, unsigned updates);
@@ -86,12 +95,7 @@ class Call {
   template <class Rule>
   void commit(const Rule& rule);
 
-  at::Device device = at::kCPU;
-  std::vector<Bundle> bundles;
-  std::vector<DeviceHyper> device_hypers;
-  Pass pass;
   bool skip = false;  // found_inf, where the host can see it
-  bool steps_on_device = false;
 
  private:
   // The lists behind the operands of one rule, with its masks.
@@ -159,6 +163,10 @@ void Call::commit(const Rule& rule) {
 }
 // Throws unless `weight`, of the newest in a running average, is a number in [0, 1].
 void check_average_weight(const char* op, const char* name, double weight);
+std::optional<Storage> storage_of(at::ScalarType dtype);
+
+// Tells autograd that a tensor has been written.
+void note_write(const at::Tensor& tensor);
 
 // While one of these lives, ops of this thread check their input and return before the first write.
 class CheckOnly {

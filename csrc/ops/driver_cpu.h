@@ -57,7 +57,7 @@ struct CpuDriver {
   }
 
   template <class Rule>
-  static void run(const Rule& rule, const Call& call) {
+  static void run(const Rule& rule, const Work& call) {
     std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
     for (size_t i = 0; i < call.bundles.size(); ++i) {
       first_tile[i + 1] = first_tile[i] + (call.bundles[i].numel + kTile - 1) / kTile;
@@ -86,6 +86,11 @@ struct CpuDriver {
     };
     in_parallel(first_tile.back(), kGrain, work);
   }
+
+  // The vectors of L-BFGS; results are written to `out`.
+  static void history_dots(at::Device, const HistoryDots& task, double* out);
+  static void history_combine(at::Device, const HistoryCombination& task, Norms* out);
+  static void norms(at::Device, const NormsOf& task, Norms* out);
 
   // One result for all tensors of the call.
   template <class Reduction>
@@ -126,8 +131,9 @@ struct CpuDriver {
     std::vector<double> value;
   };
 
-  template <class Work>
-  static void in_parallel(int64_t count, int64_t grain, const Work& work) {
+  // Calls work(begin, end) for parts of [0, count) on as many threads as that is worth.
+  template <class Body>
+  static void in_parallel(int64_t count, int64_t grain, const Body& work) {
     if (in_forked_child()) {
       work(int64_t{0}, count);
     } else {

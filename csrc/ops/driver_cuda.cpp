@@ -5,6 +5,8 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <cstring>
+
 namespace optim_ext::ops {
 
 CudaPlace::CudaPlace(at::Device device)
@@ -36,7 +38,7 @@ void check_cuda(cudaError_t error) { C10_CUDA_CHECK(error); }
 namespace {
 
 template <int64_t kBytes>
-void advance(const std::vector<std::vector<void*>>& counters_by_storage, const Call& call, const CudaPlace& place) {
+void advance(const std::vector<std::vector<void*>>& counters_by_storage, const Work& call, const CudaPlace& place) {
   cuda::Counters<kBytes> counters;
   counters.found_inf = call.pass.device_found_inf;
   counters.count = counters.floats = 0;
@@ -56,7 +58,7 @@ void advance(const std::vector<std::vector<void*>>& counters_by_storage, const C
 
 }  // namespace
 
-void advance_counters(const Call& call, const CudaPlace& place) {
+void advance_counters(const Work& call, const CudaPlace& place) {
   std::vector<std::vector<void*>> counters(2);  // floats, then doubles
   for (const Bundle& bundle : call.bundles) {
     if (bundle.device_step)
@@ -66,6 +68,66 @@ void advance_counters(const Call& call, const CudaPlace& place) {
       cuda::argument_bytes() >= cuda::kLargeArgs &&
       counters[0].size() + counters[1].size() > static_cast<size_t>(cuda::Counters<cuda::kSmallArgs>::kRoom);
   large ? advance<cuda::kLargeArgs>(counters, call, place) : advance<cuda::kSmallArgs>(counters, call, place);
+}
+
+namespace {
+
+// Sends what a task keeps on the host, one block of 8-byte values after the other, to the device.
+const unsigned char* send(CudaTable& table, std::initializer_list<std::pair<const void*, int64_t>> blocks) {
+  unsigned char* to = table.host();
+  for (const auto& [data, count] : blocks) {
+    if (count > 0) std::memcpy(to, data, static_cast<size_t>(8 * count));
+    to += 8 * count;
+  }
+  return table.send();
+}
+
+at::DataPtr scratch(int64_t bytes) {
+  return c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
+}
+
+void* const* rows_at(const unsigned char* table, int64_t index) {
+  return reinterpret_cast<void* const*>(table + 8 * index);
+}
+
+}  // namespace
+
+void CudaDriver::history_dots(at::Device device, const HistoryDots& given, double* out) {
+  const c10::DeviceGuard guard(device);
+  const CudaPlace place(device);
+  HistoryDots task = given;
+  const int64_t count = task.history.count;
+  CudaTable table(place, std::max<int64_t>(8, 16 * count));
+  const unsigned char* const sent = send(table, {{task.history.old_dirs, count}, {task.history.old_stps, count}});
+  task.history.old_dirs = rows_at(sent, 0);
+  task.history.old_stps = rows_at(sent, count);
+  const at::DataPtr sums = scratch(8 * task.sums() * history_tiles(task.numel));
+  check_cuda(cuda::launch_history_dots(task, static_cast<double*>(sums.get()), out, place.stream));
+}
+
+void CudaDriver::history_combine(at::Device device, const HistoryCombination& given, Norms* out) {
+  const c10::DeviceGuard guard(device);
+  const CudaPlace place(device);
+  HistoryCombination task = given;
+  const int64_t count = task.history.count;
+  CudaTable table(place, std::max<int64_t>(8, 32 * count));
+  const unsigned char* const sent = send(table, {{task.history.old_dirs, count},
+                                                 {task.history.old_stps, count},
+                                                 {task.y_coefficient, count},
+                                                 {task.s_coefficient, count}});
+  task.history.old_dirs = rows_at(sent, 0);
+  task.history.old_stps = rows_at(sent, count);
+  task.y_coefficient = reinterpret_cast<const double*>(sent) + 2 * count;
+  task.s_coefficient = reinterpret_cast<const double*>(sent) + 3 * count;
+  const at::DataPtr norms = scratch(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
+  check_cuda(cuda::launch_history_combine(task, static_cast<Norms*>(norms.get()), out, place.stream));
+}
+
+void CudaDriver::norms(at::Device device, const NormsOf& task, Norms* out) {
+  const c10::DeviceGuard guard(device);
+  const CudaPlace place(device);
+  const at::DataPtr norms = scratch(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
+  check_cuda(cuda::launch_norms(task, static_cast<Norms*>(norms.get()), out, place.stream));
 }
 
 }  // namespace optim_ext::ops

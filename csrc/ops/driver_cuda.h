@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../kernels/cuda/history.h"
 #include "../kernels/cuda/launch.h"
 #include "../kernels/cuda/reduce_block.h"
 #include "../rules/all_rules.h"
@@ -50,13 +51,13 @@ class CudaScratch {
 void check_cuda(cudaError_t error);
 
 // Adds one to every step counter that lives on the device, unless the step is skipped there.
-void advance_counters(const Call& call, const CudaPlace& place);
+void advance_counters(const Work& call, const CudaPlace& place);
 
 struct CudaDriver {
   // One launch for all tensors computed in float and one for those in double, if there are any. While a CUDA graph is
   // captured a table has to travel in the arguments, so a call of hundreds of tensors becomes several launches.
   template <class Rule>
-  static void run(const Rule& rule, const Call& call) {
+  static void run(const Rule& rule, const Work& call) {
     if (call.device.is_cpu()) return CpuDriver::run(rule, call);  // a tensor on the GPU among the hyper-parameters
     const c10::DeviceGuard guard(call.device);
     const CudaPlace place(call.device);
@@ -133,9 +134,15 @@ struct CudaDriver {
     });
   }
 
+  // The vectors of L-BFGS. The task's lists of rows and coefficients are on the host, `out` is on the device; nothing
+  // is waited for.
+  static void history_dots(at::Device device, const HistoryDots& task, double* out);
+  static void history_combine(at::Device device, const HistoryCombination& task, Norms* out);
+  static void norms(at::Device device, const NormsOf& task, Norms* out);
+
  private:
   template <class V, class Rule>
-  static void sweep(cuda::Batch<Rule> batch, const Call& call, const CudaPlace& place) {
+  static void sweep(cuda::Batch<Rule> batch, const Work& call, const CudaPlace& place) {
     std::vector<const Bundle*> bundles;
     bundles.reserve(call.bundles.size());
     int64_t elements = 0;

@@ -9,6 +9,7 @@
 #include "asgd.h"
 #include "average.h"
 #include "clip.h"
+#include "lbfgs.h"
 #include "lion.h"
 #include "nadam.h"
 #include "norm.h"
@@ -28,6 +29,9 @@
   X(ASGD)                          \
   X(Average)                       \
   X(Clip)                          \
+  X(Displace<false>)               \
+  X(Displace<true>)                \
+  X(Flatten)                       \
   X(Lion)                          \
   X(NAdam)                         \
   X(RAdam)                         \

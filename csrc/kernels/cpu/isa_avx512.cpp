@@ -5,6 +5,8 @@
 #define OPTIM_EXT_TARGET_AVX512
 #include "target_begin.h"
 #define OPTIM_EXT_ISA isa_avx512
+#define OPTIM_EXT_REGISTER_BYTES 64
 #include "sweep-inl.h"
+#include "history-inl.h"
 #include "target_end.h"
 #endif

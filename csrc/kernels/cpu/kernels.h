@@ -4,6 +4,7 @@
 
 #include "../../rules/all_rules.h"
 #include "../convert.h"
+#include "../history.h"
 #include "../operand.h"
 #include "../reduce.h"
 
@@ -36,6 +37,9 @@ using Reduce = double (*)(const Bundle&, int64_t begin, int64_t end);
   void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass); \
   template <class Rule>                                                                             \
   double reduce(const Bundle& bundle, int64_t begin, int64_t end);                                  \
+  void history_dots(const HistoryDots& task, int64_t first, int64_t last, double* sums);            \
+  void history_combine(const HistoryCombination& task, int64_t first, int64_t last, Norms* norms);  \
+  void norms_of_tiles(const NormsOf& task, int64_t first, int64_t last, Norms* norms);              \
   }
 OPTIM_EXT_DECLARE_ISA(isa_baseline)
 OPTIM_EXT_DECLARE_ISA(isa_avx2)
@@ -60,6 +64,21 @@ Reduce reduce_for(Isa isa) {
   if (isa == Isa::avx2) return &isa_avx2::reduce<Rule>;
 #endif
   return &isa_baseline::reduce<Rule>;
+}
+
+// The loops of L-BFGS; the ranges are tiles.
+struct HistoryKernels {
+  void (*dots)(const HistoryDots&, int64_t first, int64_t last, double* sums);
+  void (*combine)(const HistoryCombination&, int64_t first, int64_t last, Norms* norms);
+  void (*norms)(const NormsOf&, int64_t first, int64_t last, Norms* norms);
+};
+
+inline HistoryKernels history_kernels_for(Isa isa) {
+#if OPTIM_EXT_X86_ISAS
+  if (isa == Isa::avx512) return {&isa_avx512::history_dots, &isa_avx512::history_combine, &isa_avx512::norms_of_tiles};
+  if (isa == Isa::avx2) return {&isa_avx2::history_dots, &isa_avx2::history_combine, &isa_avx2::norms_of_tiles};
+#endif
+  return {&isa_baseline::history_dots, &isa_baseline::history_combine, &isa_baseline::norms_of_tiles};
 }
 
 }  // namespace optim_ext::cpu

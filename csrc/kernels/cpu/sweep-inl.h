@@ -177,7 +177,5 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
 OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
 #undef OPTIM_EXT_INSTANTIATE
 #include "reduce-inl.h"
-#undef OPTIM_EXT_FOR
-#undef OPTIM_EXT_INLINE
 
 }  // namespace optim_ext::cpu::OPTIM_EXT_ISA

@@ -1,0 +1,208 @@
+// The L-BFGS kernels. A group of kLanes threads sums one row over one tile, thread l taking elements l, l + kLanes,
+// ...: the lanes of the CPU's vectors, added up in the same order, so the bits are the same.
+#include "history.h"
+
+#include <cuda_runtime.h>
+
+#include "../convert.h"
+
+namespace optim_ext::cuda {
+
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kBlock = 256;
+constexpr int kGroups = kBlock / kLanes;  // rows or tiles that a block works on side by side
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+__device__ double as_double(double value) { return value; }
+__device__ double as_double(float value) { return value; }
+__device__ double as_double(Bf16 value) { return widen_bf16(value.bits); }
+
+template <class T>
+__device__ void store(T* to, double value) {
+  *to = static_cast<T>(value);
+}
+__device__ void store(Bf16* to, double value) { to->bits = narrow_bf16(static_cast<float>(value)); }
+
+// The sum over a group, in lane 0: ((0+4)+(2+6))+((1+5)+(3+7)).
+__device__ double group_sum(double lane) {
+  for (int apart = kLanes / 2; apart > 0; apart /= 2) lane += __shfl_down_sync(~0u, lane, apart, kLanes);
+  return lane;
+}
+
+__device__ double group_largest(double lane) {
+  for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+    lane = rules::larger(lane, __shfl_down_sync(~0u, lane, apart, kLanes));
+  }
+  return lane;
+}
+
+__device__ int tile_size(int64_t numel, int64_t start) {
+  return static_cast<int>(numel - start < kHistoryTile ? numel - start : kHistoryTile);
+}
+
+template <class V, class Row>
+__global__ void __launch_bounds__(kBlock) form_pair(const HistoryDots task) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kBlock) + threadIdx.x;
+  if (i >= task.numel) return;
+  V y = static_cast<const V*>(task.prev_grad)[i], s = static_cast<const V*>(task.d)[i];
+  task.pair(static_cast<const V*>(task.grad)[i], y, s);
+  store(static_cast<Row*>(task.history.old_dirs[task.history.count - 1]) + i, y);
+  store(static_cast<Row*>(task.history.old_stps[task.history.count - 1]) + i, s);
+}
+
+// Blocks along x are tiles, along y groups of rows: of old_dirs, then of old_stps.
+template <class V, class Row, int kColumns>
+__global__ void __launch_bounds__(kBlock) dot_rows(const HistoryDots task, double* sums) {
+  __shared__ double vectors[kColumns][kHistoryTile];
+  const History& history = task.history;
+  const int64_t start = blockIdx.x * kHistoryTile;
+  const int n = tile_size(task.numel, start);
+  const int row_blocks = gridDim.y / 2;
+  const bool of_steps = blockIdx.y >= row_blocks;
+  for (int i = threadIdx.x; i < n; i += kBlock) {
+    const double weight =
+        task.metric == nullptr || of_steps ? 1.0 : as_double(static_cast<const V*>(task.metric)[start + i]);
+    vectors[0][i] = as_double(static_cast<const V*>(task.grad)[start + i]) * weight;
+    if constexpr (kColumns == 2) {
+      vectors[1][i] = as_double(static_cast<const Row*>(history.old_dirs[history.count - 1])[start + i]) * weight;
+    }
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kLanes;
+  const int64_t r = (blockIdx.y - (of_steps ? row_blocks : 0)) * kGroups + threadIdx.x / kLanes;
+  double lanes[kColumns] = {};
+  if (r < history.count) {
+    const Row* const row = static_cast<const Row*>((of_steps ? history.old_stps : history.old_dirs)[r]) + start;
+#pragma unroll 8
+    for (int i = lane; i < n; i += kLanes) {
+      const double value = as_double(row[i]);
+      for (int c = 0; c < kColumns; ++c) lanes[c] += value * vectors[c][i];
+    }
+  }
+  for (int c = 0; c < kColumns; ++c) {
+    const double sum = group_sum(lanes[c]);
+    const int64_t at = (of_steps ? history.count : 0) + r;
+    if (lane == 0 && r < history.count) sums[blockIdx.x * task.sums() + at * kColumns + c] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kBlock) total_sums(const double* sums, int64_t tiles, int64_t width, double* out) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(kBlock) + threadIdx.x;
+  if (j >= width) return;
+  double total = 0.0;
+#pragma unroll 8
+  for (int64_t i = 0; i < tiles; ++i) total += sums[i * width + j];
+  out[j] = total;
+}
+
+template <class V, class Row>
+__global__ void __launch_bounds__(kBlock) combine(const HistoryCombination task) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kBlock) + threadIdx.x;
+  if (i >= task.numel) return;
+  const History& history = task.history;
+  double sum = task.grad_coefficient * as_double(static_cast<const V*>(task.grad)[i]);
+#pragma unroll 8
+  for (int64_t r = 0; r < history.count; ++r) {
+    sum += task.y_coefficient[r] * as_double(static_cast<const Row*>(history.old_dirs[r])[i]);
+  }
+  if (task.metric != nullptr) sum *= as_double(static_cast<const V*>(task.metric)[i]);
+#pragma unroll 8
+  for (int64_t r = 0; r < history.count; ++r) {
+    sum += task.s_coefficient[r] * as_double(static_cast<const Row*>(history.old_stps[r])[i]);
+  }
+  static_cast<V*>(task.d)[i] = static_cast<V>(sum);
+}
+
+// One group of threads for each tile.
+template <class V>
+__global__ void __launch_bounds__(kBlock) norms_of_tiles(const NormsOf task, Norms* norms) {
+  const int64_t tile = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.x / kLanes;
+  const int64_t start = tile * kHistoryTile;
+  const int lane = threadIdx.x % kLanes;
+  const int n = start < task.numel ? tile_size(task.numel, start) : 0;
+  double largest = 0.0, sum = 0.0, product = 0.0;
+#pragma unroll 4
+  for (int i = lane; i < n; i += kLanes) {
+    const double value = as_double(static_cast<const V*>(task.vector)[start + i]);
+    const double magnitude = fabs(value);
+    largest = rules::larger(largest, magnitude);
+    sum += magnitude;
+    if (task.other != nullptr) product += value * as_double(static_cast<const V*>(task.other)[start + i]);
+  }
+  const Norms tile_norms{group_largest(largest), group_sum(sum), group_sum(product)};
+  if (lane == 0 && n > 0) norms[tile] = tile_norms;
+}
+
+__global__ void total_norms(const Norms* norms, int64_t tiles, Norms* out) {
+  const double* const fields = reinterpret_cast<const double*>(norms);
+  double all = 0.0;
+#pragma unroll 8
+  for (int64_t i = 0; i < tiles; ++i) {
+    const double value = fields[3 * i + threadIdx.x];
+    all = threadIdx.x == 0 ? rules::larger(all, value) : all + value;
+  }
+  reinterpret_cast<double*>(out)[threadIdx.x] = all;
+}
+
+unsigned blocks(int64_t count, int64_t per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
+
+template <class V, class Row>
+void dots(const HistoryDots& task, double* sums, cudaStream_t stream) {
+  if (task.forms_pair) form_pair<V, Row><<<blocks(task.numel, kBlock), kBlock, 0, stream>>>(task);
+  const dim3 grid(static_cast<unsigned>(history_tiles(task.numel)), 2 * blocks(task.history.count, kGroups));
+  if (task.with_difference) {
+    dot_rows<V, Row, 2><<<grid, kBlock, 0, stream>>>(task, sums);
+  } else {
+    dot_rows<V, Row, 1><<<grid, kBlock, 0, stream>>>(task, sums);
+  }
+}
+
+// Calls work with a value of the vectors' type and one of the rows'.
+template <class Work>
+void with_types(Storage value, Storage row, const Work& work) {
+  if (value == Storage::f64) {
+    row == Storage::bf16 ? work(double(), Bf16()) : work(double(), double());
+  } else {
+    row == Storage::bf16 ? work(float(), Bf16()) : work(float(), float());
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_history_dots(const HistoryDots& task, double* sums, double* out, cudaStream_t stream) {
+  if (task.sums() == 0) return cudaSuccess;
+  if (task.numel > 0) {
+    with_types(task.value, task.history.storage, [&]<class V, class Row>(V, Row) { dots<V, Row>(task, sums, stream); });
+  }
+  total_sums<<<blocks(task.sums(), kBlock), kBlock, 0, stream>>>(sums, history_tiles(task.numel), task.sums(), out);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_history_combine(const HistoryCombination& task, Norms* norms, Norms* out, cudaStream_t stream) {
+  if (task.numel > 0) {
+    with_types(task.value, task.history.storage, [&]<class V, class Row>(V, Row) {
+      combine<V, Row><<<blocks(task.numel, kBlock), kBlock, 0, stream>>>(task);
+    });
+  }
+  return launch_norms({task.numel, task.value, task.d, task.grad}, norms, out, stream);
+}
+
+cudaError_t launch_norms(const NormsOf& task, Norms* norms, Norms* out, cudaStream_t stream) {
+  const int64_t tiles = history_tiles(task.numel);
+  if (tiles > 0) {
+    if (task.value == Storage::f64) {
+      norms_of_tiles<double><<<blocks(tiles, kGroups), kBlock, 0, stream>>>(task, norms);
+    } else {
+      norms_of_tiles<float><<<blocks(tiles, kGroups), kBlock, 0, stream>>>(task, norms);
+    }
+  }
+  total_norms<<<1, 3, 0, stream>>>(norms, tiles, out);
+  return cudaGetLastError();
+}
+
+}  // namespace optim_ext::cuda

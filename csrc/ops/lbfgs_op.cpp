@@ -1,0 +1,340 @@
+#include "lbfgs_op.h"
+
+#include <ATen/ops/empty.h>
+
+#include "drivers.h"
+
+namespace optim_ext::ops {
+
+namespace {
+
+// The flat vectors of one problem: dense, one-dimensional, of one length, on one device, all float or all double.
+struct Vectors {
+  const char* op;
+  const Tensor& like;
+
+  Vectors(const char* op, const Tensor& like, const char* name) : op(op), like(like) {
+    TORCH_CHECK(like.dim() == 1 && like.is_contiguous() && like.layout() == at::kStrided, "optim_ext::", op, ": ", name,
+                " must be a dense vector, found shape ", like.sizes());
+    TORCH_CHECK(like.scalar_type() == at::kFloat || like.scalar_type() == at::kDouble, "optim_ext::", op, ": ", name,
+                " has dtype ", like.scalar_type(), ", expected Float or Double");
+  }
+
+  int64_t numel() const { return like.numel(); }
+  Storage storage() const { return *storage_of(like.scalar_type()); }
+
+  void check(const Tensor& tensor, const char* name, at::ScalarType dtype) const {
+    TORCH_CHECK(tensor.defined(), "optim_ext::", op, ": ", name, " is undefined");
+    TORCH_CHECK(tensor.layout() == at::kStrided && tensor.is_contiguous() && tensor.sizes() == like.sizes(),
+                "optim_ext::", op, ": ", name, " must be a dense vector of ", numel(), " elements, found shape ",
+                tensor.sizes());
+    TORCH_CHECK(tensor.device() == like.device(), "optim_ext::", op, ": ", name, " is on ", tensor.device(),
+                ", expected ", like.device());
+    TORCH_CHECK(tensor.scalar_type() == dtype, "optim_ext::", op, ": ", name, " has dtype ", tensor.scalar_type(),
+                ", expected ", dtype);
+  }
+  const void* in(const Tensor& tensor, const char* name) const {
+    check(tensor, name, like.scalar_type());
+    return tensor.const_data_ptr();
+  }
+  const void* in(const OptionalTensor& tensor, const char* name) const {
+    return tensor && tensor->defined() ? in(*tensor, name) : nullptr;
+  }
+};
+
+// The rows of a history as pointers.
+class Rows {
+ public:
+  Rows(const Vectors& vectors, TensorList old_dirs, TensorList old_stps, at::ScalarType dtype) {
+    TORCH_CHECK_VALUE(old_dirs.size() == old_stps.size(), "optim_ext::", vectors.op, ": old_dirs has ", old_dirs.size(),
+                      " tensors but old_stps has ", old_stps.size(), "; the lists must be equally long");
+    TORCH_CHECK(dtype == vectors.like.scalar_type() || dtype == at::kBFloat16, "optim_ext::", vectors.op,
+                ": a history of dtype ", dtype, " cannot be combined with vectors of dtype ",
+                vectors.like.scalar_type());
+    storage_ = *storage_of(dtype);
+    for (const Tensor& row : old_dirs) add(vectors, row, "old_dirs", dtype, dirs_);
+    for (const Tensor& row : old_stps) add(vectors, row, "old_stps", dtype, stps_);
+  }
+  void add_pair(const Tensor& y, const Tensor& s) {
+    dirs_.push_back(y.mutable_data_ptr());
+    stps_.push_back(s.mutable_data_ptr());
+  }
+  History get() const { return {dirs_.data(), stps_.data(), static_cast<int64_t>(dirs_.size()), storage_}; }
+
+ private:
+  static void add(const Vectors& vectors, const Tensor& row, const char* name, at::ScalarType dtype,
+                  std::vector<void*>& to) {
+    vectors.check(row, name, dtype);
+    to.push_back(const_cast<void*>(row.const_data_ptr()));
+  }
+  std::vector<void*> dirs_, stps_;
+  Storage storage_;
+};
+
+at::ScalarType dtype_of(TensorList rows, const Tensor& otherwise) {
+  return rows.empty() || !rows[0].defined() ? otherwise.scalar_type() : rows[0].scalar_type();
+}
+
+Tensor results(const Tensor& like, int64_t count) { return at::empty({count}, like.options().dtype(at::kDouble)); }
+
+int64_t real_numel(const Tensor& tensor) { return tensor.numel() * (tensor.is_complex() ? 2 : 1); }
+
+// A parameter or gradient that takes part in a move, as dense memory in its logical order.
+Storage moved_storage(const Tensor& tensor, const char* op, const char* name, size_t index, at::Device device) {
+  TORCH_CHECK(tensor.defined() && tensor.layout() == at::kStrided, "optim_ext::", op, ": ", name, "[", index,
+              "] must be a dense tensor");
+  TORCH_CHECK(tensor.device() == device, "optim_ext::", op, ": ", name, "[", index, "] is on ", tensor.device(),
+              ", expected ", device);
+  const auto storage = storage_of(tensor.scalar_type());
+  TORCH_CHECK(storage, "optim_ext::", op, ": ", name, "[", index, "] has dtype ", tensor.scalar_type(),
+              ", expected a floating point or complex type");
+  TORCH_CHECK(!tensor.is_conj() && !tensor.is_neg(), "optim_ext::", op, ": ", name, "[", index,
+              "] is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
+  return *storage;
+}
+
+void add_bundle(Work& work, std::initializer_list<std::pair<void*, Storage>> operands, int64_t numel) {
+  Bundle bundle{};
+  int k = 0;
+  for (const auto& [data, storage] : operands) {
+    bundle.data[k] = data;
+    bundle.storage[k++] = storage;
+    bundle.in_double |= data != nullptr && storage == Storage::f64;
+  }
+  bundle.numel = numel;
+  work.bundles.push_back(bundle);
+}
+
+char* at_element(const void* data, int64_t element, Storage storage) {
+  return static_cast<char*>(const_cast<void*>(data)) + element * bytes_of(storage);
+}
+
+}  // namespace
+
+template <class Driver>
+void lbfgs_gather_(const Tensor& flat, TensorList tensors, at::IntArrayRef offsets, bool negate) {
+  const char* const op = "lbfgs_gather_";
+  const Vectors vectors(op, flat, "flat");
+  TORCH_CHECK_VALUE(tensors.size() == offsets.size(), "optim_ext::", op, ": tensors has ", tensors.size(),
+                    " tensors but offsets has ", offsets.size(), " numbers; the lists must be equally long");
+  Work work;
+  work.device = flat.device();
+  work.bundles.reserve(tensors.size());
+  std::vector<Tensor> dense;
+  int64_t end = 0, covered = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Storage storage = moved_storage(tensors[i], op, "tensors", i, flat.device());
+    const int64_t numel = real_numel(tensors[i]);
+    TORCH_CHECK_VALUE(offsets[i] >= end && numel <= flat.numel() - offsets[i], "optim_ext::", op, ": tensors[", i,
+                      "] with ", numel, " elements has no room at ", offsets[i], " of ", flat.numel());
+    end = offsets[i] + numel;
+    covered += numel;
+    const Tensor& source = tensors[i].is_contiguous() ? tensors[i] : dense.emplace_back(tensors[i].contiguous());
+    add_bundle(work,
+               {{at_element(flat.mutable_data_ptr(), offsets[i], vectors.storage()), vectors.storage()},
+                {const_cast<void*>(source.const_data_ptr()), storage}},
+               numel);
+  }
+  note_write(flat);
+  if (covered != flat.numel()) flat.zero_();  // what belongs to tensors that are not there
+  rules::Flatten rule{};
+  rule.negate = negate;
+  Driver::run(rule, work);
+}
+
+template <class Driver>
+void lbfgs_displace_(TensorList params, const Tensor& d, const OptionalTensor& origin, double t) {
+  const char* const op = "lbfgs_displace_";
+  const Vectors vectors(op, d, "d");
+  const void* const from = vectors.in(origin, "origin");
+  Work work;
+  work.device = d.device();
+  work.bundles.reserve(params.size());
+  std::vector<std::pair<const Tensor&, Tensor>> copies;  // of parameters that are not dense
+  int64_t offset = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Storage storage = moved_storage(params[i], op, "params", i, d.device());
+    const int64_t numel = real_numel(params[i]);
+    TORCH_CHECK_VALUE(numel <= d.numel() - offset, "optim_ext::", op, ": params have more elements than d, which has ",
+                      d.numel());
+    const Tensor& target =
+        params[i].is_contiguous() ? params[i] : copies.emplace_back(params[i], params[i].contiguous()).second;
+    add_bundle(work,
+               {{target.mutable_data_ptr(), storage},
+                {at_element(d.const_data_ptr(), offset, vectors.storage()), vectors.storage()},
+                {from ? at_element(from, offset, vectors.storage()) : nullptr, vectors.storage()}},
+               numel);
+    offset += numel;
+  }
+  TORCH_CHECK_VALUE(offset == d.numel(), "optim_ext::", op, ": params have ", offset, " elements, d has ", d.numel());
+  for (const Tensor& param : params) note_write(param);
+  if (from != nullptr) {
+    Driver::run(rules::Displace<true>{t}, work);
+  } else {
+    Driver::run(rules::Displace<false>{t}, work);
+  }
+  for (const auto& [param, moved] : copies) param.copy_(moved);
+}
+
+template <class Driver>
+Tensor lbfgs_norms(const Tensor& vector, const OptionalTensor& other) {
+  const Vectors vectors("lbfgs_norms", vector, "vector");
+  const NormsOf task{vectors.numel(), vectors.storage(), vector.const_data_ptr(), vectors.in(other, "other")};
+  Tensor out = results(vector, 3);
+  Driver::norms(vector.device(), task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
+  return out;
+}
+
+template <class Driver>
+Tensor lbfgs_dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric) {
+  const Vectors vectors("lbfgs_dots", vector, "vector");
+  const Rows rows(vectors, old_dirs, old_stps, dtype_of(old_dirs, vector));
+  HistoryDots task{};
+  task.history = rows.get();
+  task.numel = vectors.numel();
+  task.value = vectors.storage();
+  task.grad = vector.const_data_ptr();
+  task.metric = vectors.in(metric, "metric");
+  Tensor out = results(vector, task.sums());
+  Driver::history_dots(vector.device(), task, out.mutable_data_ptr<double>());
+  return out;
+}
+
+template <class Driver>
+Tensor lbfgs_pair_(const Tensor& y, const Tensor& s, const Tensor& grad, const Tensor& prev_grad, const Tensor& d,
+                   TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric, double t, double grad_weight,
+                   double prev_weight) {
+  const char* const op = "lbfgs_pair_";
+  const Vectors vectors(op, grad, "grad");
+  Rows rows(vectors, old_dirs, old_stps, y.scalar_type());
+  vectors.check(y, "y", y.scalar_type());
+  vectors.check(s, "s", y.scalar_type());
+  rows.add_pair(y, s);
+  HistoryDots task{};
+  task.history = rows.get();
+  task.numel = vectors.numel();
+  task.value = vectors.storage();
+  task.grad = grad.const_data_ptr();
+  task.metric = vectors.in(metric, "metric");
+  task.with_difference = task.forms_pair = true;
+  task.pair = {t, grad_weight, prev_weight};
+  task.prev_grad = vectors.in(prev_grad, "prev_grad");
+  task.d = vectors.in(d, "d");
+  note_write(y);
+  note_write(s);
+  Tensor out = results(grad, task.sums());
+  Driver::history_dots(grad.device(), task, out.mutable_data_ptr<double>());
+  return out;
+}
+
+template <class Driver>
+Tensor lbfgs_combine_(const Tensor& d, const Tensor& grad, TensorList old_dirs, TensorList old_stps,
+                      const Tensor& coefficients, const OptionalTensor& metric) {
+  const char* const op = "lbfgs_combine_";
+  const Vectors vectors(op, grad, "grad");
+  const Rows rows(vectors, old_dirs, old_stps, dtype_of(old_dirs, grad));
+  HistoryCombination task{};
+  task.history = rows.get();
+  task.numel = vectors.numel();
+  task.value = vectors.storage();
+  task.grad = grad.const_data_ptr();
+  task.metric = vectors.in(metric, "metric");
+  vectors.check(d, "d", grad.scalar_type());
+  task.d = d.mutable_data_ptr();
+  const int64_t count = task.history.count;
+  TORCH_CHECK(coefficients.is_cpu() && coefficients.scalar_type() == at::kDouble && coefficients.is_contiguous() &&
+                  coefficients.numel() == 1 + 2 * count,
+              "optim_ext::", op, ": coefficients must be ", 1 + 2 * count, " doubles on the CPU");
+  const double* const values = coefficients.const_data_ptr<double>();
+  task.grad_coefficient = values[0];
+  task.y_coefficient = values + 1;
+  task.s_coefficient = values + 1 + count;
+  note_write(d);
+  Tensor out = results(grad, 3);
+  Driver::history_combine(grad.device(), task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
+  return out;
+}
+
+OPTIM_EXT_INSTANTIATE_OP(lbfgs_gather_)
+OPTIM_EXT_INSTANTIATE_OP(lbfgs_displace_)
+OPTIM_EXT_INSTANTIATE_OP(lbfgs_norms)
+OPTIM_EXT_INSTANTIATE_OP(lbfgs_dots)
+OPTIM_EXT_INSTANTIATE_OP(lbfgs_pair_)
+OPTIM_EXT_INSTANTIATE_OP(lbfgs_combine_)
+
+void LbfgsGram::append(const double* y_column, const double* s_column, int64_t stride) {
+  if (count_ == stride_) {
+    const int64_t wider = std::max<int64_t>(8, 2 * stride_);
+    std::vector<double> sy(wider * wider), yy(wider * wider);
+    for (int64_t j = 0; j < count_; ++j) {
+      std::copy_n(&sy_[j * stride_], count_, &sy[j * wider]);
+      std::copy_n(&yy_[j * stride_], count_, &yy[j * wider]);
+    }
+    sy_.swap(sy);
+    yy_.swap(yy);
+    stride_ = wider;
+  }
+  const int64_t j = count_++;
+  for (int64_t i = 0; i <= j; ++i) {
+    sy_[j * stride_ + i] = s_column[i * stride];
+    yy_[j * stride_ + i] = yy_[i * stride_ + j] = y_column[i * stride];
+  }
+}
+
+void LbfgsGram::drop_oldest() {
+  for (int64_t j = 1; j < count_; ++j) {
+    std::copy_n(&sy_[j * stride_ + 1], count_ - 1, &sy_[(j - 1) * stride_]);
+    std::copy_n(&yy_[j * stride_ + 1], count_ - 1, &yy_[(j - 1) * stride_]);
+  }
+  --count_;
+}
+
+void LbfgsGram::append_dots(const Tensor& dots) {
+  TORCH_CHECK(dots.is_cpu() && dots.scalar_type() == at::kDouble && dots.numel() == 2 * (count_ + 1));
+  const double* const values = dots.const_data_ptr<double>();
+  append(values, values + count_ + 1, 1);
+}
+
+bool LbfgsGram::push(const Tensor& dots, int64_t history_size, double least_curvature) {
+  const int64_t rows = count_ + 1;
+  TORCH_CHECK(dots.is_cpu() && dots.scalar_type() == at::kDouble && dots.numel() == 4 * rows);
+  const double *y = dots.const_data_ptr<double>(), *s = y + 2 * rows;
+  const bool accepted = s[2 * count_ + 1] > least_curvature;
+  int64_t first = 0;
+  if (accepted) {
+    if (count_ == history_size) {
+      drop_oldest();
+      first = 1;
+    }
+    append(y + 1 + 2 * first, s + 1 + 2 * first, 2);
+  }
+  yg_.resize(count_);
+  sg_.resize(count_);
+  for (int64_t i = 0; i < count_; ++i) {
+    yg_[i] = y[2 * (i + first)];
+    sg_[i] = s[2 * (i + first)];
+  }
+  return accepted;
+}
+
+Tensor LbfgsGram::coefficients() {
+  Tensor out = at::empty({1 + 2 * count_}, at::kDouble);
+  double* const values = out.mutable_data_ptr<double>();
+  alpha_.resize(count_);
+  rules::lbfgs_two_loop(count_, stride_, sy_.data(), yy_.data(), sg_.data(), yg_.data(), h_diag(), values, values + 1,
+                        values + 1 + count_, alpha_.data());
+  return out;
+}
+
+std::vector<double> LbfgsGram::curvatures() const {
+  std::vector<double> ys;
+  for (int64_t j = 0; j < count_; ++j) ys.push_back(sy_[j * stride_ + j]);
+  return ys;
+}
+
+double LbfgsGram::h_diag() const {
+  const int64_t newest = (count_ - 1) * (stride_ + 1);
+  return count_ == 0 ? 1.0 : sy_[newest] / yy_[newest];
+}
+
+}  // namespace optim_ext::ops

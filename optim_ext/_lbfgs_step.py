@@ -1,0 +1,499 @@
+"""One step of L-BFGS: torch's control flow around native sweeps over the whole history."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim_ext._line_search import Point, strong_wolfe
+from optim_ext._load import _C
+
+_OPS = torch.ops.optim_ext
+# torch's: pairs of less curvature than this do not join the history.
+_LEAST_CURVATURE = 1e-10
+# Restarts after which a step gives up: each begins ten times shorter than the one before.
+_MOST_RESTARTS = 12
+# One number for all parameters, or one number, tensor or None for each of them.
+Bound = float | Tensor | Sequence["float | Tensor | None"] | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """The options of one step."""
+
+    lr: float
+    scales: tuple[float, ...]  # of the groups' learning rates, relative to the largest
+    max_iter: int
+    max_eval: int
+    tolerance_grad: float
+    tolerance_change: float
+    history_size: int
+    line_search_fn: str | None
+    maximize: bool = False
+    strict_max_eval: bool = False
+    recover: bool = False
+    damping: float | None = None
+    history_dtype: torch.dtype | None = None
+    bounds: tuple[Bound, Bound] | None = field(default=None, compare=False)
+
+
+class Buffers:
+    """Vectors of one kind, used again when given back."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._kind = {"dtype": dtype, "device": device}
+        self._numel = numel
+        self._own: dict[int, Tensor] = {}
+        self._free: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        if self._free:
+            return self._free.pop()
+        tensor = torch.empty(self._numel, **self._kind)  # type: ignore[call-overload]
+        self._own[id(tensor)] = tensor
+        return tensor  # type: ignore[no-any-return]
+
+    def give(self, tensor: Tensor) -> None:
+        """Take back a vector nobody needs any more. Those that did not come from here are left alone."""
+        if id(tensor) in self._own:
+            self._free.append(tensor)
+
+    def owns(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._own
+
+    def disown(self) -> None:
+        """Everything that was taken stays with its taker."""
+        self._own = {id(tensor): tensor for tensor in self._free}
+
+
+class Workspace:
+    """The parameters as one vector, memory for more of them, and the history's dot products. A cache: the state holds
+    all that matters, and what is here is checked against it."""
+
+    def __init__(self, params: list[Tensor], sizes: list[int], bounds: list[Any], method: Method) -> None:
+        self.params = params
+        self.seen = [(p.shape, p.dtype, p.device) for p in params]
+        self.device = params[0].device
+        for index, p in enumerate(params):
+            if p.device != self.device:
+                raise RuntimeError(
+                    f"LBFGS needs all parameters on one device: {index} is on {p.device}, not {self.device}"
+                )
+        dtype = torch.float32
+        for p in params:
+            dtype = torch.promote_types(dtype, p.dtype.to_real())
+        self.dtype = dtype
+        self.numels = [p.numel() * (2 if p.is_complex() else 1) for p in params]
+        self.numel = sum(self.numels)
+        self.offsets = [0, *itertools.accumulate(self.numels)][:-1]
+        self.history_dtype = method.history_dtype or dtype
+        self.vectors = Buffers(self.numel, dtype, self.device)
+        self.rows = (
+            self.vectors if self.history_dtype == dtype else Buffers(self.numel, self.history_dtype, self.device)
+        )
+        self.sizes, self.bounds, self.scales = sizes, bounds, method.scales
+        self.metric = self._metric()
+        self.box: Any = None
+        self.gram: _C.LbfgsGram | None = None
+        self._summed: list[tuple[Tensor, int]] = []  # the rows the Gram matrices were made of, with their versions
+        self.best: Best | None = None
+        self.warned = False
+
+    def what_changed(self, params: list[Tensor]) -> str | None:
+        for index, (p, known, seen) in enumerate(zip(params, self.params, self.seen, strict=False)):
+            now = (p.shape, p.dtype, p.device)
+            if p is known and now != seen:
+                return f"parameter {index} changed from {_described(seen)} to {_described(now)}"
+        return None
+
+    def serves(self, params: list[Tensor], sizes: list[int], bounds: list[Any], method: Method) -> bool:
+        return (
+            len(params) == len(self.params)
+            and all(a is b for a, b in zip(params, self.params, strict=True))
+            and sizes == self.sizes
+            and all(a is b for a, b in zip(bounds, self.bounds, strict=True))
+            and method.scales == self.scales
+            and (method.history_dtype or self.dtype) == self.history_dtype
+        )
+
+    def _metric(self) -> Tensor | None:
+        if all(scale == 1.0 for scale in self.scales):
+            return None
+        pieces, numels = [], iter(self.numels)
+        for size, scale in zip(self.sizes, self.scales, strict=True):
+            numel = sum(itertools.islice(numels, size))
+            pieces.append(torch.full((numel,), scale, dtype=self.dtype, device=self.device))
+        return torch.cat(pieces)
+
+    def disown(self) -> None:
+        self.vectors.disown()
+        self.rows.disown()
+
+    def read(self, into: Tensor) -> None:
+        _OPS.lbfgs_gather_(into, self.params, self.offsets)
+
+    def gather(self, into: Tensor, negate: bool) -> None:
+        """The gradients as one vector; zeros for parameters without."""
+        grads, offsets = [p.grad for p in self.params], self.offsets
+        if not all(grad is not None and grad.layout is torch.strided for grad in grads):
+            there = [(offset, grad) for offset, grad in zip(offsets, grads, strict=True) if grad is not None]
+            offsets = [offset for offset, _ in there]
+            grads = [grad if grad.layout is torch.strided else grad.to_dense() for _, grad in there]
+        _OPS.lbfgs_gather_(into, grads, offsets, negate=negate)
+
+    def move(self, d: Tensor, t: float, origin: Tensor | None = None) -> None:
+        _OPS.lbfgs_displace_(self.params, d, origin=origin, t=t)
+
+    def norms(self, vector: Tensor, other: Tensor | None = None) -> tuple[float, float, float]:
+        """Largest magnitude, sum of magnitudes, product with another vector."""
+        largest, total, product = _OPS.lbfgs_norms(vector, other).tolist()
+        return largest, total, product
+
+    def gram_of(self, old_dirs: list[Tensor], old_stps: list[Tensor]) -> _C.LbfgsGram:
+        """The dot products of a history: those at hand, or, where it came from elsewhere, computed anew."""
+        rows = [*old_dirs, *old_stps]
+        known = self.gram is not None and len(rows) == len(self._summed)
+        if not known or any(a is not b or a._version != v for a, (b, v) in zip(rows, self._summed, strict=True)):
+            self.gram = _C.LbfgsGram()
+            for count, y in enumerate(old_dirs, start=1):
+                y = y.to(self.dtype)
+                dots = _OPS.lbfgs_dots(y, old_dirs[:count], old_stps[:count], metric=self.metric)
+                self.gram.append_dots(dots.cpu())
+        assert self.gram is not None
+        return self.gram
+
+    def remember(self, old_dirs: list[Tensor], old_stps: list[Tensor]) -> None:
+        self._summed = [(row, row._version) for row in (*old_dirs, *old_stps)]
+
+
+def _described(seen: tuple[torch.Size, torch.dtype, torch.device]) -> str:
+    shape, dtype, device = seen
+    return f"{list(shape)} {dtype} on {device}"
+
+
+@dataclass
+class Best:
+    """The lowest point seen, kept for ``recover``."""
+
+    loss: float
+    params: Tensor
+    grad: Tensor
+
+
+class _Lease:
+    """A vector that goes back to its buffers when the last reference to it goes."""
+
+    def __init__(self, buffers: Buffers, tensor: Tensor) -> None:
+        self.buffers: Buffers | None = buffers
+        self.tensor = tensor
+
+    def keep(self) -> Tensor:
+        self.buffers = None
+        return self.tensor
+
+    def __del__(self) -> None:
+        if self.buffers is not None:
+            self.buffers.give(self.tensor)
+
+
+class Step:
+    """One call of ``step``."""
+
+    def __init__(self, state: dict[str, Any], work: Workspace, method: Method, closure: Callable[[], Any]) -> None:
+        self.state, self.work, self.method, self.closure = state, work, method, closure
+        self.evals = 0
+        self.restarts = 0
+        self.loss: float
+        self.grad: Tensor
+        self.d: Tensor | None
+        self.prev_grad: Tensor | None
+        self.t: float
+
+    def run(self) -> Any:
+        given, self.loss, self.grad = self._evaluate()
+        self.evals = 1
+        self.state["func_evals"] = self.state.get("func_evals", 0) + 1
+        self.state.setdefault("n_iter", 0)
+        self._load()
+        try:
+            self._measure()
+            if self.method.recover and not self._is_finite():
+                if not self._restart():
+                    return given
+            else:
+                self._note_best(anew=True)
+            if not self.largest <= self.method.tolerance_grad:
+                self._iterate()
+        finally:
+            self._save()
+        return given
+
+    def _iterate(self) -> None:
+        method, state = self.method, self.state
+        for iteration in range(1, method.max_iter + 1):
+            state["n_iter"] += 1
+            last = iteration == method.max_iter
+            is_fresh = state["n_iter"] == 1 or self.d is None or (self.t == 0.0 and not self.old_dirs)
+            if is_fresh:
+                self._forget()
+            else:
+                self._add_pair()
+            self._set_direction()
+            self.prev_grad, self.prev_loss = self.grad, self.loss
+            self.t = method.lr
+            if is_fresh:
+                self.t *= 0.1**self.restarts * (min(1.0, 1.0 / self.total) if self.total > 0 else 1.0)
+            if method.recover and not (math.isfinite(self.slope) and math.isfinite(self.d_largest)):
+                if self._restart():
+                    continue
+                break
+            if self.slope > -method.tolerance_change:
+                break
+            spent = self._just_move(last) if method.line_search_fn is None else self._search()
+            if spent is None:
+                break
+            self.evals += spent
+            state["func_evals"] += spent
+            is_over = last or self.evals >= method.max_eval
+            if method.recover and not self._is_finite():
+                if self._restart() and not is_over:
+                    continue
+                break
+            self._note_best()
+            if is_over or self.largest <= method.tolerance_grad:
+                break
+            if abs(self.t) * self.d_largest <= method.tolerance_change:
+                break
+            if abs(self.loss - self.prev_loss) < method.tolerance_change:
+                break
+
+    # Evaluations
+
+    def _evaluate(self) -> tuple[Any, float, Tensor]:
+        """The loss as the closure gives it and as the number to minimise, and the gradient."""
+        given = self.closure()
+        try:
+            loss = float(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"the closure of LBFGS has to return the loss, one number: {error}") from error
+        grad = self.work.vectors.take()
+        self.work.gather(grad, self.method.maximize)
+        return given, -loss if self.method.maximize else loss, grad
+
+    def _measure(self) -> None:
+        self.largest, self.total, _ = self.work.norms(self.grad)
+
+    def _is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.largest)
+
+    # The state, which has torch's keys
+
+    def _load(self) -> None:
+        """Take the state up. It may come from torch, or from a checkpoint of another dtype."""
+        state, work = self.state, self.work
+
+        def fitting(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            return tensor.to(device=work.device, dtype=dtype).contiguous()
+
+        rows = slice(-self.method.history_size, None)
+        self.old_dirs = [fitting(row, work.history_dtype) for row in (state.get("old_dirs") or [])[rows]]
+        self.old_stps = [fitting(row, work.history_dtype) for row in (state.get("old_stps") or [])[rows]]
+        self.gram = work.gram_of(self.old_dirs, self.old_stps)
+        self.d = None if state.get("d") is None else fitting(state["d"], work.dtype)
+        self.prev_grad = self.d if self.d is None else fitting(state["prev_flat_grad"], work.dtype)
+        self.t = float(state.get("t") or 0.0)
+        self.prev_loss = float(state.get("prev_loss") or 0.0)
+
+    def _save(self) -> None:
+        state, work, gram = self.state, self.work, self.gram
+        work.remember(self.old_dirs, self.old_stps)
+        if self.d is None and state.get("d") is not None:  # after a restart: a step of no length, for torch too
+            self.d, self.t, self.prev_grad, self.prev_loss = self.grad.neg(), 0.0, self.grad, self.loss
+        if self.d is not None:
+            count = gram.count
+            alpha = gram.alpha if len(gram.alpha) == count else [0.0] * count
+            numbers = [*(1.0 / ys for ys in gram.curvatures), *alpha, gram.h_diag]
+            scalars = torch.tensor(numbers, dtype=work.dtype, device=work.device).unbind()
+            state["d"], state["t"] = self.d, self.t
+            state["old_dirs"], state["old_stps"] = self.old_dirs, self.old_stps
+            state["ro"], state["H_diag"] = list(scalars[:count]), scalars[-1] if count > 0 else 1
+            state["prev_flat_grad"], state["prev_loss"] = self.prev_grad, self.prev_loss
+            if state["n_iter"] > 1:
+                state["al"] = [*scalars[count:-1], *[None] * (self.method.history_size - count)]
+        if self.grad is not self.prev_grad:
+            work.vectors.give(self.grad)
+
+    # Directions
+
+    def _forget(self) -> None:
+        """An empty history, as at the very beginning."""
+        work = self.work
+        for row in (*self.old_dirs, *self.old_stps):
+            work.rows.give(row)
+        self.old_dirs, self.old_stps = [], []
+        self.gram = work.gram = _C.LbfgsGram()
+        for vector in (self.d, self.prev_grad):
+            if vector is not None and vector is not self.grad:
+                work.vectors.give(vector)
+        self.d = self.prev_grad = None
+
+    def _add_pair(self) -> None:
+        """The last step and the change of the gradient join the history, and all dot products with the gradient are
+        taken. The memory of the direction and of the gradient before becomes that of the new rows."""
+        work, size = self.work, self.method.history_size
+        grad, prev_grad, d, weights = self._ingredients()
+        reuse = work.rows.owns(prev_grad) and work.rows.owns(d)
+        y, s = (prev_grad, d) if reuse else (work.rows.take(), work.rows.take())
+        dots = _OPS.lbfgs_pair_(
+            y, s, grad, prev_grad, d, self.old_dirs, self.old_stps,
+            metric=work.metric, t=self.t, grad_weight=weights[0], prev_weight=weights[1],
+        )  # fmt: skip
+        is_new = self.gram.push(dots.cpu(), size, _LEAST_CURVATURE)
+        if not reuse:
+            work.vectors.give(prev_grad)
+            work.vectors.give(d)
+        if is_new and len(self.old_dirs) == size:
+            work.rows.give(self.old_dirs.pop(0))
+            work.rows.give(self.old_stps.pop(0))
+        if is_new:
+            self.old_dirs.append(y)
+            self.old_stps.append(s)
+        else:
+            work.rows.give(y)
+            work.rows.give(s)
+
+    def _ingredients(self) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
+        """The gradient, the one before, the direction between them, and the weights of both gradients in the pair."""
+        assert self.prev_grad is not None and self.d is not None
+        return self.grad, self.prev_grad, self.d, self._damped() if self.method.damping is not None else (1.0, 1.0)
+
+    def _damped(self) -> tuple[float, float]:
+        """Powell's weights. What he mixes in, B s, is -t times the gradient before, as d is minus its product with H."""
+        assert self.prev_grad is not None and self.method.damping is not None
+        before, after = (self.work.norms(grad, self.d)[2] for grad in (self.prev_grad, self.grad))
+        sy, sbs = self.t * (after - before), -self.t * self.t * before
+        if not (sbs > 0.0 and sy < self.method.damping * sbs):
+            return 1.0, 1.0
+        theta = (1.0 - self.method.damping) * sbs / (sbs - sy)
+        return theta, theta + (1.0 - theta) * self.t
+
+    def _set_direction(self) -> None:
+        self.d = self.work.vectors.take()
+        self.d_largest, _, self.slope = self._combine(self.d, self.grad).tolist()
+
+    def _combine(self, d: Tensor, grad: Tensor) -> Tensor:
+        norms: Tensor = _OPS.lbfgs_combine_(
+            d, grad, self.old_dirs, self.old_stps, coefficients=self.gram.coefficients(), metric=self.work.metric
+        )
+        return norms
+
+    # Moves
+
+    def _just_move(self, last: bool) -> int:
+        """A step of given length; returns how often the closure was called. In the last iteration it is not: a
+        stochastic one would give another function's value."""
+        self._advance()
+        if last or (self.method.strict_max_eval and self.evals >= self.method.max_eval):
+            return 0
+        _, self.loss, self.grad = self._evaluate()
+        self._measure()
+        return 1
+
+    def _advance(self) -> None:
+        assert self.d is not None
+        self.work.move(self.d, self.t)
+
+    def _search(self) -> int | None:
+        """A step of searched length; returns how often the closure was called, None where it must not be any more."""
+        method, work = self.method, self.work
+        max_ls = method.max_eval - self.evals - (1 if method.strict_max_eval else 0)
+        if max_ls < 0:
+            return None
+        origin = work.vectors.take()
+        work.read(origin)
+        at = 0.0
+
+        def evaluate(t: float) -> Point:
+            nonlocal at
+            at = t
+            slope = self._place(origin, t)
+            _, loss, grad = self._evaluate()
+            return Point(t, loss, self._slope_at(grad, slope), _Lease(work.vectors, grad))
+
+        current = _Lease(work.vectors, self.grad)
+        current.keep()
+        try:
+            point, spent = self._line_search(evaluate, Point(0.0, self.loss, self.slope, current), max_ls)
+        except BaseException:
+            self._place(origin, 0.0)
+            self.t = 0.0
+            raise
+        if at != point.t:
+            self._place(origin, point.t)
+        self.t, self.loss, self.grad = point.t, point.loss, point.at.keep()
+        self._arrive(origin)
+        work.vectors.give(origin)
+        self._measure()
+        return spent
+
+    def _line_search(self, evaluate: Callable[[float], Point], start: Point, max_ls: int) -> tuple[Point, int]:
+        method = self.method
+        return strong_wolfe(
+            evaluate, start, self.t, self.d_largest, max_ls, method.tolerance_change, guarded=method.recover
+        )
+
+    def _place(self, origin: Tensor, t: float) -> float:
+        """Move to the point at ``t``; what is known of the slope there."""
+        assert self.d is not None
+        self.work.move(self.d, t, origin)
+        return 0.0
+
+    def _slope_at(self, grad: Tensor, known: float) -> float:
+        return self.work.norms(grad, self.d)[2]
+
+    def _arrive(self, origin: Tensor) -> None:
+        """After the last move of a search."""
+
+    # Recovery
+
+    def _note_best(self, anew: bool = False) -> None:
+        """Keep a copy of the lowest point. In a new step the function may be another one: what came before counts no
+        more."""
+        work = self.work
+        if not self.method.recover or not (anew or work.best is None or self.loss < work.best.loss):
+            return
+        if work.best is None:
+            work.best = Best(self.loss, work.vectors.take(), work.vectors.take())
+        work.best.loss = self.loss
+        work.read(work.best.params)
+        work.best.grad.copy_(self.grad)
+
+    def _restart(self) -> bool:
+        """Back to the best point with an empty history, from where steps begin shorter; False to stop there."""
+        work, best = self.work, self.work.best
+        if not work.warned:
+            work.warned = True
+            where = "where it began" if best is None else f"at the best point seen, of loss {best.loss:g}"
+            warnings.warn(
+                f"LBFGS met a loss or gradient that is not finite; it goes on {where} without its history "
+                "(further occurrences are not reported)",
+                stacklevel=2,
+            )
+        self.restarts += 1
+        if best is None:
+            return False
+        work.move(best.params, 0.0, best.params)
+        if self.grad is self.prev_grad:
+            self.grad = work.vectors.take()
+        self.grad.copy_(best.grad)
+        self.loss = best.loss
+        self._forget()
+        self._measure()
+        return self.restarts <= _MOST_RESTARTS

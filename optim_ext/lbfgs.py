@@ -1,0 +1,244 @@
+"""L-BFGS."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim_ext._fused_step import Group, _is_plain
+from optim_ext._lbfgs_box import BoxedStep
+from optim_ext._lbfgs_step import Bound, Method, Step, Workspace
+from optim_ext._load import _C
+
+_OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
+# Options that describe the method, not a parameter: every group has the same. torch has `maximize` since 2.14.
+_COMMON = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "maximize")
+
+
+class LBFGS(torch.optim.LBFGS):
+    """L-BFGS (Liu & Nocedal 1989), torch's optimizer with a native iteration.
+
+    The arguments up to ``maximize`` (in versions of torch that have it) are those of :class:`torch.optim.LBFGS`, and so
+    are the closure, the results, the counts of evaluations and the state, which loads both ways. ``params`` may also
+    be several groups with a learning rate each: the ratio of a group's rate to the largest one scales its part of the
+    initial inverse Hessian. Everything below is off by default.
+
+    Args:
+        strict_max_eval: never call the closure more than ``max_eval`` times in a step. (torch's line search may
+            overshoot; a step without line search calls it at least twice.)
+        recover: when the loss or the gradient becomes non-finite, go back to the best point seen, forget the history
+            and go on from there with shorter steps; warns once. The line search treats non-finite values as too high.
+        damping: mix the model's own curvature into pairs that have less than this share of it, as Powell (1978); 0.2 is
+            usual. Keeps the history positive definite without a line search.
+        history_dtype: ``torch.bfloat16`` stores the history at 2 bytes an element. Sums are taken in double all the
+            same. Directions get the three digits of that format, which costs some iterations more near the solution.
+        bounds: ``(lower, upper)``, each None, a number, or one number, tensor or None for each parameter. The parameters
+            stay within them: projected L-BFGS. With ``line_search_fn='strong_wolfe'`` the search then shortens the step
+            along the projected path (Bertsekas 1982) instead.
+
+    Internally parameters form one vector of their common floating point type, float32 at least; complex ones count as
+    pairs of real ones. Dot products are summed in double, in one fixed order for every number of threads.
+
+    After an exception of the closure in the middle of a step the parameters are where the last completed iteration
+    left them, and the state fits them; bad input is found before anything is written.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        strict_max_eval: bool = False,
+        recover: bool = False,
+        damping: float | None = None,
+        history_dtype: torch.dtype | None = None,
+        bounds: tuple[Bound, Bound] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(params, (Tensor, dict)):
+            params = list(params)
+        groups = isinstance(params, list) and len(params) > 1 and all(isinstance(group, dict) for group in params)
+        super().__init__(params[:1] if groups else params, *args, **kwargs)
+        own = {
+            "strict_max_eval": bool(strict_max_eval),
+            "recover": bool(recover),
+            "damping": damping,
+            "history_dtype": history_dtype,
+            "bounds": bounds,
+        }
+        # Only what was asked for: without these a state_dict has torch's own keys.
+        self.defaults.update({name: value for name, value in own.items() if value not in (False, None)})
+        for group in self.param_groups:
+            self._fill_in(group)
+        if groups:
+            for group in params[1:]:
+                self.add_param_group(group)
+        self._method()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_workspace", None)
+        self._params = self.param_groups[0]["params"]  # torch's own step looks there
+        self._numel_cache = None
+        for group in self.param_groups:
+            self._fill_in(group)
+
+    def _fill_in(self, group: Group) -> None:
+        for name in _OWN_OPTIONS:
+            if name in self.defaults:
+                group.setdefault(name, self.defaults[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        if "_workspace" in self.__dict__:
+            self._workspace.disown()  # its tensors may be kept: they are not written again
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` of this class or of torch's returned.
+
+        torch casts loaded state to the parameter's type. A history of ours may be wider than a 16-bit parameter, or
+        narrower where ``history_dtype`` says so, and is then taken as it was saved.
+        """
+        loaded: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = loaded[-1]["state"].get(loaded[-1]["param_groups"][0]["params"][0], {})
+        first = self.param_groups[0]["params"][0]
+        for key in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
+            if key in saved and first in self.state:
+                self.state[first][key] = _on(first.device, saved[key])
+
+    def _method(self) -> Method:
+        """The options as they stand, checked."""
+        first = self.param_groups[0]
+        for index, group in enumerate(self.param_groups):
+            for name in (*_COMMON, *_OWN_OPTIONS):
+                if name != "bounds" and group.get(name) != first.get(name):
+                    raise ValueError(f"all groups of LBFGS need the same {name}: group {index} has {group.get(name)}")
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if not all(rate >= 0.0 for rate in rates):
+            raise ValueError(f"Invalid learning rate: {next(rate for rate in rates if not rate >= 0.0)}")
+        method = Method(
+            lr=max(rates),
+            scales=tuple(rate / max(rates) if max(rates) > 0 else 1.0 for rate in rates),
+            **{name: first[name] for name in _COMMON if name in first},
+            **{name: first[name] for name in _OWN_OPTIONS if name in first},
+        )
+        if method.history_size < 1:
+            raise ValueError(f"Invalid history_size: {method.history_size}, at least 1 is needed")
+        if method.line_search_fn not in (None, "strong_wolfe"):
+            raise RuntimeError("only 'strong_wolfe' is supported")
+        if method.history_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"Invalid history_dtype: {method.history_dtype}, only torch.bfloat16 is supported")
+        if method.damping is not None and not 0.0 < method.damping < 1.0:
+            raise ValueError(f"Invalid damping: {method.damping}, expected a number between 0 and 1")
+        if method.damping is not None and method.bounds is not None:
+            raise ValueError("damping and bounds cannot be combined: a projected step is not the model's own")
+        return method
+
+    def _torch_reason(self, group: Group, ahead: bool = False) -> str | None:
+        """Why the step takes torch's own code, or None if it runs natively."""
+        params = [p for each in self.param_groups for p in each["params"]]
+        for index, p in enumerate(params):
+            problem = _C.unsupported(p) if _is_plain(p) else "it is a tensor subclass with operations of its own"
+            if problem is not None:
+                return f"parameter {index}: {problem}"
+        if _share_memory(params):
+            return "parameters share memory"
+        return None
+
+    _native_how = "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """Perform up to ``max_iter`` iterations.
+
+        Args:
+            closure: re-evaluates the model with gradients enabled and returns the loss: a number, or a tensor of one
+                element.
+
+        Returns:
+            The first loss, as the closure returned it.
+
+        Raises:
+            TypeError: there is no closure, or it returns no number.
+            RuntimeError: the loss has several elements, or ``line_search_fn`` is unknown, or a parameter is not what it
+                was in the step before (shape, dtype, device).
+            ValueError: an option is invalid.
+        """
+        if not callable(closure):
+            raise TypeError(f"LBFGS.step needs a closure that re-evaluates the model, found {closure!r}")
+        method = self._method()
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not params:
+            with torch.enable_grad():
+                return closure()
+        reason = self._torch_reason(self.param_groups[0])
+        if reason is not None:
+            return self._torch_step(closure, reason)
+        workspace = self._workspace_for(params, method)
+        kind = Step if method.bounds is None else BoxedStep
+        return kind(self.state[params[0]], workspace, method, torch.enable_grad()(closure)).run()
+
+    def _torch_step(self, closure: Callable[[], Any], reason: str) -> Any:
+        beyond = [name for name in _OWN_OPTIONS if name in self.param_groups[0]]
+        beyond += ["several groups"] if len(self.param_groups) > 1 else []
+        if beyond:
+            raise RuntimeError(f"LBFGS has no native step here ({reason}), and torch's has no {', '.join(beyond)}")
+        step = torch.optim.LBFGS.step
+        return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)  # type: ignore[attr-defined]
+
+    def _workspace_for(self, params: list[Tensor], method: Method) -> Workspace:
+        """What is kept from step to step, made anew where it no longer fits; errors where the state does not fit."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        bounds = [group.get("bounds") for group in self.param_groups]
+        workspace: Workspace | None = self.__dict__.get("_workspace")
+        state = self.state.get(params[0], {})
+        if workspace is not None:
+            changed = workspace.what_changed(params)
+            if changed is not None and state.get("prev_flat_grad") is not None:
+                raise RuntimeError(f"{changed} since the last step of LBFGS; optimizer.state.clear() starts anew")
+            if changed is not None or not workspace.serves(params, sizes, bounds, method):
+                workspace = None
+        if workspace is None:
+            workspace = Workspace(params, sizes, bounds, method)
+            self._workspace = workspace
+        kept = state.get("prev_flat_grad")
+        if kept is not None and (kept.numel() != workspace.numel or kept.device != workspace.device):
+            raise RuntimeError(
+                f"the state of LBFGS is for {kept.numel()} numbers on {kept.device}, the parameters have "
+                f"{workspace.numel} on {workspace.device}; optimizer.state.clear() starts anew"
+            )
+        return workspace
+
+
+def _share_memory(params: list[Tensor]) -> bool:
+    """Whether two of the parameters are one, or dense ones overlap: they cannot be moved independently."""
+    dense = sorted((p.data_ptr(), p.numel() * p.element_size()) for p in params if p.numel() and p.is_contiguous())
+    overlap = any(begin + size > after for (begin, size), (after, _) in itertools.pairwise(dense))
+    return overlap or len({id(p) for p in params}) < len(params)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_on(device, entry) for entry in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _signature() -> inspect.Signature:
+    """torch's, with the options of this class behind it."""
+    theirs = inspect.signature(torch.optim.LBFGS.__init__).parameters
+    ours = inspect.signature(LBFGS.__init__).parameters
+    own = [parameter for name, parameter in ours.items() if name in _OWN_OPTIONS]
+    return inspect.Signature([*theirs.values(), *own], return_annotation=None)
+
+
+LBFGS.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""Functions to minimise, each with a start, and two optimizers run on them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    """Rosenbrock 1960, chained. Its minimum is 0."""
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def beale(x: Tensor) -> Tensor:
+    return (
+        (1.5 - x[0] + x[0] * x[1]) ** 2 + (2.25 - x[0] + x[0] * x[1] ** 2) ** 2 + (2.625 - x[0] + x[0] * x[1] ** 3) ** 2
+    )
+
+
+def booth(x: Tensor) -> Tensor:
+    return (x[0] + 2 * x[1] - 7) ** 2 + (2 * x[0] + x[1] - 5) ** 2
+
+
+def himmelblau(x: Tensor) -> Tensor:
+    return (x[0] ** 2 + x[1] - 11) ** 2 + (x[0] + x[1] ** 2 - 7) ** 2
+
+
+def logistic() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Regression on scikit-learn's breast-cancer data, with a little L2: weights and an intercept."""
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+    features = torch.tensor(data.data)
+    features = (features - features.mean(0)) / features.std(0)
+    signs = torch.tensor(data.target, dtype=torch.float64) * 2 - 1
+
+    def loss(w: Tensor) -> Tensor:
+        margin = signs.to(w.dtype) * (features.to(w.dtype) @ w[:-1] + w[-1])
+        return torch.nn.functional.softplus(-margin).mean() + 1e-4 * (w[:-1] ** 2).sum()
+
+    return loss, torch.zeros(features.shape[1] + 1, dtype=torch.float64)
+
+
+def rosenbrock_start(n: int) -> Tensor:
+    return torch.tensor([-1.2, 1.0], dtype=torch.float64).repeat((n + 1) // 2)[:n].clone()
+
+
+PROBLEMS: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Tensor]]] = {
+    **{f"rosenbrock-{n}": (lambda n=n: (rosenbrock, rosenbrock_start(n))) for n in (2, 10, 100, 10000)},
+    "beale": lambda: (beale, torch.tensor([1.0, 1.0], dtype=torch.float64)),
+    "booth": lambda: (booth, torch.tensor([-4.0, 9.0], dtype=torch.float64)),
+    "himmelblau": lambda: (himmelblau, torch.tensor([0.0, 0.0], dtype=torch.float64)),
+    "logistic": logistic,
+}
+
+
+@dataclass
+class Run:
+    """An optimizer at work on one problem; `losses` are those of all calls of the closure."""
+
+    optimizer: torch.optim.LBFGS
+    params: list[Tensor]
+    loss: Callable[[list[Tensor]], Tensor]
+
+    def __post_init__(self) -> None:
+        self.losses: list[float] = []
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss(self.params)
+        loss.backward()
+        self.losses.append(loss.item())
+        return loss
+
+    def steps(self, count: int) -> Run:
+        for _ in range(count):
+            self.optimizer.step(self.closure)
+        return self
+
+    @property
+    def state(self) -> dict:
+        return self.optimizer.state[self.params[0]]
+
+    @property
+    def calls(self) -> int:
+        return len(self.losses)
+
+
+def start(cls, problem: str, dtype=torch.float64, **options) -> Run:
+    loss, at = PROBLEMS[problem]()
+    param = torch.nn.Parameter(at.to(dtype))
+    return Run(cls([param], **options), [param], lambda params: loss(params[0]))

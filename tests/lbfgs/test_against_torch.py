@@ -1,0 +1,266 @@
+"""optim_ext.LBFGS beside torch.optim.LBFGS: directions, evaluations, values reached, state."""
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from problems import PROBLEMS, Run, rosenbrock, start
+
+import optim_ext
+
+BOTH = (optim_ext.LBFGS, torch.optim.LBFGS)
+WOLFE = {"line_search_fn": "strong_wolfe"}
+OPTIONS = [{}, {"lr": 0.01}, WOLFE, {"lr": 0.5, **WOLFE}, {"history_size": 3, **WOLFE}, {"lr": 0.1, "history_size": 1}]
+SETS = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default"
+)
+
+
+STEPS = pytest.mark.parametrize(
+    "options", [WOLFE, {"lr": 0.002}, {"history_size": 4, **WOLFE}], ids=["wolfe", "fixed", "short"]
+)
+
+
+@STEPS
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_first_fifty_directions(problem, options):
+    """The direction ours takes from each of the first fifty states torch is in."""
+    theirs = start(torch.optim.LBFGS, problem, max_iter=1, max_eval=30, **options)
+    for iteration in range(50):
+        param = torch.nn.Parameter(theirs.params[0].detach().clone())
+        ours = Run(optim_ext.LBFGS([param]), [param], theirs.loss)
+        ours.optimizer.load_state_dict(copy.deepcopy(theirs.optimizer.state_dict()))
+        ours.steps(1)
+        theirs.steps(1)
+        if theirs.losses[-1] < 1e-15 or theirs.state["n_iter"] <= iteration:
+            break
+        expected = theirs.state["d"]
+        error = (ours.state["d"] - expected).norm() / expected.norm()
+        assert error <= 1e-10, f"direction {iteration}: {error:.1e}"
+    assert iteration >= 3
+
+
+@STEPS
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_runs_stay_together(problem, options):
+    """Left to themselves the two runs drift apart as their roundings grow along the way; not by much at first."""
+    ours, theirs = (start(cls, problem, max_iter=1, max_eval=30, **options) for cls in BOTH)
+    for iteration in range(20):
+        ours.steps(1)
+        theirs.steps(1)
+        if theirs.losses[-1] < 1e-10:
+            break
+        assert ours.calls == theirs.calls
+        error = (ours.state["d"] - theirs.state["d"]).norm() / theirs.state["d"].norm()
+        assert error <= 1e-8, f"direction {iteration}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_reaches_what_torch_reaches(problem, dtype):
+    """At least as low a value within 1.05 times the evaluations (and two, where there are few)."""
+    options = {"tolerance_change": 0.0, "tolerance_grad": 1e-5, **WOLFE}
+    theirs = start(torch.optim.LBFGS, problem, dtype, max_iter=1000, max_eval=1250, **options).steps(1)
+    ours = start(optim_ext.LBFGS, problem, dtype, max_iter=1200, max_eval=1500, **options).steps(1)
+    allowed = int(1.05 * theirs.calls) + 2
+    best = min(theirs.losses)
+    # Where torch stops for its tolerance, further digits mean nothing.
+    slack = 1e-6 * abs(theirs.losses[0]) * (1 if dtype == torch.float32 else 1e-6)
+    assert min(ours.losses[:allowed]) <= best + slack, (min(ours.losses), best, ours.calls, theirs.calls)
+
+
+@SETS
+def test_counts_of_evaluations(options):
+    """Over several steps, from several starts: the same calls, the same counters."""
+    for problem in ("rosenbrock-2", "rosenbrock-10", "beale", "booth", "himmelblau", "logistic"):
+        if problem == "beale" and not options:
+            continue  # both diverge to where nothing is comparable
+        options = {"lr": 0.001, **options}
+        ours, theirs = (start(cls, problem, max_iter=7, max_eval=9, **options) for cls in BOTH)
+        for _ in range(4):
+            ours.steps(1)
+            theirs.steps(1)
+            if theirs.losses[-1] < 1e-12:
+                break  # from here on rounding decides
+            assert ours.calls == theirs.calls, problem
+            assert {k: ours.state[k] for k in ("func_evals", "n_iter")} == {
+                k: theirs.state[k] for k in ("func_evals", "n_iter")
+            }
+        losses = zip(ours.losses, theirs.losses, strict=False)
+        assert all(a == pytest.approx(b, rel=1e-6, abs=1e-6) for a, b in losses), problem
+
+
+def test_six_evaluations():
+    for cls in BOTH:
+        run = start(cls, "rosenbrock-2", max_iter=1, max_eval=5, lr=1e-9, tolerance_change=0, **WOLFE).steps(1)
+        assert run.calls == 6, cls
+
+
+MIXED = ((3, 4), (), (5,), (0,), (2, 3, 2))
+
+
+def several(cls, dtype, layout="dense", **options):
+    """A least-squares problem over parameters of several shapes, one of them without gradient, one complex if dtype is."""
+    generator = torch.Generator().manual_seed(3)
+    params = []
+    for shape in MIXED:
+        value = torch.randn(shape, generator=generator, dtype=torch.complex128).to(torch.complex128)
+        value = value.to(dtype) if dtype.is_complex else value.real.to(dtype)
+        if layout == "strided" and value.dim() >= 1:
+            value = torch.stack([value, value], -1)[..., 0]
+        if layout == "transposed" and value.dim() >= 2:
+            value = value.transpose(0, 1).contiguous().transpose(0, 1)
+        params.append(torch.nn.Parameter(value))
+    params.append(torch.nn.Parameter(torch.ones(3, dtype=dtype)))  # takes no part
+    targets = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in MIXED]
+
+    def loss(params):
+        total = 0.0
+        for index, (p, target) in enumerate(zip(params, targets, strict=False)):
+            away = p - target.to(dtype) if dtype.is_complex else p - target.to(p.dtype)
+            total = total + (index + 1) * (away.abs() ** 2).sum() + 0.1 * (away.abs() ** 4).sum()
+        return total
+
+    return Run(cls(params, **options), params, loss)
+
+
+@pytest.mark.parametrize("layout", ["dense", "strided", "transposed"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float64, 1e-9), (torch.complex128, 1e-9), (torch.float32, 2e-3), (torch.complex64, 2e-3)],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{"lr": 0.1}, WOLFE], ids=["fixed", "wolfe"])
+def test_dtypes_and_layouts(dtype, rtol, layout, options):
+    ours = several(optim_ext.LBFGS, dtype, layout, max_iter=5, **options)
+    theirs = several(torch.optim.LBFGS, dtype, max_iter=5, **options)  # torch wants dense gradients
+    for _ in range(3):
+        ours.steps(1)
+        theirs.steps(1)
+        for a, b in zip(ours.params, theirs.params, strict=True):
+            torch.testing.assert_close(a.detach(), b.detach(), rtol=rtol, atol=rtol)
+    assert ours.state.keys() == theirs.state.keys()
+    assert ours.state["d"].shape == theirs.state["d"].shape and ours.state["d"].dtype == theirs.state["d"].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float(dtype):
+    run = several(optim_ext.LBFGS, dtype, max_iter=20, **WOLFE).steps(3)
+    exact = several(torch.optim.LBFGS, torch.float64, max_iter=20, **WOLFE).steps(3)
+    assert run.state["d"].dtype == run.state["old_dirs"][0].dtype == torch.float32
+    for a, b in zip(run.params, exact.params, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.detach().double(), b.detach(), rtol=0.05, atol=0.05)
+
+
+def test_parameters_of_several_dtypes():
+    params = [torch.nn.Parameter(torch.ones(4, dtype=d)) for d in (torch.bfloat16, torch.float32, torch.float64)]
+    run = Run(optim_ext.LBFGS(params, **WOLFE), params, lambda ps: sum(((p.double() - 3) ** 4).sum() for p in ps))
+    run.steps(4)
+    assert run.state["d"].dtype == torch.float64
+    assert all(abs(p.detach().double() - 3).max() < 0.1 for p in params)
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["ours-to-torch", "torch-to-ours"])
+@pytest.mark.parametrize("options", [WOLFE, {"lr": 0.05}], ids=["wolfe", "fixed"])
+@pytest.mark.parametrize("history_size", [3, 100])
+@pytest.mark.parametrize("early", [0, 1, 3])
+def test_checkpoints_go_both_ways(ours_first, options, history_size, early):
+    """Stopped in the middle and taken up by the other class, a run goes on as if nothing had happened."""
+    options = {**options, "max_iter": 4, "history_size": history_size}
+    first, second = BOTH if ours_first else BOTH[::-1]
+    whole = start(torch.optim.LBFGS, "rosenbrock-10", **options).steps(early + 3)
+    run = start(first, "rosenbrock-10", **options).steps(early)
+    param = torch.nn.Parameter(run.params[0].detach().clone())
+    taken_up = Run(second([param]), [param], run.loss)
+    saved = pickle.loads(pickle.dumps(run.optimizer.state_dict()))
+    before = copy.deepcopy(saved)
+    taken_up.optimizer.load_state_dict(saved)
+    taken_up.steps(3)
+    if second is optim_ext.LBFGS:  # torch's own writes to what it was given
+        assert same(before, saved)
+    torch.testing.assert_close(
+        torch.tensor(run.losses + taken_up.losses), torch.tensor(whole.losses), rtol=1e-8, atol=1e-12
+    )
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@SETS
+def test_state_is_torchs(options):
+    ours, theirs = (start(cls, "rosenbrock-10", **{"lr": 0.02, **options}).steps(2) for cls in BOTH)
+    mine, other = ours.optimizer.state_dict(), theirs.optimizer.state_dict()
+    assert mine["param_groups"] == other["param_groups"]
+    assert list(mine["param_groups"][0]) == list(other["param_groups"][0])
+    mine, other = mine["state"][0], other["state"][0]
+    assert mine.keys() == other.keys()
+    for key, value in other.items():
+        if isinstance(value, list):
+            assert len(mine[key]) == len(value)
+            pairs = [(a, b) for a, b in zip(mine[key], value, strict=True) if b is not None]
+            assert all(a is None for a, b in zip(mine[key], value, strict=True) if b is None)
+        else:
+            pairs = [(mine[key], value)]
+        for a, b in pairs:
+            a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@SETS
+def test_a_resumed_run_has_the_same_bits(options):
+    """Also when the dot products of the history have to be computed anew."""
+    options = {"lr": 0.02, "history_size": 4, **options, "max_iter": 3}
+    whole = start(optim_ext.LBFGS, "rosenbrock-100", torch.float32, **options).steps(6)
+    run = start(optim_ext.LBFGS, "rosenbrock-100", torch.float32, **options).steps(3)
+    again = copy.deepcopy(run.optimizer)
+    run = Run(again, again.param_groups[0]["params"], run.loss).steps(3)
+    assert run.losses == whole.losses[-len(run.losses) :]
+    assert torch.equal(run.params[0], whole.params[0])
+
+
+def test_many_steps_of_torchs_own_test():
+    """test_optim's lockstep: a linear map, ten steps, float32."""
+    results = []
+    for cls in BOTH:
+        generator = torch.Generator().manual_seed(1)
+        weight, bias, given = (torch.rand(shape, generator=generator) for shape in ((10, 5), (10,), (5,)))
+        params = [torch.nn.Parameter(weight), torch.nn.Parameter(bias)]
+        run = Run(cls(params, lr=torch.tensor(0.001)), params, lambda ps, x=given: (ps[0].mv(x) + ps[1]).pow(2).sum())
+        results.append(run.steps(10).params)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_maximize_where_torch_has_it():
+    if "maximize" not in torch.optim.LBFGS([torch.zeros(1)]).defaults:
+        pytest.skip("this torch's LBFGS has no maximize")
+    runs = []
+    for cls in BOTH:
+        param = torch.nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+        run = Run(cls([param], maximize=True, **WOLFE), [param], lambda ps: -rosenbrock(ps[0]))
+        runs.append(run.steps(3))
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-7)
+
+
+def test_the_native_step_runs():
+    run = start(optim_ext.LBFGS, "rosenbrock-10", **WOLFE)
+    assert [(report.native) for report in optim_ext.explain(run.optimizer)] == [True]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run.steps(1)
+    names = {event.name for event in profile.events()}
+    assert "Optimizer.step#LBFGS.step" in names
+    assert {"optim_ext::lbfgs_pair_", "optim_ext::lbfgs_combine_", "optim_ext::lbfgs_displace_"} <= names

@@ -1,0 +1,171 @@
+"""The same bytes for any number of threads and any instruction set, and in agreement with plain double arithmetic."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import optim_ext
+from optim_ext import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = torch.ops.optim_ext
+SIZES = (1, 7, 8, 1023, 1024, 1025, 5000, 40_001)
+KINDS = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.float64, torch.bfloat16),
+]
+
+
+def vectors(count, n, dtype, seed=0):
+    numbers = numpy.random.default_rng(seed).standard_normal((count, n))
+    return [torch.from_numpy(row.copy()).to(dtype) for row in numbers]
+
+
+def one_iteration(n, dtype, row_dtype, count, metric=False):
+    """All ops on one history: every tensor and result they give."""
+    old_dirs, old_stps = vectors(count, n, row_dtype, 1), vectors(count, n, row_dtype, 2)
+    grad, prev_grad, d = vectors(3, n, dtype, 3)
+    weights = vectors(1, n, dtype, 4)[0].abs() if metric else None
+    y, s = torch.empty(n, dtype=row_dtype), torch.empty(n, dtype=row_dtype)
+    dots = OPS.lbfgs_pair_(y, s, grad, prev_grad, d, old_dirs, old_stps, metric=weights, t=0.37)
+    single = OPS.lbfgs_dots(grad, old_dirs, old_stps, metric=weights)
+    coefficients = torch.from_numpy(numpy.random.default_rng(5).standard_normal(1 + 2 * count))
+    out = torch.empty(n, dtype=dtype)
+    norms = OPS.lbfgs_combine_(out, grad, old_dirs, old_stps, coefficients=coefficients, metric=weights)
+    params = [p.clone() for p in (grad[: n // 2].bfloat16(), grad[n // 2 :].double())]
+    OPS.lbfgs_displace_(params, d, origin=prev_grad, t=0.21)
+    flat = torch.empty(n, dtype=dtype)
+    OPS.lbfgs_gather_(flat, params, [0, n // 2], negate=True)
+    return [y, s, dots, single, out, norms, *params, flat], (
+        old_dirs,
+        old_stps,
+        grad,
+        prev_grad,
+        d,
+        weights,
+        coefficients,
+    )
+
+
+def digest(tensors):
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def everything():
+    return {
+        f"{n} {dtype} {row_dtype} {count} {metric}": digest(one_iteration(n, dtype, row_dtype, count, metric)[0])
+        for n in SIZES
+        for dtype, row_dtype in KINDS
+        for count, metric in ((0, False), (1, True), (5, False), (19, True))
+    }
+
+
+@pytest.mark.parametrize(("dtype", "row_dtype"), KINDS, ids=str)
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 4, 9, 21])
+@pytest.mark.parametrize("n", SIZES[:-1])
+def test_numbers(dtype, row_dtype, n, count, metric):
+    found, given = one_iteration(n, dtype, row_dtype, count, metric)
+    y, s, dots, single, out, norms = found[:6]
+    old_dirs, old_stps, grad, prev_grad, d, weights, coefficients = given
+    assert torch.equal(y, (grad - prev_grad).to(row_dtype)) and torch.equal(s, (d * 0.37).to(row_dtype))
+    w = weights.double() if metric else torch.ones(n, dtype=torch.float64)
+    dirs, stps = (torch.stack([*rows, new]).double() for rows, new in ((old_dirs, y), (old_stps, s)))
+    with_both = torch.stack([grad.double(), y.double()], 1)
+    expected = torch.cat([(dirs * w) @ with_both, stps @ with_both]).reshape(-1)
+    scale = 1e-14 * n
+    torch.testing.assert_close(dots, expected, rtol=1e-12, atol=scale)
+    torch.testing.assert_close(
+        single, torch.cat([(dirs[:-1] * w) @ grad.double(), stps[:-1] @ grad.double()]), rtol=1e-12, atol=scale
+    )
+    combined = w * (coefficients[0] * grad.double() + dirs[:-1].T @ coefficients[1 : 1 + count])
+    combined = combined + stps[:-1].T @ coefficients[1 + count :]
+    torch.testing.assert_close(out, combined.to(dtype), rtol=1e-12 if dtype == torch.float64 else 2e-7, atol=1e-13)
+    largest, total, product = norms.tolist()
+    assert largest == out.abs().max().item()
+    assert total == pytest.approx(out.double().abs().sum().item(), rel=1e-12)
+    assert product == pytest.approx((out.double() @ grad.double()).item(), rel=1e-9, abs=scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 7, 8, 1023, 1024, 1029])
+def test_norms_of_what_is_not_finite(bad, at):
+    vector = torch.zeros(1030)
+    vector[at] = bad
+    largest = OPS.lbfgs_norms(vector).tolist()[0]
+    assert largest == abs(bad) or (largest != largest and bad != bad)
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    assert all(result == results[0] for result in results[1:])
+
+
+CHILD = """
+import json, sys
+import torch
+torch.set_num_threads(2)
+from optim_ext import _C
+import test_bits
+json.dump({"isa": _C.isa(), "digests": test_bits.everything()}, sys.stdout)
+"""
+
+
+def test_instruction_sets():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if " avx2" not in flags:
+        pytest.skip("this machine has one instruction set only")
+    expected = {"default": "baseline", "avx2": "avx2"} | ({"avx512": "avx512"} if " avx512vl" in flags else {})
+    results = {}
+    for name in expected:
+        path = [str(Path(__file__).parent), str(Path(optim_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": name, "PYTHONPATH": os.pathsep.join(path)}
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads(done.stdout)
+    assert {name: result["isa"] for name, result in results.items()} == expected
+    for name, result in results.items():
+        differing = [key for key, value in result["digests"].items() if value != results["default"]["digests"][key]]
+        assert differing == [], f"{name} differs from the baseline"
+
+
+def test_a_history_from_elsewhere_gives_the_same_dots():
+    """Dot products taken one iteration at a time are those taken all at once, to the bit."""
+    n, count = 3000, 6
+    grads, steps = vectors(count + 1, n, torch.float32, 1), vectors(count, n, torch.float32, 2)
+    kept, dirs, stps = _C.LbfgsGram(), [], []
+    for k in range(count):
+        y, s = torch.empty(n), torch.empty(n)
+        d = steps[k] + 0.5 * (grads[k + 1] - grads[k])
+        assert kept.push(OPS.lbfgs_pair_(y, s, grads[k + 1], grads[k], d, dirs, stps, t=1.0), 100, -1e30)
+        dirs, stps = [*dirs, y], [*stps, s]
+    anew = _C.LbfgsGram()
+    for k in range(count):
+        anew.append_dots(OPS.lbfgs_dots(dirs[k], dirs[: k + 1], stps[: k + 1]))
+    assert anew.curvatures == kept.curvatures and anew.h_diag == kept.h_diag and anew.count == count
+    for gram in (kept, anew):
+        y, s = torch.empty(n), torch.empty(n)
+        dots = OPS.lbfgs_pair_(y, s, grads[0], grads[1], steps[0], dirs, stps, t=1.0)
+        gram.push(dots, 100, 1e30)
+    assert torch.equal(anew.coefficients(), kept.coefficients())
