@@ -144,7 +144,10 @@ def step_sample(spec, dtype=torch.float32, average_dtype=None, strided=False):
 
 
 def clones(tensors):
-    return [t.clone() if t.is_contiguous() else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in tensors]
+    return [
+        t.clone() if t.is_contiguous() else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+        for t in tensors
+    ]
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
@@ -162,9 +165,7 @@ def test_in_the_step_equals_after_it(spec, dtype, average_dtype, strided):
 
 def test_step_opcheck(spec):
     lists, keywords, averages = step_sample(spec)
-    torch.library.opcheck(
-        op_of(spec), tuple(lists), {**keywords, "averages": averages, "average_weight": double(0.3)}
-    )
+    torch.library.opcheck(op_of(spec), tuple(lists), {**keywords, "averages": averages, "average_weight": double(0.3)})
 
 
 def test_bad_averages_of_a_step(spec):
