@@ -521,8 +521,8 @@ def _matched(module: Module, model: Module, kind: str) -> Iterator[tuple[str, Te
             )
         if _kind(average) != _kind(current):
             raise ValueError(f"{what} '{name}' of the model is of {current.dtype}, its average of {average.dtype}")
-        if current.is_meta and not average.is_meta:
-            raise ValueError(f"{what} '{name}' of the model is on the meta device and has no values to average")
+        if current.is_meta != average.is_meta:
+            raise ValueError(f"{what} '{name}': the model's is on {current.device}, its average on {average.device}")
         yield name, average, current
 
 
