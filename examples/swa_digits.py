@@ -31,6 +31,7 @@ from optim_ext.swa_utils import SWALR, AveragedModel, update_bn
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 class Training:
@@ -103,6 +104,7 @@ def plot(training: Training, path: Path) -> None:
         panel.plot(epochs, [100 * (1 - a) for a in accuracies], marker=".", color=colour, label=name)
     panel.axvline(training.averages_from + 0.5, color="gray", linewidth=1, linestyle="--", label="averaging begins")
     panel.set_yscale("log")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("epoch")
     panel.set_ylabel("test error (%)")
     panel.set_title("Handwritten digits: SGD, and the mean of its weights")
