@@ -422,10 +422,10 @@ class StepAveraging:
         return _weight(self._rule(), self.averaged.n_averaged)
 
     def in_step(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The averages of an optimizer's parameters, but of those it updates more than once in a step."""
+        """The averages of an optimizer's parameters, but of those it updates twice in a step, or only some rows of."""
         times: dict[Tensor, int] = {}
         for p in params:
-            times[p] = times.get(p, 0) + 1
+            times[p] = times.get(p, 0) + (2 if p.grad is not None and p.grad.is_sparse else 1)
         return {current: average for _, average, current in self.pairing().native if times.get(current) == 1}
 
     def besides(self, in_step: dict[Tensor, Tensor]) -> _C.AveragePlan:
@@ -521,8 +521,8 @@ def _matched(module: Module, model: Module, kind: str) -> Iterator[tuple[str, Te
             )
         if _kind(average) != _kind(current):
             raise ValueError(f"{what} '{name}' of the model is of {current.dtype}, its average of {average.dtype}")
-        if current.is_meta and not average.is_meta:
-            raise ValueError(f"{what} '{name}' of the model is on the meta device and has no values to average")
+        if current.is_meta != average.is_meta:
+            raise ValueError(f"{what} '{name}': the model's is on {current.device}, its average on {average.device}")
         yield name, average, current
 
 

@@ -154,6 +154,8 @@ struct CudaDriver {
       elements += call.bundles[i].numel;
     }
     batch.chunk = cuda::chunk_for(elements, place.multiprocessors);
+    batch.averaged = false;
+    for (const Bundle* bundle : bundles) batch.averaged |= bundle->average != nullptr;
     for_each_table(batch, bundles, place, [&](const auto& args, int64_t chunks) {
       check_cuda(cuda::launch_sweep<Rule, V>(args, chunks, place.stream));
     });
@@ -163,7 +165,7 @@ struct CudaDriver {
   template <class Rule, class Launch>
   static void for_each_table(const cuda::Batch<Rule>& batch, const std::vector<const Bundle*>& bundles,
                              const CudaPlace& place, const Launch& launch) {
-    const bool large = cuda::argument_bytes() >= cuda::kLargeArgs;
+    const bool large = cuda::argument_bytes() >= cuda::kLargeArgs && !batch.averaged;
     const int64_t room = large ? cuda::Args<Rule, cuda::kLargeArgs>::kRoom : cuda::Args<Rule, cuda::kSmallArgs>::kRoom;
     const auto count = static_cast<int64_t>(bundles.size());
     for (int64_t done = 0; done < count;) {

@@ -225,6 +225,7 @@ class Plan {
         continue;
       }
       const bool sparse = call.takes_sparse && grad.is_sparse() && !grad.is_complex() && params[i].is_contiguous();
+      if (sparse && call.is_averaged()) return false;  // only some rows are stepped, but all are averaged
       if (!call.ready[i] || (grad.layout() != at::kStrided && !sparse) || is_intercepted(grad) ||
           params[i].device() != call.device || is_intercepted(params[i]))
         return false;

@@ -75,6 +75,7 @@ struct Batch {
   double average_weight;            // of the updated parameter in its average
   const void* live_average_weight;  // set instead where the value lives on the device
   Storage grad_factor_storage, average_weight_storage;
+  bool averaged;                // some entries have an average
   const unsigned char* remote;  // the table in device memory; null: it follows in the arguments
 };
 

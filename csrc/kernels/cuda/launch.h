@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "batch.h"
 
 namespace optim_ext::cuda {
@@ -21,6 +23,10 @@ struct alignas(8) Counters {
 int64_t argument_bytes();
 
 int multiprocessors(int device);
+
+// Steps that also average exist for the smaller table only; a longer one has to lie in device memory.
+template <class Rule, int64_t kBytes>
+constexpr bool kCanAverage = kBytes == kSmallArgs && !std::is_same_v<Rule, rules::Average>;
 
 // One block per chunk. V is the type the rule computes in: float, or double as soon as one operand is stored as f64.
 template <class Rule, class V, int64_t kBytes>

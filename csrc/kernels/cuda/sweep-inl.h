@@ -20,22 +20,21 @@ namespace {
 // Blocks a multiprocessor must be able to hold: leaves a thread 80 registers, which every rule fits without spilling.
 constexpr int kMinBlocks = 3;
 
-template <class Rule, class V, int64_t kBytes>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) sweep(const __grid_constant__ Args<Rule, kBytes> args) {
+// A step that also averages is a kernel of its own with more registers, so that other steps do not pay for it.
+template <class Rule, class V, int64_t kBytes, bool kAveraged>
+__global__ void __launch_bounds__(kThreads, kAveraged ? kMinBlocks - 1 : kMinBlocks)
+    sweep(const __grid_constant__ Args<Rule, kBytes> args) {
   __shared__ Block<Rule> block;
-  __shared__ Block<rules::Average> average;
-  if (threadIdx.x == 0) {
-    const unsigned char* const table = args.batch.remote ? args.batch.remote : args.room;
-    open_block(args.batch, table, blockIdx.x, block);
-    open_average(args.batch, table, block, average);
-  }
+  const unsigned char* const table = args.batch.remote ? args.batch.remote : args.room;
+  if (threadIdx.x == 0) open_block(args.batch, table, blockIdx.x, block);
   __syncthreads();
   if (block.skip) return;
   sweep_thread<Rule, V>(block, static_cast<int>(threadIdx.x));
-  if constexpr (!std::is_same_v<Rule, rules::Average>) {
-    if (average.skip) return;
+  if constexpr (kAveraged) {
+    __shared__ Block<rules::Average> average;
+    if (threadIdx.x == 0) open_average(args.batch, table, block, average);
     __syncthreads();
-    average_thread(average, static_cast<int>(threadIdx.x));
+    if (!average.skip) average_thread(average, static_cast<int>(threadIdx.x));
   }
 }
 
@@ -58,7 +57,11 @@ cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blo
 
 template <class Rule, class V, int64_t kBytes>
 cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream) {
-  cudaError_t error = launch(&sweep<Rule, V, kBytes>, args, chunks, stream);
+  auto* kernel = &sweep<Rule, V, kBytes, false>;
+  if constexpr (kCanAverage<Rule, kBytes>) {
+    if (args.batch.averaged) kernel = &sweep<Rule, V, kBytes, true>;
+  }
+  cudaError_t error = launch(kernel, args, chunks, stream);
   if constexpr (rules::kScalarsOf<Rule> > 0) {
     const int64_t blocks = (args.batch.count + kThreads - 1) / kThreads;
     if (error == cudaSuccess) error = launch(&advance_scalars<Rule, kBytes>, args, blocks, stream);
