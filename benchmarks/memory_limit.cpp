@@ -23,7 +23,7 @@ typedef char Vector __attribute__((vector_size(__BIGGEST_ALIGNMENT__), aligned(1
 template <int kUpdated>
 void walk(char* const* streams, int64_t begin, int64_t end) {
   const char* gradient = streams[0];
-  char* updated[kUpdated];
+  char* updated[kUpdated + 1];
   for (int k = 0; k < kUpdated; ++k) updated[k] = streams[1 + k];
   constexpr int64_t kStep = sizeof(Vector);
   for (int64_t i = begin; i + kStep <= end; i += kStep) {
@@ -44,8 +44,8 @@ void walk(char* const* streams, int64_t begin, int64_t end) {
 // `streams`: for each tensor the gradient's address, then those of its `updated` other operands, all of bytes[tensor]
 // bytes. `threads` equal shares of the concatenation of all tensors. Returns 0, or 1 for an unsupported `updated`.
 extern "C" int walk_memory(int64_t tensors, int updated, char* const* streams, const int64_t* bytes, int threads) {
-  void (*const walks[])(char* const*, int64_t, int64_t) = {walk<1>, walk<2>, walk<3>, walk<4>, walk<5>};
-  if (updated < 1 || updated > 5) return 1;
+  void (*const walks[])(char* const*, int64_t, int64_t) = {walk<0>, walk<1>, walk<2>, walk<3>, walk<4>, walk<5>};
+  if (updated < 0 || updated > 5) return 1;
   int64_t total = 0;
   for (int64_t t = 0; t < tensors; ++t) total += bytes[t];
 #pragma omp parallel num_threads(threads)
@@ -55,7 +55,7 @@ extern "C" int walk_memory(int64_t tensors, int updated, char* const* streams, c
     int64_t start = 0;
     for (int64_t t = 0; t < tensors; start += bytes[t++]) {
       const int64_t begin = std::max<int64_t>(first - start, 0), end = std::min(last - start, bytes[t]);
-      if (begin < end) walks[updated - 1](streams + t * (1 + updated), begin, end);
+      if (begin < end) walks[updated](streams + t * (1 + updated), begin, end);
     }
   }
   return 0;

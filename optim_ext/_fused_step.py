@@ -127,7 +127,8 @@ class FusedStep(Optimizer):
             self._traced_step()
             averaging = self.__dict__.get("_averaging")
             if averaging is not None:
-                averaging.update()
+                policy = self.grad_policy
+                averaging.update(None if policy is None else policy._last_skip)
         else:
             if "capturable" in self.defaults:  # without the option torch captures the step as it is, and so do we
                 _HEALTH_CHECK(self)
@@ -253,17 +254,17 @@ class FusedStep(Optimizer):
         return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
 
     def _eager_step(self) -> None:
-        signature: list[Any] = [self._signature(group) for group in self.param_groups]
         verdict = self._verdict()
         try:
-            self._native_step(signature, self._common(verdict))
+            self._step_as_told(verdict.common)
         except BaseException:
             verdict.take_back()
             raise
         verdict.record()
         self._armed = None
 
-    def _native_step(self, signature: list[Any], common: Common) -> None:
+    def _step_as_told(self, common: Common) -> None:
+        signature: list[Any] = [self._signature(group) for group in self.param_groups]
         averaging = self.__dict__.get("_averaging")
         weight = None
         if averaging is not None:
@@ -298,10 +299,6 @@ class FusedStep(Optimizer):
         if armed is None and policy is None:
             return Verdict(grad_scale, found_inf)
         return _grad_control.judge(self, armed, policy, grad_scale, found_inf)
-
-    def _common(self, verdict: Verdict) -> Common:
-        """What every op takes besides its own arguments."""
-        return verdict.grad_scale, verdict.found_inf, verdict.grad_factor
 
     def _planning_step(
         self, signature: list[Any], common: Common, averaging: StepAveraging | None, weight: float | Tensor | None

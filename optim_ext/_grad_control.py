@@ -129,6 +129,11 @@ class Verdict(NamedTuple):
     norm: Tensor | None = None
     skip: Tensor | None = None
 
+    @property
+    def common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What every op takes besides its own arguments."""
+        return self.grad_scale, self.found_inf, self.grad_factor
+
     def record(self) -> None:
         if self.policy is not None:
             self.policy.last_norm, self.policy._last_skip = self.norm, self.skip

@@ -4,14 +4,13 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <sstream>
 #include <utility>
 #include <vector>
 
-#include "ops.h"
+#include "plan.h"
 
 namespace optim_ext::ops {
 
@@ -73,6 +72,7 @@ std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& p
       Tensor grad = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).grad();
       if (!grad.defined()) continue;
       if (grad.is_conj() || grad.is_neg()) grad = grad.resolve_conj().resolve_neg();
+      if (grad.is_sparse() && !is_intercepted(grad)) grad = grad.coalesce()._values();
       if (const auto problem = unsupported(grad)) {
         throw std::runtime_error(describe(g, i, param_groups) + ": no native norm of its gradient: " + *problem +
                                  "; torch.nn.utils.clip_grad_norm_ may be able to clip it");
@@ -139,19 +139,14 @@ void bind_gradients(py::module_& m) {
       [](const py::list& param_groups, double norm_type, std::optional<double> max_norm, bool skip_nonfinite,
          std::optional<double> skip_above, const py::object& grad_scale, const py::object& found_inf,
          const py::object& skips) {
-        try {
-          const auto [norm, grad_factor, skip] =
-              grad_norm_of(param_groups, norm_type, max_norm, skip_nonfinite, skip_above, grad_scale, found_inf, skips);
-          const auto wrap = [](const Tensor& tensor) {
-            return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
-          };
-          return py::make_tuple(wrap(norm), wrap(grad_factor), wrap(skip));
-        } catch (const py::error_already_set&) {
-          throw;
-        } catch (const std::exception&) {
-          torch::translate_exception_to_python(std::current_exception());
-          throw py::error_already_set();
-        }
+        const auto [norm, grad_factor, skip] = as_torch_raises([&] {
+          return grad_norm_of(param_groups, norm_type, max_norm, skip_nonfinite, skip_above, grad_scale, found_inf,
+                              skips);
+        });
+        const auto wrap = [](const Tensor& tensor) {
+          return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+        };
+        return py::make_tuple(wrap(norm), wrap(grad_factor), wrap(skip));
       },
       py::arg("param_groups"), py::arg("norm_type") = 2.0, py::arg("max_norm") = py::none(),
       py::arg("skip_nonfinite") = false, py::arg("skip_above") = py::none(), py::arg("grad_scale") = py::none(),

@@ -62,6 +62,31 @@ def test_threads_for_every_option_set(case, dtype, threads):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+def test_threads_of_a_clipped_step(dtype, norm_type, threads):
+    """Norm and clipped step; gradients long enough for several threads and tiles, and some strided."""
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        params = make_params(SHAPES, dtype)
+        optimizer = optim_ext.AdamW(params, lr=0.1)
+        give_grads(params, 0)
+        params[0].grad = params[0].grad.t().contiguous().t()
+        norm = optimizer.clip_grad_norm(0.5, norm_type)
+        optimizer.step()
+        each = torch.ops.optim_ext.norms([p.grad for p in params], norm_type=norm_type)
+        results.append([bits(tensor) for tensor in (norm, each, *params)])
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_norm_of_a_split_tensor():
+    """Not the same sum, as it is taken in another order, but the same once rounded to float."""
+    whole = random((sum(PIECES),), torch.float32, 1)
+    norms = [torch.ops.optim_ext.grad_norm(list(parts))[0] for parts in ([whole], whole.split(list(PIECES)))]
+    assert bits(norms[0]) == bits(norms[1])
+
+
 PIECES = (1, 3, 64, 100, 255, 256, 257, 1000, 4096)
 
 
@@ -130,6 +155,12 @@ for case in CASES:
         for tensor in [p.detach() for p in params] + [v for p in params for _, v in sorted(optimizer.state.get(p, {}).items())]:
             digest.update(bits(tensor)[2])
         digests[case.id + str(dtype)] = digest.hexdigest()
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64):
+    for norm_type in (1.0, 2.0, float("inf")):
+        grads = tensors(1, dtype) + [tensors(2, dtype)[4].t()[::2]]
+        norm, _, _ = torch.ops.optim_ext.grad_norm(grads, norm_type=norm_type)
+        each = torch.ops.optim_ext.norms(grads, norm_type=norm_type)
+        digests[f"norm {norm_type} {dtype}"] = repr((norm.item(), each.tolist()))
 json.dump({"isa": _C.isa(), "digests": digests}, sys.stdout)
 """
 

@@ -259,3 +259,59 @@ def test_step_on_fake_tensors(spec):
 def test_every_op_has_a_row():
 
     assert sorted(_C.step_ops()) == sorted(spec.op for spec in SPECS)
+
+
+GRADIENT_OPS = {
+    "grad_norm": {"norm_type": 1.0, "max_norm": 0.5, "skip_above": 1.0},
+    "norms": {"norm_type": 2.0},
+    "count_nonfinite": {},
+    "clip_": {"limit": 0.5, "factor": torch.tensor(0.5)},
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+def test_gradient_ops(name, dtype):
+    tensors = [random(shape, dtype, i) for i, shape in enumerate(((3, 4), (5,), (), (0,), (6, 2)))]
+    tensors[4] = tensors[4].t()
+    torch.library.opcheck(getattr(torch.ops.optim_ext, name).default, (tensors,), GRADIENT_OPS[name])
+
+
+def test_grad_norm_with_all_it_can_be_given():
+    given = {
+        "grad_scale": torch.tensor(4.0),
+        "found_inf": torch.ones(1),
+        "skips": torch.tensor(2),
+        "skip_nonfinite": True,
+    }
+    op = torch.ops.optim_ext.grad_norm.default
+    torch.library.opcheck(op, ([random((3, 4), torch.float32, 1)],), given)
+    given["skips"].fill_(2)
+    norm, factor, skip = op([torch.full((4,), 8.0)], max_norm=2.0, **given)
+    assert (norm.item(), factor.item(), skip.item(), given["skips"].item()) == (4.0, 2.0 / (4.0 + 1e-6), 1.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"norm_type": 3.0}, "norm_type must be 1, 2 or inf, found 3"),
+        ({"max_norm": -1.0}, "max_norm must be at least 0, found -1"),
+        ({"skip_above": float("nan")}, "skip_above must be at least 0, found nan"),
+        ({"grad_scale": torch.ones(2)}, "grad_scale must be one Float element"),
+        ({"skips": torch.tensor(0.0)}, "skips must be one Long element"),
+    ],
+)
+def test_grad_norm_refuses(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        torch.ops.optim_ext.grad_norm([torch.ones(3)], **wrong)
+
+
+def test_gradient_ops_name_the_tensor_they_refuse():
+    for name, argument in (
+        ("grad_norm", "grads"),
+        ("norms", "tensors"),
+        ("count_nonfinite", "tensors"),
+        ("clip_", "tensors"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"optim_ext::{name}: {argument}\[1\] has dtype Long"):
+            getattr(torch.ops.optim_ext, name)([torch.ones(3), torch.ones(3, dtype=torch.int64)])
