@@ -54,6 +54,10 @@ using namespace optim_ext::ops;
   X(lion_, lion_,                                                                                                      \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, *, Tensor lr, float beta1, float beta2, float "  \
     "weight_decay, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                                        \
+  X(muon_, muon_,                                                                                                      \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float weight_decay, "      \
+    "float momentum, bool nesterov, float ns_a, float ns_b, float ns_c, float eps, int ns_steps, "                     \
+    "bool match_rms_adamw, " COMMON_ARGUMENTS ") -> ()")                                                               \
   X(nadam_, nadam_,                                                                                                    \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] "         \
     "mu_products, Tensor(f!)[] state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "   \

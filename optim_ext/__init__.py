@@ -9,7 +9,6 @@ from torch.optim import *  # noqa: F403
 from torch.optim import (  # noqa: F401
     LBFGS,
     Adafactor,
-    Muon,
     Optimizer,
     lr_scheduler,
 )
@@ -25,6 +24,7 @@ from optim_ext.adamax import Adamax as Adamax
 from optim_ext.adamw import AdamW as AdamW
 from optim_ext.asgd import ASGD as ASGD
 from optim_ext.lion import Lion as Lion
+from optim_ext.muon import Muon as Muon
 from optim_ext.nadam import NAdam as NAdam
 from optim_ext.radam import RAdam as RAdam
 from optim_ext.rmsprop import RMSprop as RMSprop

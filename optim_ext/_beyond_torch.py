@@ -17,7 +17,8 @@ class BeyondTorch(FusedStep):
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch gives every optimizer a default for it
+                    group.setdefault(name, value)
 
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
         keys = [key for key in self._state_keys(group) if key is not None]

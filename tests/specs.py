@@ -58,6 +58,19 @@ class Spec:
     def ours(self) -> type[torch.optim.Optimizer]:
         return getattr(optim_ext, self.name)
 
+    def tensors(self, options: Options) -> set[str]:
+        """State of the parameter's own shape."""
+        return self.state(options) - self.numbers
+
+    def number(self, key: str, step: float) -> torch.Tensor:
+        """A value for state of one element."""
+        return torch.tensor(step if key == "step" else 0.5)
+
+    @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        """One in which a loaded optimizer goes on bit by bit: torch casts all numbers but `step` to the parameter's."""
+        return torch.float64 if self.numbers <= {"step"} else torch.float32
+
     @property
     def in_torch(self) -> bool:
         return hasattr(torch.optim, self.name)

@@ -122,4 +122,9 @@ Tensor norms(TensorList tensors, double norm_type);
 template <class Driver>
 Tensor count_nonfinite(TensorList tensors);
 
+template <class Driver>
+void muon_(const Common& common, TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr,
+           double weight_decay, double momentum, bool nesterov, double ns_a, double ns_b, double ns_c, double eps,
+           int64_t ns_steps, bool match_rms_adamw);
+
 }  // namespace optim_ext::ops

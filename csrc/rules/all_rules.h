@@ -10,6 +10,7 @@
 #include "average.h"
 #include "clip.h"
 #include "lion.h"
+#include "muon.h"
 #include "nadam.h"
 #include "norm.h"
 #include "radam.h"
@@ -29,6 +30,8 @@
   X(Average)                       \
   X(Clip)                          \
   X(Lion)                          \
+  X(MuonMomentum)                  \
+  X(MuonUpdate)                    \
   X(NAdam)                         \
   X(RAdam)                         \
   X(RMSprop<false, false>)         \

@@ -14,7 +14,8 @@ class Plain(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch gives every optimizer a default for it
+                    group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure=None):
