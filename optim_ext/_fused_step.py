@@ -391,7 +391,7 @@ class FusedStep(Optimizer):
 
     def _torch_step(self, groups: list[Group]) -> None:
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
-        if self._takes_sparse and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self._check_sparse(groups)
         after_mixin = type(self).__mro__[type(self).__mro__.index(FusedStep) + 1 :]
         step = next(cls.__dict__["step"] for cls in after_mixin if "step" in cls.__dict__)
@@ -415,7 +415,7 @@ class FusedStep(Optimizer):
     def _check_sparse(self, groups: list[Group]) -> None:
         """Refuse what torch would refuse only when it gets there, with the parameters before it written."""
         for group in groups:
-            if group["weight_decay"] == 0:
+            if group.get("weight_decay", 0) == 0 or not self._takes_sparse({**group, "weight_decay": 0, "momentum": 0}):
                 continue
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim_ext._fused_step import FusedStep, Group
+from optim_ext._fused_step import Common, FusedStep, Group
 
 
 class SparseAdam(FusedStep, torch.optim.SparseAdam):
@@ -35,16 +35,16 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
     def _planned_state(self) -> dict[Any, Any]:
         return {p: {**self.state[p], "step": counter} for p, counter in self._counters.items()}
 
-    def _eager_step(self) -> None:
+    def _native_step(self, signature: list[Any], common: Common) -> None:
         """No plan is kept: tables are few, and their step counts have to be read and written one by one."""
-        self._counters = {}
+        self._plan, self._counters = None, {}
         try:
-            self._planning_step([])
+            super()._native_step(signature, common)
             for p, counter in self._counters.items():
-                self.state[p]["step"] = int(counter.item())
+                if p in self.state:
+                    self.state[p]["step"] = int(counter.item())
         finally:
-            self._plan = None
-            self._counters = {}
+            self._plan, self._counters = None, {}
 
     def _traced_step(self) -> None:
         self._torch_step(self.param_groups)  # torch.compile does not trace sparse gradients

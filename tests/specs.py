@@ -350,6 +350,38 @@ SPECS = [
         typical={"lr": 0.01, "weight_decay": 0.1},
         fused=False,
     ),
+    Spec(
+        "LAMB",
+        op="lamb_",
+        state=lambda o: {"step", "exp_avg", "exp_avg_sq"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"betas": (0.3, 0.6), "eps": 1e-3},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        fused=False,
+    ),
+    Spec(
+        "LARS",
+        op="lars_",
+        state=lambda o: {"momentum_buffer"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"momentum": 0.0, "eps": 0.1, "lr": 0.1},
+            lr=[0.1],
+            weight_decay=[0, 0.1],
+            momentum=[0.9],
+            nesterov=[False, True],
+            maximize=[False, True],
+            trust_coefficient=[0.1],
+        ),
+        typical={"lr": 0.1, "weight_decay": 0.1, "trust_coefficient": 0.1},
+        fused=False,
+    ),
 ]
 
 CASES = [Case(spec, options) for spec in SPECS for options in spec.options]

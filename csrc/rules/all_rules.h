@@ -9,6 +9,8 @@
 #include "asgd.h"
 #include "average.h"
 #include "clip.h"
+#include "lamb.h"
+#include "lars.h"
 #include "lion.h"
 #include "muon.h"
 #include "nadam.h"
@@ -29,6 +31,9 @@
   X(ASGD)                          \
   X(Average)                       \
   X(Clip)                          \
+  X(LambMoments)                   \
+  X(LambUpdate)                    \
+  X(Lars)                          \
   X(Lion)                          \
   X(MuonMomentum)                  \
   X(MuonUpdate)                    \
