@@ -40,7 +40,9 @@ from torch import Tensor, nn
 import optim_ext
 
 OURS, LIMIT, DEEPSPEED = "optim_ext", "memory limit", "DeepSpeed"
+PEER = "pytorch_optimizer"  # measured where torch has no such optimizer
 TORCH_MODES: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+REQUIRED_OF_LIMIT_FOR_OTHERS = 0.8  # algorithms that torch has no fused kernel for, or not at all
 MOST_ROUNDS = 100
 MOST_HOST_US = 100.0  # for a thousand small tensors on a GPU
 CACHE_BYTES = 128 * 2**20  # more than the last level of any cache this is likely to meet
@@ -65,14 +67,34 @@ ALGORITHMS = {
     ),
     "adagrad": Algorithm("Adagrad", "Adagrad", {"lr": 1e-2}),
 }
+OTHERS = {
+    "adadelta": Algorithm("Adadelta", "Adadelta", {"lr": 1.0}),
+    "adamax": Algorithm("Adamax", "Adamax", {"lr": 2e-3}),
+    "nadam": Algorithm("NAdam", "NAdam", {"lr": 2e-3}),
+    "radam": Algorithm("RAdam", "RAdam", {"lr": 1e-3}),
+    "rprop": Algorithm("Rprop", "Rprop", {"lr": 1e-2}),
+    "asgd": Algorithm("ASGD", "ASGD", {"lr": 1e-2}),
+    "lion": Algorithm("Lion", "Lion", {"lr": 1e-4, "betas": (0.9, 0.99)}),
+}
+SPARSE = {
+    "sparse-adam": Algorithm("SparseAdam", "SparseAdam", {"lr": 1e-3}),
+    "sparse-sgd": Algorithm("SGD, sparse", "SGD", {"lr": 0.1}),
+    "sparse-adagrad": Algorithm("Adagrad, sparse", "Adagrad", {"lr": 1e-2}),
+}
 
 # Required ratio of torch's best mode to ours, where the tensors are large.
-LARGE = {key: 1.0 for key in ALGORITHMS} | {
-    "sgd-momentum": 1.5,
-    "amsgrad": 1.3,
-    "rmsprop": 3.5,
-    "rmsprop-centered": 5.5,
-}
+LARGE = (
+    dict.fromkeys(ALGORITHMS, 1.0)
+    | dict.fromkeys(OTHERS, 4.0)
+    | {
+        "sgd-momentum": 1.5,
+        "amsgrad": 1.3,
+        "rmsprop": 3.5,
+        "rmsprop-centered": 5.5,
+    }
+)
+SMALL = dict.fromkeys(OTHERS, 8.0)
+ALGORITHMS |= OTHERS | SPARSE
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,8 @@ class Case:
     measures_limit: bool = False
     near_limit: bool = False  # whether it has to come near the limit (see places.py)
     small: bool = False  # fits the caches
+    rows: int | None = None  # gradients are sparse and hold this many rows
+    coalesced: bool = False  # each of them once, in order
 
 
 CASES = {
@@ -93,9 +117,22 @@ CASES = {
         "ResNet-50", shapes.resnet50(), {key: max(1.1, ratio) for key, ratio in LARGE.items()}, measures_limit=True
     ),
     "small-mixed": Case(
-        "1000 tensors, 64 x 64 and 64", shapes.small_mixed(), dict.fromkeys(ALGORITHMS, 6.0), small=True
+        "1000 tensors, 64 x 64 and 64", shapes.small_mixed(), dict.fromkeys(LARGE, 6.0) | SMALL, small=True
     ),
-    "small-vectors": Case("1000 tensors of 64", shapes.small_vectors(), dict.fromkeys(ALGORITHMS, 10.0), small=True),
+    "small-vectors": Case("1000 tensors of 64", shapes.small_vectors(), dict.fromkeys(LARGE, 10.0) | SMALL, small=True),
+    "embedding": Case(
+        "1M x 64, 1000 rows",
+        [(1_000_000, 64)],
+        {"sparse-adam": 5.0, "sparse-sgd": 1.0, "sparse-adagrad": 1.0},
+        rows=1000,
+    ),
+    "embedding-coalesced": Case(
+        "1M x 64, 1000 rows, coalesced",
+        [(1_000_000, 64)],
+        {"sparse-adam": 5.0, "sparse-sgd": 1.0, "sparse-adagrad": 1.0},
+        rows=1000,
+        coalesced=True,
+    ),
     "gpt2-bf16": Case(
         "GPT-2 124M, bf16",
         shapes.gpt2(),
@@ -143,8 +180,18 @@ class Tensors:
             return [tensor.normal_(0, std, generator=generator) for tensor in empty]
 
         self.values = normal(0.02)
-        gradients = normal(0.1)
-        self.gradients = (gradients, torch._foreach_neg(gradients))
+
+        def sparse(shape: shapes.Shape) -> Tensor:
+            indices = torch.randint(shape[0], (1, case.rows or 0), device=device, generator=generator)
+            values = torch.empty(case.rows, *shape[1:], device=device).normal_(0, 0.1, generator=generator)
+            grad = torch.sparse_coo_tensor(indices, values, shape, check_invariants=False)
+            return grad.coalesce() if case.coalesced else grad
+
+        if case.rows is None:
+            gradients = normal(0.1)
+            self.gradients = (gradients, list(torch._foreach_neg(gradients)))
+        else:
+            self.gradients = ([sparse(s) for s in case.shapes], [sparse(s) for s in case.shapes])
 
     def parameters(self) -> list[nn.Parameter]:
         return [nn.Parameter(value.clone()) for value in self.values]
@@ -159,6 +206,13 @@ def hand_out(gradients: list[Tensor], optimizer: Any) -> None:
 def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[str, Any]:
     ours = getattr(optim_ext, algorithm.class_name)(tensors.parameters(), **algorithm.options)
     optimizers = {OURS: ours}
+    if not hasattr(torch.optim, algorithm.class_name):
+        try:
+            import pytorch_optimizer
+        except ImportError:
+            raise SystemExit("Lion is compared with pytorch_optimizer: pip install -r benchmarks/requirements.txt")
+        theirs = getattr(pytorch_optimizer, algorithm.class_name)
+        return {**optimizers, PEER: theirs(tensors.parameters(), **algorithm.options)}
     theirs = getattr(torch.optim, algorithm.class_name)
     for mode, flags in TORCH_MODES.items():
         if flags.keys() <= inspect.signature(theirs).parameters.keys():
@@ -206,7 +260,7 @@ DEEPSPEED_OPTIMIZERS: dict[str, Any] = {}
 
 
 def share_memory(optimizers: dict[str, Any]) -> None:
-    """Let all modes work on the parameters and state of ours, each with its own step counters.
+    """Let all modes work on the parameters and state of ours, each with its own step counters and other numbers.
 
     Where the system happens to put two equal tensors makes some of the difference that is to be measured here.
     """
@@ -217,7 +271,7 @@ def share_memory(optimizers: dict[str, Any]) -> None:
             p.data = shared.data
             state = optimizer.state.get(p, {})
             for key, tensor in ours.state.get(shared, {}).items():
-                if key in state and key != "step":
+                if key in state and isinstance(tensor, Tensor) and tensor.shape == shared.shape:
                     state[key] = tensor
 
 
@@ -273,7 +327,8 @@ def measure(
         )
 
     medians = {mode: statistics.median(times) for mode, times in samples.items()}
-    best = min((mode for mode in TORCH_MODES if mode in medians and mode not in wrong), key=lambda mode: medians[mode])
+    rivals = [mode for mode in (*TORCH_MODES, PEER) if mode in medians and mode not in wrong]
+    best = min(rivals, key=lambda mode: medians[mode])
     ratios = paired_ratios(samples, best)
     cell = Cell(
         case=case_key,
@@ -282,7 +337,13 @@ def measure(
         algorithm_title=algorithm.title,
         rounds=len(ratios),
         required_ratio=1.0 if on_gpu else case.required[algorithm_key],
-        required_of_limit=place.required_of_limit if case.near_limit else None,
+        required_of_limit=(
+            None
+            if not case.near_limit
+            else min(place.required_of_limit, REQUIRED_OF_LIMIT_FOR_OTHERS)
+            if algorithm_key in OTHERS
+            else place.required_of_limit
+        ),
         ms={mode: median * 1e3 for mode, median in medians.items()},
         extra_mib=extra,
         wrong_modes=wrong,
@@ -298,9 +359,7 @@ def measure(
         cell.of_limit = statistics.median(paired_ratios(samples, LIMIT))
     if cold:
         cell.cold_ms = {mode: statistics.median(times) * 1e3 for mode, times in cold.items()}
-        cell.cold_ratio = min(
-            statistics.median(paired_ratios(cold, mode)) for mode in TORCH_MODES if mode in cold and mode not in wrong
-        )
+        cell.cold_ratio = min(statistics.median(paired_ratios(cold, mode)) for mode in rivals)
     cell.met = (
         cell.ratio >= cell.required_ratio
         and (cell.required_of_limit is None or (cell.of_limit or 0.0) >= cell.required_of_limit)
@@ -359,7 +418,7 @@ def wrong_modes(optimizers: dict[str, Any], initial: list[Tensor], dtype: torch.
     def norm(tensors: list[Tensor]) -> float:
         return torch.stack(torch._foreach_norm(tensors)).norm().item()
 
-    reference = moved("default")
+    reference = moved("default" if "default" in optimizers else PEER)
     largest_error = tolerance * norm(reference)
     wrong = []
     for mode in optimizers:

@@ -53,9 +53,21 @@ using namespace optim_ext::ops;
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] mus, Tensor(d!)[] axs, Tensor(e!)[] etas, Tensor(f!)[] "   \
     "state_steps, *, Tensor lr, float lambd, float alpha, float t0, float weight_decay, bool "                         \
     "maximize, " COMMON_ARGUMENTS ") -> ()")                                                                           \
+  X(lamb_, lamb_,                                                                                                      \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "                      \
+    "Tensor(e!)[] state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "                \
+    "bool maximize, " COMMON_ARGUMENTS ") -> ()")                                                                      \
+  X(lars_, lars_,                                                                                                      \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum, "          \
+    "float weight_decay, float trust_coefficient, float eps, bool nesterov, bool maximize, " COMMON_ARGUMENTS          \
+    ") -> ()")                                                                                                         \
   X(lion_, lion_,                                                                                                      \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, *, Tensor lr, float beta1, float beta2, float "  \
     "weight_decay, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                                        \
+  X(muon_, muon_,                                                                                                      \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, Tensor lr, float weight_decay, "      \
+    "float momentum, bool nesterov, float ns_a, float ns_b, float ns_c, float eps, int ns_steps, "                     \
+    "bool match_rms_adamw, " COMMON_ARGUMENTS ") -> ()")                                                               \
   X(nadam_, nadam_,                                                                                                    \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] "         \
     "mu_products, Tensor(f!)[] state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "   \

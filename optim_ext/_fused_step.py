@@ -400,7 +400,7 @@ class FusedStep(Optimizer):
 
     def _torch_step(self, groups: list[Group]) -> None:
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
-        if self._torch_takes_sparse and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self._check_sparse(groups)
         if self._bare_torch_step is inspect.unwrap(Optimizer.step):
             reason = self._torch_reason(groups[0])
@@ -420,7 +420,7 @@ class FusedStep(Optimizer):
     def _check_sparse(self, groups: list[Group]) -> None:
         """Refuse what torch would refuse only when it gets there, with the parameters before it written."""
         for group in groups:
-            if group["weight_decay"] == 0:
+            if group.get("weight_decay", 0) == 0 or not self._takes_sparse({**group, "weight_decay": 0, "momentum": 0}):
                 continue
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim_ext._fused_step import FusedStep, Group
-from optim_ext._options import check_betas, check_not_negative, check_one_element
+from optim_ext._beyond_torch import BeyondTorch, check_betas, check_not_negative, check_one_element
+from optim_ext._fused_step import Group
 
 
-class Lion(FusedStep):
+class Lion(BeyondTorch):
     r"""Lion: the sign of an interpolated momentum, with decoupled weight decay.
 
-    With gradient :math:`g_t`, moving average :math:`m` and parameter :math:`\theta`, element by element:
+    With gradient :math:`g`, moving average :math:`m` and parameter :math:`\theta`, element by element:
 
     .. math::
         u_t = \mathrm{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \quad
@@ -54,22 +53,6 @@ class Lion(FusedStep):
         check_not_negative(learning_rate=lr, weight_decay=weight_decay)
         check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-
-    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]) -> None:
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if len(state) == 0:
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            params.append(p)
-            grads.append(p.grad)
-            exp_avgs.append(state["exp_avg"])
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("exp_avg",)

@@ -44,8 +44,7 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
                 if p in self.state:  # not if a first step was skipped
                     self.state[p]["step"] = int(counter.item())
         finally:
-            self._plan = None
-            self._counters = {}
+            self._plan, self._counters = None, {}
 
     def _traced_step(self) -> None:
         self._refuse_controls("compiled steps on sparse gradients")

@@ -21,15 +21,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_generate_tests(metafunc):
     """A test that takes `spec` runs once per optimizer, `case` once per option set of each, `variant` once per kind of
-    state, `counting` once per variant that counts steps."""
+    state, `counting` once per variant that counts steps. Marked `torchs`, it runs for those that torch has a class for."""
     rows = {
         "spec": SPECS,
         "case": CASES,
         "variant": VARIANTS,
         "counting": [variant for variant in VARIANTS if "step" in variant.spec.state(variant.options)],
     }
+    torchs_only = metafunc.definition.get_closest_marker("torchs") is not None
     for name in rows.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, rows[name], ids=[row.id for row in rows[name]])
+        chosen = [row for row in rows[name] if not torchs_only or getattr(row, "spec", row).in_torch]
+        metafunc.parametrize(name, chosen, ids=[row.id for row in chosen])
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,19 @@ class Spec:
     def ours(self) -> type[torch.optim.Optimizer]:
         return getattr(optim_ext, self.name)
 
+    def tensors(self, options: Options) -> set[str]:
+        """State of the parameter's own shape."""
+        return self.state(options) - self.numbers
+
+    def number(self, key: str, step: float) -> torch.Tensor:
+        """A value for state of one element."""
+        return torch.tensor(step if key == "step" else 0.5)
+
+    @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        """One in which a loaded optimizer goes on bit by bit: torch casts all numbers but `step` to the parameter's."""
+        return torch.float64 if self.numbers <= {"step"} else torch.float32
+
     @property
     def in_torch(self) -> bool:
         return hasattr(torch.optim, self.name)
@@ -335,6 +348,38 @@ SPECS = [
             maximize=[False, True],
         ),
         typical={"lr": 0.01, "weight_decay": 0.1},
+        fused=False,
+    ),
+    Spec(
+        "LAMB",
+        op="lamb_",
+        state=lambda o: {"step", "exp_avg", "exp_avg_sq"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"betas": (0.3, 0.6), "eps": 1e-3},
+            lr=[0.01],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.01, "weight_decay": 0.1},
+        half_options={"eps": 1e-3},
+        fused=False,
+    ),
+    Spec(
+        "LARS",
+        op="lars_",
+        state=lambda o: {"momentum_buffer"},
+        grid=grid(
+            *TENSOR_LRS,
+            {"momentum": 0.0, "eps": 0.1, "lr": 0.1},
+            lr=[0.1],
+            weight_decay=[0, 0.1],
+            momentum=[0.9],
+            nesterov=[False, True],
+            maximize=[False, True],
+            trust_coefficient=[0.1],
+        ),
+        typical={"lr": 0.1, "weight_decay": 0.1, "trust_coefficient": 0.1},
         fused=False,
     ),
 ]

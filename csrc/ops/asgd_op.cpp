@@ -9,6 +9,7 @@ void asgd_(const Common& common, TensorList params, TensorList grads, TensorList
            bool maximize) {
   rules::ASGD rule{};
   rule.maximize = maximize;
+  rule.counts_in_double = !state_steps.empty() && state_steps[0].scalar_type() == at::kDouble;
   const CallSpec spec{
       common, {{"params", params}, {"grads", grads}, {"axs", axs}}, state_steps, {{"etas", etas}, {"mus", mus}}};
   run<Driver>(rule, spec,

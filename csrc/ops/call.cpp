@@ -180,6 +180,16 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
   check_overlap();
 }
 
+void Call::require_real_matrices() const {
+  const auto params = rule_.lists[kParam].tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (params[i].dim() != 2 || params[i].is_complex()) {
+      refuse("params", static_cast<int64_t>(i),
+             text("has dtype ", params[i].scalar_type(), " and shape ", params[i].sizes(), ", expected a real matrix"));
+    }
+  }
+}
+
 void Call::check_lengths() const {
   const auto& first = rule_.lists[kParam];
   const size_t n = first.tensors.size();

@@ -89,6 +89,9 @@ class Call : public Work {
   // Puts each hyper-parameter where the rule wants it, or notes that it has to be read on the device.
   void set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size);
 
+  // Refuses parameters that are not real matrices.
+  void require_real_matrices() const;
+
   bool empty() const { return bundles.empty(); }
   // Advances step counts and scalar state that live on the host, and tells autograd that parameters and state are
   // about to change.

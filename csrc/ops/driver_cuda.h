@@ -111,6 +111,7 @@ struct CudaDriver {
   // One result per tensor.
   template <class Reduction>
   static void reduce_each(const Call& call, double* results) {
+    if (call.device.is_cpu()) return CpuDriver::reduce_each<Reduction>(call, results);
     const c10::DeviceGuard guard(call.device);
     const CudaPlace place(call.device);
     std::vector<const Bundle*> bundles;

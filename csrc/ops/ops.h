@@ -122,4 +122,18 @@ Tensor norms(TensorList tensors, double norm_type);
 template <class Driver>
 Tensor count_nonfinite(TensorList tensors);
 
+template <class Driver>
+void muon_(const Common& common, TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr,
+           double weight_decay, double momentum, bool nesterov, double ns_a, double ns_b, double ns_c, double eps,
+           int64_t ns_steps, bool match_rms_adamw);
+
+template <class Driver>
+void lamb_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+           TensorList state_steps, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+           bool maximize);
+
+template <class Driver>
+void lars_(const Common& common, TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr,
+           double momentum, double weight_decay, double trust_coefficient, double eps, bool nesterov, bool maximize);
+
 }  // namespace optim_ext::ops

@@ -28,6 +28,13 @@ double from_python<double>(PyObject* value) {
 }
 
 template <>
+int64_t from_python<int64_t>(PyObject* value) {
+  const int64_t number = PyLong_AsLongLong(value);
+  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
+template <>
 Tensor from_python<Tensor>(PyObject* value) {
   if (THPVariable_Check(value)) return THPVariable_Unpack(value);
   return c10::scalar_to_tensor(from_python<double>(value));

@@ -27,6 +27,8 @@ bool from_python<bool>(PyObject* value);
 template <>
 double from_python<double>(PyObject* value);
 template <>
+int64_t from_python<int64_t>(PyObject* value);
+template <>
 Tensor from_python<Tensor>(PyObject* value);
 
 // The weight of an average as an op on `device` takes it: a number the host knows stays on the host.

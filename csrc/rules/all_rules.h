@@ -9,8 +9,11 @@
 #include "asgd.h"
 #include "average.h"
 #include "clip.h"
+#include "lamb.h"
+#include "lars.h"
 #include "lbfgs.h"
 #include "lion.h"
+#include "muon.h"
 #include "nadam.h"
 #include "norm.h"
 #include "radam.h"
@@ -32,7 +35,12 @@
   X(Displace<false>)               \
   X(Displace<true>)                \
   X(Flatten)                       \
+  X(LambMoments)                   \
+  X(LambUpdate)                    \
+  X(Lars)                          \
   X(Lion)                          \
+  X(MuonMomentum)                  \
+  X(MuonUpdate)                    \
   X(NAdam)                         \
   X(RAdam)                         \
   X(RMSprop<false, false>)         \

@@ -13,16 +13,16 @@ struct ASGD {
   static constexpr int kScalars = 2;  // eta, mu
 
   double lr, lambd, alpha, t0, weight_decay;
-  bool maximize;
-  double eta_now, mu_now;  // filled in by at_step
+  bool maximize, counts_in_double;  // torch computes the new eta and mu with the precision of its step counts
+  double eta_now, mu_now;           // filled in by at_step
 
   OPTIM_EXT_RULE ASGD at_step(double step, Scalar* scalars) const {
     ASGD rule = *this;
     Scalar &eta = scalars[0], &mu = scalars[1];
     rule.eta_now = eta.value;
     rule.mu_now = mu.value;
-    eta.value = eta.rounded(lr / real_power(1.0 + lambd * lr * step, alpha));
-    mu.value = mu.rounded(1.0 / (step - t0 > 1.0 ? step - t0 : 1.0));
+    eta.value = rounded(lr / real_power(1.0 + lambd * lr * step, alpha), counts_in_double);
+    mu.value = rounded(1.0 / (step - t0 > 1.0 ? step - t0 : 1.0), counts_in_double);
     return rule;
   }
 

@@ -19,7 +19,7 @@ struct NAdam {
     NAdam rule = *this;
     Scalar& mu_product = scalars[0];
     const double mu = momentum_at(step), mu_next = momentum_at(step + 1.0);
-    mu_product.value = mu_product.rounded(mu_product.value * mu_product.rounded(mu));
+    mu_product.value = rounded(mu_product.value * rounded(mu, mu_product.is_double), mu_product.is_double);
     rule.grad_step_size = lr * (1.0 - mu) / (1.0 - mu_product.value);
     rule.momentum_step_size = lr * mu_next / (1.0 - mu_product.value * mu_next);
     rule.bias_correction2_sqrt = root(1.0 - power(beta2, step));

@@ -25,14 +25,16 @@ constexpr unsigned operand_bit(int i) { return 1u << i; }
 constexpr unsigned operand_bit_if(bool present, int i) { return present ? operand_bit(i) : 0u; }
 constexpr unsigned all_operands(int n) { return (1u << n) - 1u; }
 
-// A number of a parameter's state, computed in double and rounded to what its tensor holds: torch keeps these in float
-// unless told otherwise, and later steps depend on every bit.
+// A number of a parameter's state, and whether its tensor holds a double.
 struct Scalar {
   double value;
   bool is_double;
-
-  OPTIM_EXT_RULE double rounded(double x) const { return is_double ? x : static_cast<double>(static_cast<float>(x)); }
 };
+
+// What torch has computed in float, or in double: later steps depend on every bit of a state.
+OPTIM_EXT_RULE double rounded(double x, bool in_double) {
+  return in_double ? x : static_cast<double>(static_cast<float>(x));
+}
 
 template <class Rule>
 constexpr int kScalarsOf = [] {

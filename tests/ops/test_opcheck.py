@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optim_ext import _C
 
-STATE_KEYS = {"state_sums": "sum", "state_steps": "step"}
+STATE_KEYS = {"state_sums": "sum", "state_steps": "step", "axs": "ax"}
 
 
 def op_of(spec):
@@ -20,14 +20,36 @@ def is_list(argument):
     return isinstance(argument.type, torch.ListType) and not argument.has_default_value()
 
 
-def state_key(argument):
+def state_key_of(name):
     """momentum_buffers holds what state_dict calls momentum_buffer, and so on."""
-    return STATE_KEYS.get(argument.name, argument.name.removesuffix("s"))
+    return STATE_KEYS.get(name, name.removesuffix("s"))
+
+
+def state_key(argument):
+    return state_key_of(argument.name)
 
 
 def positive(value):
     """State as a step would leave it; for a complex parameter in both parts."""
     return torch.view_as_complex(torch.view_as_real(value).abs()) if value.is_complex() else value.abs()
+
+
+PARTS = {
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "etaminus": ("etas", 0),
+    "etaplus": ("etas", 1),
+    "step_size_min": ("step_sizes", 0),
+    "step_size_max": ("step_sizes", 1),
+}
+
+
+def hyper(name, options):
+    """The value of an op's argument under the options of a group."""
+    if name in PARTS:
+        key, index = PARTS[name]
+        return options[key][index]
+    return False if name == "is_first_step" else options[name]
 
 
 def sample(spec, options, dtype=torch.float32, shapes=((3, 4), (5,), ())):
@@ -39,20 +61,17 @@ def sample(spec, options, dtype=torch.float32, shapes=((3, 4), (5,), ())):
         name = argument.name
         if is_list(argument):
             key = state_key(argument)
-            if key == "step":
-                lists.append([torch.tensor(3.0) for _ in shapes])
+            if key in spec.numbers:
+                lists.append([spec.number(key, 3.0) for _ in shapes])
             elif position < 2 or key in keys:
                 values = [random(shape, dtype, 10 * position + i) for i, shape in enumerate(shapes)]
                 lists.append(values if position < 2 else [positive(value) for value in values])
             else:
                 lists.append([])
-        elif name in ("lr", "beta1", "beta2"):
-            value = defaults["lr"] if name == "lr" else defaults["betas"][int(name[-1]) - 1]
-            keywords[name] = torch.as_tensor(value, dtype=torch.float64)
-        elif name == "is_first_step":
-            keywords[name] = False
-        elif name in defaults:
-            keywords[name] = defaults[name]
+        elif argument.kwarg_only and not argument.has_default_value():
+            value = hyper(name, defaults)
+            is_tensor = isinstance(argument.type, torch.TensorType)
+            keywords[name] = torch.as_tensor(value, dtype=torch.float64) if is_tensor else value
     return lists, keywords
 
 
@@ -74,7 +93,7 @@ def test_schema(spec):
     assert all(a.alias_info is not None and a.alias_info.is_write for a in positional)
     group = spec.torch(make_params(((1,),))).param_groups[0]
     for argument in arguments[len(positional) : -len(common)]:
-        known = {*group, "beta1", "beta2", "is_first_step"}
+        known = {*group, *PARTS, "is_first_step"}
         assert argument.name in known
 
 
@@ -190,7 +209,7 @@ def test_unused_list_given_all_the_same(spec):
 def test_wrong_tensors_name_list_and_index(spec):
     for position, name in positions(spec, spec.typical):
         lists, keywords = sample(spec, spec.typical)
-        if name == "state_steps":
+        if state_key_of(name) in spec.numbers:
             lists[position][1] = torch.ones(2)
             refused(spec, lists, keywords, RuntimeError, f"{name}[1]", "one element")
             continue
@@ -244,6 +263,7 @@ def test_fake_tensors(case_of_ten, device):
         assert all(t.device.type == device for t in (*lists[0], *lists[1]))
 
 
+@pytest.mark.torchs
 def test_step_on_fake_tensors(spec):
     """A whole step in FakeTensorMode, as memory planners run it, computes nothing and raises nothing."""
     with FakeTensorMode():
@@ -257,8 +277,8 @@ def test_step_on_fake_tensors(spec):
 
 
 def test_every_op_has_a_row():
-
-    assert sorted(_C.step_ops()) == sorted(spec.op for spec in SPECS)
+    """Those of SparseAdam and Muon, which take sparse gradients and matrices only, have test files of their own."""
+    assert sorted(_C.step_ops()) == sorted([*(spec.op for spec in SPECS), "muon_", "sparse_adam_"])
 
 
 GRADIENT_OPS = {

@@ -24,6 +24,7 @@ def test_every_public_name_is_there_and_listed():
         assert hasattr(optim_ext, name), name
 
 
+@pytest.mark.torchs
 def test_subclass_of_torchs_class(spec):
     assert issubclass(spec.ours, spec.torch) and spec.ours is not spec.torch
     assert spec.ours.__name__ == spec.name
@@ -93,6 +94,7 @@ BAD_OPTIONS = [
 ]
 
 
+@pytest.mark.torchs
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=lambda o: ",".join(o))
 def test_bad_options(spec, options):
     """Whatever torch says to these, errors word for word."""

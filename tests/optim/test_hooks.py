@@ -49,6 +49,7 @@ PATHS = {
 }
 
 
+@pytest.mark.torchs
 @pytest.mark.parametrize(("build", "flags"), PATHS.values(), ids=PATHS.keys())
 def test_step_hooks_fire_once_in_order(spec, build, flags):
     params = [p.detach() for p in make_params()]
@@ -156,6 +157,7 @@ def test_profiler_names(spec):
     assert step.time_range.start <= op.time_range.start and op.time_range.end <= step.time_range.end
 
 
+@pytest.mark.torchs
 def test_users_subclass(spec):
     """Own constructor, own attribute, own step around ours."""
 
@@ -208,6 +210,7 @@ def test_users_subclass_with_its_own_state(spec):
     assert ours.state_dict()["param_groups"][0]["colour"] == "blue"
 
 
+@pytest.mark.torchs
 def test_users_subclass_that_makes_its_own_state(spec):
     """An overridden _init_group, as torch's own code calls it, is honoured: its state is what the step works on."""
 
@@ -217,7 +220,8 @@ def test_users_subclass_that_makes_its_own_state(spec):
                 for param in group["params"]:
                     if param.grad is not None and len(self.state[param]) == 0:
                         for key in spec.state(spec.typical):
-                            self.state[param][key] = torch.tensor(5.0) if key == "step" else torch.full_like(param, 0.5)
+                            is_number = key in spec.numbers
+                            self.state[param][key] = spec.number(key, 5.0) if is_number else torch.full_like(param, 0.5)
                 return super()._init_group(group, *lists)
 
         return Warm
@@ -269,6 +273,7 @@ def test_override_on_the_instance(spec):
     assert seen == [optimizer]
 
 
+@pytest.mark.torchs
 def test_dynamic_subclass_over_a_copied_dict(spec):
     """Lightning wraps an optimizer in a class made on the fly that shares the original's __dict__."""
     lockstep = Lockstep(spec, dtype=torch.float64).step(2)

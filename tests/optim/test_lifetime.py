@@ -112,7 +112,8 @@ def test_failed_steps_do_not_grow(spec):
     optimizer = spec.ours(params, **spec.typical)
     give_grads(params, 0)
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = float("nan")
+    option = "step_sizes" if spec.name == "Rprop" else "lr"
+    optimizer.param_groups[0][option] = (float("nan"), 1.0) if spec.name == "Rprop" else float("nan")
 
     def steps(count):
         for _ in range(count):

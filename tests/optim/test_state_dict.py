@@ -6,7 +6,17 @@ import pickle
 
 import pytest
 import torch
-from lockstep import Lockstep, assert_same_state, copy_of, give_grads, make_params, random, twin, widen_hypers
+from lockstep import (
+    Lockstep,
+    assert_close,
+    assert_same_state,
+    copy_of,
+    give_grads,
+    make_params,
+    random,
+    twin,
+    widen_hypers,
+)
 from specs import SPECS, Tolerance
 
 EXACT = Tolerance(0, 0)
@@ -52,7 +62,7 @@ def test_step_follows_the_default_dtype(counting):
 def test_checkpoint_in_the_middle_of_training(spec, direction, through):
     """One side's state continues on the other, in lockstep with who never stopped."""
     for options in (spec.typical, {}):
-        lockstep = Lockstep(spec, options, dtype=torch.float64).step(4)
+        lockstep = Lockstep(spec, options, dtype=spec.checkpoint_dtype).step(4)
         source = lockstep.theirs if direction == "to ours" else lockstep.ours
         target_class = spec.torch if direction == "to torch" else spec.ours
         saved = through(source.state_dict())
@@ -65,7 +75,7 @@ def test_checkpoint_in_the_middle_of_training(spec, direction, through):
             give_grads(params, lockstep.taken - 1)
             target.step()
             for mine, other in zip(params, lockstep.twins, strict=True):
-                torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+                assert_close(mine, other, lockstep.tolerance())
             assert_same_state(target, lockstep.theirs, lockstep.tolerance())
 
 
@@ -88,7 +98,7 @@ def test_checkpoint_for_every_option_set(case):
 
 def test_loading_back_into_a_stepped_optimizer(variant):
     """What was derived from the state before the load is dropped: going back and on again gives the same bytes."""
-    params = make_params(dtype=torch.float64)
+    params = make_params(dtype=variant.spec.checkpoint_dtype)
     optimizer = variant.spec.ours(params, **copy_of(variant.options))
 
     def advance(first):
@@ -150,6 +160,7 @@ def test_step_saved_as_a_number(counting, number):
     lockstep.step(3).check()
 
 
+@pytest.mark.torchs
 def test_saved_as_fused(spec):
     """Fused checkpoints load into plain optimizers and the other way round, with the saved flags."""
     for flags, others in (({"fused": True}, {}), ({}, {"fused": True}), ({"foreach": True}, {})):
@@ -310,13 +321,13 @@ def test_foreign_state_dtypes_are_kept(spec):
     def narrow(optimizer, *_):
         for entries in optimizer.state.values():
             for key, value in entries.items():
-                if key != "step":
+                if key not in spec.numbers:
                     entries[key] = value.bfloat16()
 
     def rounded(optimizer, *_):
         for entries in optimizer.state.values():
             for key, value in entries.items():
-                if key != "step":
+                if key not in spec.numbers:
                     value.copy_(value.bfloat16())
 
     optimizer.register_step_pre_hook(narrow)
@@ -327,7 +338,9 @@ def test_foreign_state_dtypes_are_kept(spec):
         give_grads(exact, step)
         optimizer.step()
         reference.step()
-    dtypes = {value.dtype for entries in optimizer.state.values() for k, value in entries.items() if k != "step"}
+    dtypes = {
+        value.dtype for entries in optimizer.state.values() for k, value in entries.items() if k not in spec.numbers
+    }
     assert dtypes == {torch.bfloat16}
     for mine, other in zip(params, exact, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-3)
@@ -347,13 +360,14 @@ def test_foreign_state_before_the_first_step(spec):
         optimizer, reference = spec.ours(params, **options), spec.torch(wide, **options)
         for i, (narrow, exact) in enumerate(zip(params, wide, strict=True)):
             for k, key in enumerate(sorted(spec.state(spec.typical))):
-                if key == "step":
-                    value = torch.tensor(2.0)
+                if key in spec.numbers:
+                    value = spec.number(key, 2.0)
                 else:
                     value = random(narrow.shape, torch.float64, 10 * i + k).abs().add(1).to(state_dtypes[k % 3])
-                    value *= 0.125 if key == "grad_avg" else 1  # whose square is subtracted from square_avg
+                    # The square of grad_avg is subtracted from square_avg; the others are lengths of steps.
+                    value *= {"grad_avg": 0.125, "step_size": 0.01, "acc_delta": 0.01}.get(key, 1)
                 optimizer.state[narrow][key] = value
-                reference.state[exact][key] = value.double() if key != "step" else value.clone()
+                reference.state[exact][key] = value.clone() if key in spec.numbers else value.double()
         kept = {id(p): {k: v.dtype for k, v in optimizer.state[p].items()} for p in params}
         for step in range(3):
             for i, (narrow, exact) in enumerate(zip(params, wide, strict=True)):

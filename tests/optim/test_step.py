@@ -329,9 +329,9 @@ def test_tensors_overwritten_in_place_between_steps(variant):
             for i, param in enumerate(params):
                 param.copy_(random(param.shape, torch.float64, 500 + i))
                 for k, (key, value) in enumerate(sorted(optimizer.state.get(param, {}).items())):
-                    value.copy_(
-                        torch.tensor(5.0) if key == "step" else random(param.shape, torch.float64, 90 + k).abs()
-                    )
+                    is_number = key in variant.spec.numbers
+                    number = variant.spec.number(key, 5.0)
+                    value.copy_(number if is_number else random(param.shape, torch.float64, 90 + k).abs())
     lockstep.step(3).check()
 
 
@@ -340,7 +340,7 @@ def test_state_replaced_between_steps(variant):
     lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64).step(2)
     for optimizer, params in zip(lockstep.both, (lockstep.params, lockstep.twins), strict=True):
         for i, param in enumerate(params):
-            for k, key in enumerate(sorted(set(optimizer.state.get(param, {})) - {"step"})):
+            for k, key in enumerate(sorted(set(optimizer.state.get(param, {})) - variant.spec.numbers)):
                 optimizer.state[param][key] = random(param.shape, torch.float64, 70 + 7 * i + k).abs()
     lockstep.step(2).check()
     for optimizer, params in zip(lockstep.both, (lockstep.params, lockstep.twins), strict=True):
@@ -390,7 +390,8 @@ def test_state_put_there_before_the_first_step(spec):
     for optimizer, params in zip(lockstep.both, (lockstep.params, lockstep.twins), strict=True):
         for i, param in enumerate(params):
             for k, key in enumerate(sorted(spec.state(spec.typical))):
-                value = torch.tensor(4.0) if key == "step" else random(param.shape, torch.float64, 40 + 9 * i + k).abs()
+                is_number, wide = key in spec.numbers, torch.float64
+                value = spec.number(key, 4.0) if is_number else random(param.shape, wide, 40 + 9 * i + k).abs()
                 optimizer.state[param][key] = value
             optimizer.state[param]["note"] = "mine"
     lockstep.step(3).check()

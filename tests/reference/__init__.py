@@ -1,5 +1,7 @@
 """Slow and plain implementations of what torch.optim does not have, written from the papers: the oracle of our kernels."""
 
+from reference.lamb import LAMB
+from reference.lars import LARS
 from reference.lion import Lion
 
-__all__ = ["Lion"]
+__all__ = ["LAMB", "LARS", "Lion"]

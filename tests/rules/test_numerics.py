@@ -201,6 +201,8 @@ def test_gradient_of_another_dtype(spec, dtype, grad_dtype):
         ours.step()
         wide_run.step()
     tolerance = spec.tolerances[dtype]
+    if spec.name == "Rprop" and torch.finfo(grad_dtype).bits < torch.finfo(dtype).bits:
+        tolerance = spec.tolerances[grad_dtype]  # torch gives its step sizes the gradient's dtype
     for narrow, wide in zip(mixed, plain, strict=True):
         assert narrow.dtype == dtype and narrow.grad.dtype == grad_dtype
         torch.testing.assert_close(narrow, wide.to(dtype), rtol=tolerance.rtol, atol=tolerance.atol)
@@ -240,7 +242,7 @@ def test_complex_is_its_two_real_parts(variant, dtype):
             as_real = torch.view_as_real(param) if param.is_complex() else param
             assert torch.equal(as_real, part)
             for key, value in optimizers[0].state.get(param, {}).items():
-                assert value.dtype == (param.dtype if key != "step" else torch.float32)
+                assert value.dtype == (torch.float32 if key in variant.spec.numbers else param.dtype)
                 if variant.options.get("initial_accumulator_value"):
                     continue  # starts at v in the real run and at v + vi in the complex one, as view_as_real has it
                 as_real = torch.view_as_real(value) if value.is_complex() else value

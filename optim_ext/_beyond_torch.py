@@ -1,0 +1,62 @@
+"""What the optimizers share that torch does not have: state made from its keys, and checks in torch.optim's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim_ext._fused_step import FusedStep, Group
+
+
+class BeyondTorch(FusedStep):
+    """Base of optimizers without a class in torch: `_state_keys` names all the state there is."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch gives every optimizer a default for it
+                    group.setdefault(name, value)
+
+    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
+        keys = [key for key in self._state_keys(group) if key is not None]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            state = self.state[p]
+            if len(state) == 0:
+                for key in keys:
+                    state[key] = (
+                        torch.tensor(
+                            0.0, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+                        )
+                        if key == "step"
+                        else torch.zeros_like(p, memory_format=torch.preserve_format)
+                    )
+            params.append(p)
+            grads.append(p.grad)
+            for key, entries in zip(keys, lists, strict=True):
+                entries.append(state[key])
+
+
+def check_one_element(lr: Any) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+
+
+def check_not_negative(**options: Any) -> None:
+    """Each option is a number from zero up; keywords are their names as a message shows them."""
+    for name, value in options.items():
+        if not value >= 0.0:
+            shown = name.replace("_", " ") if name == "learning_rate" else f"{name} value"
+            raise ValueError(f"Invalid {shown}: {value}")
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
