@@ -206,8 +206,8 @@ class _Lease:
 class Step:
     """One call of ``step``."""
 
-    def __init__(self, state: dict[str, Any], work: Workspace, method: Method, closure: Callable[[], Any]) -> None:
-        self.state, self.work, self.method, self.closure = state, work, method, closure
+    def __init__(self, states: dict[Tensor, Any], work: Workspace, method: Method, closure: Callable[[], Any]) -> None:
+        self.states, self.work, self.method, self.closure = states, work, method, closure
         self.evals = 0
         self.restarts = 0
         self.loss: float
@@ -219,6 +219,7 @@ class Step:
     def run(self) -> Any:
         given, self.loss, self.grad = self._evaluate()
         self.evals = 1
+        self.state: dict[str, Any] = self.states[self.work.params[0]]  # torch keeps it under the first parameter
         self.state["func_evals"] = self.state.get("func_evals", 0) + 1
         self.state.setdefault("n_iter", 0)
         self._load()

@@ -186,7 +186,7 @@ class LBFGS(torch.optim.LBFGS):
             return self._torch_step(closure, reason)
         workspace = self._workspace_for(params, method)
         kind = Step if method.bounds is None else BoxedStep
-        return kind(self.state[params[0]], workspace, method, torch.enable_grad()(closure)).run()
+        return kind(self.state, workspace, method, torch.enable_grad()(closure)).run()
 
     def _torch_step(self, closure: Callable[[], Any], reason: str) -> Any:
         beyond = [name for name in _OWN_OPTIONS if name in self.param_groups[0]]

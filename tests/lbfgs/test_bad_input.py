@@ -1,0 +1,198 @@
+"""Bad input is found before anything is written, and the optimizer works once it is mended."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from problems import rosenbrock, start
+
+from optim_ext import LBFGS, explain
+
+WOLFE = {"line_search_fn": "strong_wolfe"}
+
+
+def unchanged(run, act, error, words):
+    params = [p.detach().clone() for p in run.params]
+    state = copy.deepcopy(run.optimizer.state_dict())
+    with pytest.raises(error, match=words):
+        act()
+    assert all(torch.equal(a, b) for a, b in zip(params, run.params, strict=True))
+    now = run.optimizer.state_dict()["state"]
+    assert repr(now) == repr(state["state"])
+    run.optimizer.param_groups[0].update(line_search_fn=None, history_size=10, lr=1e-3)
+    run.steps(1)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(
+    ("closure", "error", "words"),
+    [
+        (None, TypeError, "closure"),
+        (3.0, TypeError, "closure"),
+        (lambda: None, TypeError, "one number"),
+        (lambda: torch.zeros(2), (RuntimeError, ValueError), "one number"),
+        (lambda: "low", ValueError, "one number"),
+    ],
+    ids=["none", "number", "nothing", "two", "text"],
+)
+def test_closures(closure, error, words, steps):
+    run = start(LBFGS, "rosenbrock-10", **WOLFE).steps(steps)
+    unchanged(run, lambda: run.optimizer.step(closure), error, words)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        ({"line_search_fn": "armijo"}, RuntimeError, "only 'strong_wolfe' is supported"),
+        ({"history_size": 0}, ValueError, "history_size"),
+        ({"lr": -1.0}, ValueError, "learning rate"),
+        ({"lr": float("nan")}, ValueError, "learning rate"),
+        ({"history_dtype": torch.int8}, ValueError, "history_dtype"),
+        ({"damping": 2.0}, ValueError, "damping"),
+    ],
+    ids=str,
+)
+def test_options_edited(edit, error, words, steps):
+    run = start(LBFGS, "rosenbrock-10", lr=1e-3).steps(steps)
+    group = run.optimizer.param_groups[0]
+    before = dict(group)
+    group.update(edit)
+    calls = run.calls
+    with pytest.raises(error, match=words):
+        run.steps(1)
+    assert run.calls == calls
+    group.clear()
+    group.update(before)
+    run.steps(1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"history_size": 0}, {"damping": -1.0}, {"damping": 0.2, "bounds": (0, 1)}], ids=str
+)
+def test_options_at_construction(options):
+    with pytest.raises(ValueError):
+        LBFGS([torch.zeros(2)], **options)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_a_parameter_that_changed(change):
+    run = start(LBFGS, "rosenbrock-10", **WOLFE).steps(2)
+    param = run.params[0]
+    kept, param.grad = param.data, None
+    param.data = torch.zeros(7, dtype=torch.float64) if change == "shape" else kept.float()
+    before = run.calls
+    with pytest.raises(RuntimeError, match=r"parameter 0 changed from .* to .*state\.clear"):
+        run.steps(1)
+    assert run.calls == before
+    param.data = kept
+    run.steps(1)
+
+
+def test_state_of_another_size():
+    run = start(LBFGS, "rosenbrock-10", **WOLFE).steps(2)
+    other = start(LBFGS, "rosenbrock-100", **WOLFE)
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="10 numbers .* have 100"):
+        other.steps(1)
+    other.optimizer.state.clear()
+    other.steps(1)
+
+
+@pytest.mark.parametrize("options", [{"lr": 1e-3}, WOLFE], ids=["fixed", "wolfe"])
+@pytest.mark.parametrize("fails_at", range(1, 7))
+def test_a_closure_that_raises(options, fails_at):
+    """The parameters stay where the last completed iteration left them, and the run goes on to the same end."""
+    run = start(LBFGS, "rosenbrock-10", **options).steps(1)
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise KeyError("data")
+        return run.closure()
+
+    with pytest.raises(KeyError):
+        run.optimizer.step(closure)
+    at = rosenbrock(run.params[0].detach()).item()
+    assert at <= run.losses[0]
+    if options is WOLFE and fails_at > 1:
+        assert at in run.losses
+    run.steps(15)
+    assert run.losses[-1] < at
+
+
+def test_no_gradient_and_sparse_gradients():
+    dense, idle = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(3))
+    other = torch.nn.Parameter(torch.ones(4, 2))
+    both = LBFGS([dense, idle], lr=0.1), torch.optim.LBFGS([other], lr=0.1)
+
+    def closure():
+        dense.grad = (2 * dense.detach()).to_sparse()
+        return (dense.detach() ** 2).sum()
+
+    def closure_dense():
+        other.grad = 2 * other.detach()
+        return (other.detach() ** 2).sum()
+
+    both[0].step(closure)
+    both[1].step(closure_dense)
+    torch.testing.assert_close(dense, other)
+    assert torch.equal(idle, torch.ones(3))
+
+
+def test_overlapping_parameters_take_torchs_code():
+    base = torch.ones(6)
+    optimizer = LBFGS([base[:4], base[2:]], lr=0.1)
+    assert not explain(optimizer)[0].native and "share memory" in explain(optimizer)[0].reason
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step(lambda: 1.0)
+    assert base[3] < base[0]
+    with pytest.raises(RuntimeError, match="recover"):
+        LBFGS([base[:4], base[2:]], recover=True).step(lambda: 1.0)
+
+
+def test_returns_the_first_loss_as_it_was_given():
+    for value in (torch.tensor([2.0]), torch.tensor(2.0), 2.0, 2):
+        for tolerance in (float("inf"), -float("inf")):
+            param = torch.nn.Parameter(torch.ones(2))
+            param.grad = torch.ones(2)
+            found = LBFGS([param], tolerance_grad=tolerance, lr=0.1).step(lambda value=value: value)
+            assert found is value
+
+
+def test_closure_runs_with_gradients_and_hooks_fire():
+    run = start(LBFGS, "rosenbrock-10", max_iter=2)
+    seen = []
+    run.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    run.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    with torch.no_grad():
+        run.optimizer.step(lambda: (seen.append(torch.is_grad_enabled()), run.closure())[1])
+    assert seen[0] == "before" and seen[-1] == "after" and all(seen[1:-1])
+
+
+def test_compiled_step_is_left_to_python():
+    run = start(LBFGS, "rosenbrock-10", max_iter=2)
+    torch.compile(lambda: run.steps(1), backend="eager")()
+    assert run.calls == 2
+
+
+def test_memory_is_used_again():
+    """A full history takes no new memory, and a state_dict that somebody kept is not written to."""
+    run = start(LBFGS, "rosenbrock-100", history_size=3, max_iter=4, **WOLFE).steps(3)
+    pointers = {row.data_ptr() for row in (*run.state["old_dirs"], *run.state["old_stps"])}
+    run.steps(1)
+    again = {row.data_ptr() for row in (*run.state["old_dirs"], *run.state["old_stps"])}
+    assert len(pointers & again) >= 2
+    kept = run.optimizer.state_dict()["state"][0]
+    rows = [*kept["old_dirs"], *kept["old_stps"], kept["d"], kept["prev_flat_grad"]]
+    copies = [row.clone() for row in rows]
+    run.steps(3)
+    assert all(torch.equal(a, b) for a, b in zip(rows, copies, strict=True))
