@@ -2,6 +2,7 @@
 // as needed, and the comparison of two such sets of memory.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -11,6 +12,7 @@
 #include "check.h"
 #include "kernels/convert.h"
 #include "kernels/operand.h"
+#include "rules/rule.h"
 
 namespace optim_ext {
 
@@ -47,6 +49,29 @@ Rule filled(unsigned bools, int zero_in, Random& random) {
   return [&]<size_t... I>(std::index_sequence<I...>) {
     return Rule{(static_cast<void>(I), f)...};
   }(std::make_index_sequence<count_fields<Rule>()>{});
+}
+
+// The numbers a parameter's state may hold, before a step.
+inline std::array<rules::Scalar, kMaxScalars> scalars_before(bool is_double) {
+  std::array<rules::Scalar, kMaxScalars> scalars;
+  for (int k = 0; k < kMaxScalars; ++k) scalars[k] = {0.75 - 0.25 * k, is_double};
+  return scalars;
+}
+
+// A rule as it stands at a step; `scalars`, for rules that have them, become what they are after it.
+template <class Rule>
+Rule at_step(const Rule& rule, double step, std::array<rules::Scalar, kMaxScalars>& scalars) {
+  if constexpr (rules::kScalarsOf<Rule> == 0) {
+    return rule.at_step(step);
+  } else {
+    return rule.at_step(step, scalars.data());
+  }
+}
+
+template <class Rule>
+Rule at_step(const Rule& rule, double step) {
+  auto scalars = scalars_before(false);
+  return at_step(rule, step, scalars);
 }
 
 struct Operand {

@@ -1,6 +1,7 @@
 // The CUDA sweep run on the host, block by block and thread by thread, through the same tables a launch carries: every
 // element exactly once, and the same bytes as the CPU sweep. What needs a GPU to see is in tests/cuda.
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -24,6 +25,9 @@ template <class Rule, class V>
     cuda::Block<rules::Average> average;
     cuda::open_average(batch, table, block, average);
     for (int thread = 0; !average.skip && thread < cuda::kThreads; ++thread) cuda::average_thread(average, thread);
+  }
+  if constexpr (rules::kScalarsOf<Rule> != 0) {
+    for (int32_t index = 0; index < batch.count; ++index) cuda::store_scalars(batch, table, index);
   }
 }
 
@@ -96,6 +100,10 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
     const bool averages = turn % 2 == 0;
     std::vector<float> float_steps(kLengths.size());
     std::vector<double> double_steps(kLengths.size());
+    constexpr int kScalars = rules::kScalarsOf<Rule>;
+    std::vector<std::array<rules::Scalar, kMaxScalars>> scalars(kLengths.size());
+    std::vector<std::array<float, kMaxScalars>> float_scalars(kLengths.size());
+    std::vector<std::array<double, kMaxScalars>> double_scalars(kLengths.size());
     std::vector<const Bundle*> bundles;
     for (size_t i = 0; i < kLengths.size(); ++i) {
       const Storages& storages = mixes[(i + turn) % mixes.size()];
@@ -134,7 +142,17 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
     }
     for (size_t i = 0; i < start.size(); ++i) {
       const Bundle& bundle = expected[i].ready();
-      cpu::sweep_for<Rule, V>(cpu::Isa::baseline)(rule.at_step(bundle.step), bundle, 0, bundle.numel, pass);
+      scalars[i] = scalars_before(i % 3 == 2);
+      for (int k = 0; k < kScalars; ++k) {
+        float_scalars[i][k] = static_cast<float>(double_scalars[i][k] = scalars[i][k].value);
+        ScalarState& there = got[i].bundle.scalars[k];
+        there.value = i % 3 == 0 ? scalars[i][k].value : -1.0;
+        there.storage = i % 3 == 2 ? Storage::f64 : Storage::f32;
+        if (i % 3 == 1) there.device = &float_scalars[i][k];
+        if (i % 3 == 2) there.device = &double_scalars[i][k];
+      }
+      const Rule ready = at_step(rule, bundle.step, scalars[i]);
+      cpu::sweep_for<Rule, V>(cpu::Isa::baseline)(ready, bundle, 0, bundle.numel, pass);
       const Bundle& average = follow(average_expected[i], bundle);
       if (averages && i % 7 != 6) {
         const auto sweep = average.in_double ? cpu::sweep_for<rules::Average, double>(cpu::Isa::baseline)
@@ -163,6 +181,11 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
       check(same(average_expected[i], average_got[i], &operand, &element),
             "%s, V of %zu bytes, turn %u, average %zu of %ld: element %ld", name, sizeof(V), turn, i,
             static_cast<long>(kLengths[i]), static_cast<long>(element));
+      for (int k = 0; k < kScalars && i % 3 != 0; ++k) {
+        const double found = i % 3 == 1 ? float_scalars[i][k] : double_scalars[i][k];
+        check(found == scalars[i][k].value, "%s, turn %u, tensor %zu: scalar %d is %g, expected %g", name, turn, i, k,
+              found, scalars[i][k].value);
+      }
       check(!averages || i % 7 == 6 || kLengths[i] < 8 || !same(average_start[i], average_got[i], &operand, &element),
             "%s leaves average %zu as it is", name, i);
     }

@@ -6,124 +6,12 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "cases.h"
 #include "kernels/cpu/kernels.h"
 
 using namespace optim_ext;
 
 namespace {
-
-// --- A rule with numbers in it. Rules are aggregates of doubles and bools; this fills any of them, in field order. ---
-
-struct Filler {
-  unsigned* bools;  // bit 0 is the next switch
-  int* zero_in;     // doubles until the one that is zero: no weight decay, no dampening, ...
-  Random* random;
-  operator double() const { return (*zero_in)-- == 0 ? 0.0 : random->uniform(0.05, 0.95); }
-  operator bool() const {
-    const bool bit = *bools & 1u;
-    *bools >>= 1;
-    return bit;
-  }
-};
-
-template <class Rule, size_t... I>
-constexpr bool has_fields(std::index_sequence<I...>) {
-  return requires(Filler f) { Rule{(static_cast<void>(I), f)...}; };
-}
-
-template <class Rule, size_t N = 16>
-constexpr size_t count_fields() {
-  if constexpr (has_fields<Rule>(std::make_index_sequence<N>{})) {
-    return N;
-  } else {
-    return count_fields<Rule, N - 1>();
-  }
-}
-
-template <class Rule>
-Rule filled(unsigned bools, int zero_in, Random& random) {
-  const Filler f{&bools, &zero_in, &random};
-  return [&]<size_t... I>(std::index_sequence<I...>) {
-    return Rule{(static_cast<void>(I), f)...};
-  }(std::make_index_sequence<count_fields<Rule>()>{});
-}
-
-// --- Memory for one parameter and its state. ---
-
-struct Operand {
-  std::unique_ptr<unsigned char[]> memory;  // exactly as long as needed, so that the sanitizer sees a step too far
-  int64_t bytes;
-};
-
-struct Case {
-  Bundle bundle{};
-  Layout layout{};
-  std::vector<Operand> operands;
-
-  Case clone() const {
-    Case copy;
-    copy.bundle = bundle;
-    copy.layout = layout;
-    for (size_t k = 0; k < operands.size(); ++k) {
-      Operand operand{std::make_unique<unsigned char[]>(operands[k].bytes), operands[k].bytes};
-      std::memcpy(operand.memory.get(), operands[k].memory.get(), operand.bytes);
-      copy.bundle.data[k] =
-          operand.memory.get() + (static_cast<unsigned char*>(bundle.data[k]) - operands[k].memory.get());
-      copy.operands.push_back(std::move(operand));
-    }
-    return copy;
-  }
-  const Bundle& ready() {
-    bundle.layout = layout.ndim > 0 ? &layout : nullptr;
-    return bundle;
-  }
-};
-
-using Storages = std::vector<Storage>;  // per operand, the last one repeated
-
-// Sizes and strides that only a walk can follow: each operand has its own order of dimensions, with gaps.
-void make_strided(Layout& layout, int operands, int64_t numel) {
-  layout.ndim = 3;
-  layout.sizes[2] = numel % 7 == 0 ? 7 : numel % 2 == 0 ? 2 : 1;
-  layout.sizes[1] = (numel / layout.sizes[2]) % 3 == 0 ? 3 : 1;
-  layout.sizes[0] = numel / layout.sizes[2] / layout.sizes[1];
-  const int orders[][3] = {{0, 1, 2}, {2, 1, 0}, {1, 0, 2}, {2, 0, 1}, {0, 2, 1}, {1, 2, 0}};
-  for (int k = 0; k < operands; ++k) {
-    int64_t stride = 1 + k % 3;
-    for (int d = 2; d >= 0; --d) {
-      const int dim = orders[k % 6][d];
-      layout.strides[k][dim] = stride;
-      stride *= layout.sizes[dim] + (k == 3);
-    }
-  }
-}
-
-template <class Rule>
-Case make_case(int64_t numel, const Storages& storages, bool strided, Random& random) {
-  Case made;
-  made.bundle.numel = numel;
-  if (strided) make_strided(made.layout, Rule::kOperands, numel);
-  for (int k = 0; k < Rule::kOperands; ++k) {
-    const Storage storage = storages[k < static_cast<int>(storages.size()) ? k : storages.size() - 1];
-    const bool used = (Rule::kUsed >> k) & 1u;
-    int64_t last = numel - 1;
-    if (strided && numel > 0) {
-      last = 0;
-      for (int d = 0; d < 3; ++d) last += (made.layout.sizes[d] - 1) * made.layout.strides[k][d];
-    }
-    const int64_t lead = used ? static_cast<int64_t>(random.bits() % 5) : 0;  // data need not be aligned to a vector
-    const int64_t length = used ? lead + last + 1 : 0;
-    Operand operand{std::make_unique<unsigned char[]>(length * bytes_of(storage)), length * bytes_of(storage)};
-    for (int64_t i = 0; i < length; ++i) {
-      store_element<double>(operand.memory.get(), storage, i, random.uniform(k < 2 ? -2.0 : 0.5, 2.0));
-    }
-    made.bundle.data[k] = operand.memory.get() + lead * bytes_of(storage);
-    made.bundle.storage[k] = storage;
-    made.operands.push_back(std::move(operand));
-  }
-  return made;
-}
 
 // --- What a sweep has to do, said once more and slowly. ---
 
@@ -148,24 +36,6 @@ void sweep_slowly(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t
   }
 }
 
-// Equal bytes; where both hold a NaN its payload is free.
-bool same(const Case& a, const Case& b, int* operand, int64_t* element) {
-  for (size_t k = 0; k < a.operands.size(); ++k) {
-    const Storage storage = a.bundle.storage[k];
-    const unsigned char *x = a.operands[k].memory.get(), *y = b.operands[k].memory.get();
-    if (std::memcmp(x, y, a.operands[k].bytes) == 0) continue;
-    for (int64_t i = 0; i < a.operands[k].bytes / bytes_of(storage); ++i) {
-      const bool equal = std::memcmp(x + i * bytes_of(storage), y + i * bytes_of(storage), bytes_of(storage)) == 0;
-      if (equal || (std::isnan(load_element<double>(x, storage, i)) && std::isnan(load_element<double>(y, storage, i))))
-        continue;
-      *operand = static_cast<int>(k);
-      *element = i;
-      return false;
-    }
-  }
-  return true;
-}
-
 std::vector<std::pair<const char*, cpu::Isa>> isas() {
   std::vector<std::pair<const char*, cpu::Isa>> found{{"baseline", cpu::Isa::baseline}};
 #if OPTIM_EXT_X86_ISAS
@@ -186,7 +56,7 @@ void test(const char* name, const std::vector<Storages>& mixes) {
       // Switches, zeros, strides, scaling and the place to begin take turns at different paces, so they meet each
       // other.
       const bool strided = numel > 0 && turn % 3 == 2;
-      const Rule rule = filled<Rule>(turn % 8, static_cast<int>(turn % 7) - 1, random).at_step(1.0 + turn % 5);
+      const Rule rule = at_step(filled<Rule>(turn % 8, static_cast<int>(turn % 7) - 1, random), 1.0 + turn % 5);
       Pass pass;
       pass.unscale = turn % 4 == 1;
       pass.grad_scale = 3.0 + turn % 2;
@@ -215,7 +85,7 @@ void test(const char* name, const std::vector<Storages>& mixes) {
 template <class Rule, class V>
 void test_long(const char* name, const Storages& storages) {
   Random random{11};
-  const Rule rule = filled<Rule>(0, -1, random).at_step(2.0);
+  const Rule rule = at_step(filled<Rule>(0, -1, random), 2.0);
   const Case start = make_case<Rule>(100003, storages, false, random);
   Case expected = start.clone();
   sweep_slowly<Rule, V>(rule, expected.ready(), 0, 100003, Pass{});
