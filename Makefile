@@ -84,7 +84,7 @@ cuda-check: .venv-cuda/torch.stamp
 	cd $(CUDA_TREE) && $(CURDIR)/.venv-cuda/bin/pytest -n $(WORKERS) $(PYTEST_ARGS) $(CUDA_CHECK_TESTS)
 
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
-CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops tests/optim/test_flags.py tests/optim/test_state_dict.py tests/optim/test_amp.py
+CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops
 
 clean:
 	rm -rf build dist *.egg-info .venv .venv-cuda .mypy_cache .pytest_cache .ruff_cache .hypothesis
