@@ -29,7 +29,7 @@ void AveragePairs::run(const Tensor& weight, const OptionalTensor& found_inf, bo
   const auto elsewhere = [&](const Tensor& t) { return t.device() != device_; };
   std::vector<Tensor> copies;
   if (std::any_of(params_.begin(), params_.end(), elsewhere)) {
-    for (const Tensor& param : params_) copies.push_back(param.to(device_, /*non_blocking=*/true));
+    for (const Tensor& param : params_) copies.push_back(*moved_to(device_, param));
   }
   const TensorList params = copies.empty() ? params_ : copies;
   const Tensor here = weight_for(device_, weight);
