@@ -12,7 +12,7 @@ from torch.optim import (  # noqa: F401
     lr_scheduler,
 )
 
-from optim_ext import _fakes  # noqa: F401
+from optim_ext import _fakes, utils  # noqa: F401
 from optim_ext import swa_utils as swa_utils  # type: ignore[no-redef]
 from optim_ext._explain import GroupReport, explain
 from optim_ext._load import build_info
@@ -37,4 +37,4 @@ from optim_ext.sparse_adam import SparseAdam as SparseAdam
 __version__ = "0.1.0"
 
 __all__ = [name for name in dir(torch.optim) if not name.startswith("_") and name in globals()]
-__all__ += ["LAMB", "LARS", "GroupReport", "Lion", "build_info", "explain"]
+__all__ += ["LAMB", "LARS", "GroupReport", "Lion", "build_info", "explain", "utils"]

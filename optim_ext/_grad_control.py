@@ -165,7 +165,7 @@ def judge(
         "found_inf": _moved(found_inf, device),
     }
     if policy is not None:
-        policy.skipped_steps = policy.skipped_steps.to(device)
+        policy.skipped_steps = policy.skipped_steps.to(device, non_blocking=device.type != "cpu")
         rules |= {
             "skip_nonfinite": policy.skip_nonfinite,
             "skip_above": policy.skip_above,
@@ -190,7 +190,7 @@ def judge(
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _device_of_grads(optimizer: Optimizer) -> torch.device:
