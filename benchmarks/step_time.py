@@ -209,8 +209,8 @@ def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[
     if not hasattr(torch.optim, algorithm.class_name):
         try:
             import pytorch_optimizer
-        except ImportError:
-            raise SystemExit("Lion is compared with pytorch_optimizer: pip install -r benchmarks/requirements.txt")
+        except ImportError as error:
+            raise SystemExit("This needs pytorch_optimizer: pip install -r benchmarks/requirements.txt") from error
         theirs = getattr(pytorch_optimizer, algorithm.class_name)
         return {**optimizers, PEER: theirs(tensors.parameters(), **algorithm.options)}
     theirs = getattr(torch.optim, algorithm.class_name)

@@ -19,6 +19,10 @@ class BeyondTorch(FusedStep):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch gives every optimizer a default for it
                     group.setdefault(name, value)
+            for p in group["params"]:
+                step = self.state.get(p, {}).get("step")
+                if step is not None and not isinstance(step, Tensor):
+                    self.state[p]["step"] = _count(float(step))
 
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
         keys = [key for key in self._state_keys(group) if key is not None]
@@ -30,17 +34,16 @@ class BeyondTorch(FusedStep):
             state = self.state[p]
             if len(state) == 0:
                 for key in keys:
-                    state[key] = (
-                        torch.tensor(
-                            0.0, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-                        )
-                        if key == "step"
-                        else torch.zeros_like(p, memory_format=torch.preserve_format)
-                    )
+                    state[key] = _count(0.0) if key == "step" else torch.zeros_like(p)
             params.append(p)
             grads.append(p.grad)
             for key, entries in zip(keys, lists, strict=True):
                 entries.append(state[key])
+
+
+def _count(steps: float) -> Tensor:
+    """A step count, in the dtype torch gives it."""
+    return torch.tensor(steps, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32)
 
 
 def check_one_element(lr: Any) -> None:

@@ -76,7 +76,6 @@ class FusedStep(Optimizer):
     """
 
     _op: ClassVar[str]
-    _torch_takes_sparse: ClassVar[bool] = False  # whether torch's code does, as long as there is no weight decay
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _plan: _C.Plan | None
     _averaging: StepAveraging | None

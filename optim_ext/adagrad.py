@@ -14,7 +14,6 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     __doc__ = torch.optim.Adagrad.__doc__
 
     _op = "adagrad_"
-    _torch_takes_sparse = True
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("sum", "step")

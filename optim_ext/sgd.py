@@ -14,7 +14,6 @@ class SGD(FusedStep, torch.optim.SGD):
     __doc__ = torch.optim.SGD.__doc__
 
     _op = "sgd_"
-    _torch_takes_sparse = True
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)

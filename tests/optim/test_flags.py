@@ -91,6 +91,8 @@ def test_fused_on_meta_is_torchs_error_and_leaves_nothing(fused_spec):
 @pytest.mark.torchs
 def test_meta_parameters_take_torchs_path(spec):
     """Shapes without data: torch's code runs on them, so does ours."""
+    if spec.name == "ASGD":
+        pytest.skip("torch reads its numbers")
     param = torch.nn.Parameter(torch.empty(3, device="meta"))
     optimizer = spec.ours([param], **{k: v for k, v in spec.typical.items() if k != "momentum"})
     param.grad = torch.empty(3, device="meta")
@@ -128,7 +130,8 @@ def differentiable_step(make, options, through):
         param.grad = grad
         optimizer = make([param], **options, differentiable=True)
         entries = {key: value.clone() for key, value in zip(keys, state, strict=True)}
-        entries.update({key: torch.tensor(0.5, dtype=torch.float64) for key in ("mu_product", "eta", "mu")})
+        numbers = {"mu_product": 0.5, "eta": 0.5, "mu": 1.0}
+        entries.update({key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()})
         if "step" in optimizer.state[param] or "step" in through_steps:
             entries["step"] = torch.tensor(10.0, dtype=torch.float64)
         optimizer.state[param].update(entries)

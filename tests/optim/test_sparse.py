@@ -168,7 +168,7 @@ def test_strided_tables_take_torchs_path():
     """A table that is not contiguous: torch's code, and the same result."""
     params = [torch.randn(3, 6, dtype=torch.float64).t()]
     ours, theirs, twins = pair("SGD", {"lr": 0.1}, params)
-    for own, one in ((params, ours), (twins, theirs)):
+    for own in (params, twins):
         own[0].grad = sparse((6, 3), 1, 4, torch.float64)
     report = optim_ext.explain(ours)[0]
     assert not report.native and "not contiguous" in report.reason

@@ -16,6 +16,9 @@ class Plain(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch gives every optimizer a default for it
                     group.setdefault(name, value)
+            for p in group["params"]:
+                if "step" in self.state.get(p, {}):
+                    self.state[p]["step"] = torch.as_tensor(float(self.state[p]["step"]))
 
     @torch.no_grad()
     def step(self, closure=None):
