@@ -60,3 +60,18 @@ extern "C" int walk_memory(int64_t tensors, int updated, char* const* streams, c
   }
   return 0;
 }
+
+// Reads each of `count` arrays of bytes[i] bytes, its threads side by side along it.
+extern "C" void read_memory(int64_t count, char* const* arrays, const int64_t* bytes, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
+    constexpr int64_t kStep = sizeof(Vector);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t at = bytes[i] / all * id; at + kStep <= bytes[i] / all * (id + 1); at += kStep) {
+        Vector read = *reinterpret_cast<const Vector*>(arrays[i] + at);
+        OPAQUE(read);
+      }
+    }
+  }
+}

@@ -73,3 +73,20 @@ class DeviceCopy:
 
     def __call__(self) -> None:
         self._target.copy_(self._source)
+
+
+class ReadLoop:
+    """Reads contiguous tensors, one after the other, each on ``torch.get_num_threads()`` threads, computing nothing."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        if MemoryLoop._library is None:
+            MemoryLoop._library = _load()
+        self._keep_alive = list(tensors)
+        self._addresses = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+        self._sizes = (ctypes.c_int64 * len(tensors))(*(t.nbytes for t in tensors))
+        self.bytes = sum(self._sizes)
+
+    def __call__(self) -> None:
+        assert MemoryLoop._library is not None
+        count = ctypes.c_int64(len(self._sizes))
+        MemoryLoop._library.read_memory(count, self._addresses, self._sizes, torch.get_num_threads())

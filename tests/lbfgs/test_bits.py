@@ -169,3 +169,40 @@ def test_a_history_from_elsewhere_gives_the_same_dots():
         dots = OPS.lbfgs_pair_(y, s, grads[0], grads[1], steps[0], dirs, stps, t=1.0)
         gram.push(dots, 100, 1e30)
     assert torch.equal(anew.coefficients(), kept.coefficients())
+
+
+def test_opcheck():
+    n = 33
+    rows, more = vectors(4, n, torch.float32, 1), vectors(5, n, torch.float32, 2)
+    y, s, out = (torch.empty(n) for _ in range(3))
+    coefficients = torch.ones(5, dtype=torch.float64)
+    samples = {
+        "lbfgs_gather_": ((out, [more[0][:20], more[1][:13]], [0, 20]), {}),
+        "lbfgs_displace_": (([more[0].clone()], more[1]), {"t": 0.5, "origin": more[2]}),
+        "lbfgs_norms": ((more[0], more[1]), {}),
+        "lbfgs_dots": ((more[0], rows[:2], rows[2:]), {}),
+        "lbfgs_pair_": ((y, s, *more[:3], rows[:2], rows[2:]), {"t": 0.5}),
+        "lbfgs_combine_": ((out, more[0], rows[:2], rows[2:]), {"coefficients": coefficients}),
+    }
+    for name, (arguments, keywords) in samples.items():
+        torch.library.opcheck(getattr(OPS, name).default, arguments, keywords)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grad": torch.ones(9)}, "dense vector of"),
+        ({"d": torch.ones(8, dtype=torch.float64)}, "d has dtype"),
+        ({"prev_grad": torch.ones(4, 2)[:, 0]}, "dense vector"),
+        ({"old_dirs": [torch.ones(8)]}, "equally long"),
+        ({"y": torch.ones(8, dtype=torch.float16), "s": torch.ones(8, dtype=torch.float16)}, "dtype"),
+        ({"grad": torch.ones(8, dtype=torch.int64)}, "expected Float or Double"),
+    ],
+    ids=str,
+)
+def test_bad_vectors(change, words):
+    names = ("y", "s", "grad", "prev_grad", "d")
+    given = {name: torch.full((8,), 7.0) for name in names} | {"old_dirs": [], "old_stps": []} | change
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        OPS.lbfgs_pair_(*given.values(), t=1.0)
+    assert all((given[name] == (7 if name not in change else change[name])).all() for name in names)
