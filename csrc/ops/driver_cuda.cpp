@@ -11,6 +11,7 @@ namespace optim_ext::ops {
 
 CudaPlace::CudaPlace(at::Device device)
     : stream(c10::cuda::getCurrentCUDAStream(device.index())), multiprocessors(cuda::multiprocessors(device.index())) {
+  TORCH_CHECK(cuda::takes_arguments(), "optim_ext needs a CUDA driver of version 12.1 or newer");
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &status));
   capturing = status != cudaStreamCaptureStatusNone;
@@ -64,10 +65,7 @@ void advance_counters(const Work& call, const CudaPlace& place) {
     if (bundle.device_step)
       counters[bundle.step_storage == Storage::f64].push_back(const_cast<void*>(bundle.device_step));
   }
-  const bool large =
-      cuda::argument_bytes() >= cuda::kLargeArgs &&
-      counters[0].size() + counters[1].size() > static_cast<size_t>(cuda::Counters<cuda::kSmallArgs>::kRoom);
-  large ? advance<cuda::kLargeArgs>(counters, call, place) : advance<cuda::kSmallArgs>(counters, call, place);
+  advance<cuda::kArgumentBytes>(counters, call, place);
 }
 
 namespace {

@@ -166,8 +166,7 @@ struct CudaDriver {
   template <class Rule, class Launch>
   static void for_each_table(const cuda::Batch<Rule>& batch, const std::vector<const Bundle*>& bundles,
                              const CudaPlace& place, const Launch& launch) {
-    const bool large = cuda::argument_bytes() >= cuda::kLargeArgs && !batch.averaged;
-    const int64_t room = large ? cuda::Args<Rule, cuda::kLargeArgs>::kRoom : cuda::Args<Rule, cuda::kSmallArgs>::kRoom;
+    const int64_t room = cuda::Args<Rule, cuda::kArgumentBytes>::kRoom;
     const auto count = static_cast<int64_t>(bundles.size());
     for (int64_t done = 0; done < count;) {
       const Bundle* const* const next = bundles.data() + done;
@@ -175,19 +174,17 @@ struct CudaDriver {
       if (shape.count < count - done && !place.capturing) {
         shape = cuda::fitting<Rule>(next, count - done, INT64_MAX);
         launch_remote(batch, next, shape, place, launch);
-      } else if (shape.bytes() <= cuda::Args<Rule, cuda::kSmallArgs>::kRoom) {
-        launch_local<cuda::kSmallArgs>(batch, next, shape, launch);
       } else {
-        launch_local<cuda::kLargeArgs>(batch, next, shape, launch);
+        launch_local(batch, next, shape, launch);
       }
       done += shape.count;
     }
   }
 
-  template <int64_t kBytes, class Rule, class Launch>
+  template <class Rule, class Launch>
   static void launch_local(const cuda::Batch<Rule>& batch, const Bundle* const* bundles,
                            const cuda::TableShape<Rule>& shape, const Launch& launch) {
-    cuda::Args<Rule, kBytes> args;  // the room that no table fills stays as it is
+    cuda::Args<Rule, cuda::kArgumentBytes> args;  // the room that no table fills stays as it is
     args.batch = batch;
     args.batch.count = static_cast<int32_t>(shape.count);
     const int64_t chunks = cuda::fill_table(bundles, shape, batch.chunk, args.room);
@@ -198,7 +195,7 @@ struct CudaDriver {
   static void launch_remote(const cuda::Batch<Rule>& batch, const Bundle* const* bundles,
                             const cuda::TableShape<Rule>& shape, const CudaPlace& place, const Launch& launch) {
     CudaTable table(place, shape.bytes());
-    cuda::Args<Rule, cuda::kSmallArgs> args;
+    cuda::Args<Rule, cuda::kArgumentBytes> args;
     args.batch = batch;
     args.batch.count = static_cast<int32_t>(shape.count);
     const int64_t chunks = cuda::fill_table(bundles, shape, batch.chunk, table.host());

@@ -51,8 +51,8 @@ int run_in_arguments(const cuda::Batch<Rule>& batch, const std::vector<const Bun
 // What the driver does with a call, short of launching; the number of launches it would take.
 template <class Rule, class V>
 int run_on_host(cuda::Batch<Rule> batch, const std::vector<const Bundle*>& bundles, Travel travel) {
-  if (travel == Travel::small_arguments) return run_in_arguments<Rule, V, cuda::kSmallArgs>(batch, bundles);
-  if (travel == Travel::large_arguments) return run_in_arguments<Rule, V, cuda::kLargeArgs>(batch, bundles);
+  if (travel == Travel::small_arguments) return run_in_arguments<Rule, V, 4096>(batch, bundles);
+  if (travel == Travel::large_arguments) return run_in_arguments<Rule, V, cuda::kArgumentBytes>(batch, bundles);
   const auto shape = cuda::fitting<Rule>(bundles.data(), bundles.size(), INT64_MAX);
   const auto table = std::make_unique<unsigned char[]>(shape.bytes());  // exactly as long: the sanitizer watches
   batch.count = static_cast<int32_t>(shape.count);

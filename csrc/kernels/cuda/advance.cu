@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(kThreads) advance(const __grid_constant__ Coun
 
 }  // namespace
 
-int64_t argument_bytes() {
-  static const int64_t bytes = [] {
+bool takes_arguments() {
+  static const bool takes = [] {
     int driver = 0;
-    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010 ? kLargeArgs : kSmallArgs;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
   }();
-  return bytes;
+  return takes;
 }
 
 int multiprocessors(int device) {
@@ -41,7 +41,6 @@ cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream
                           dim3((counters.count + kThreads - 1) / kThreads), dim3(kThreads), pointers, 0, stream);
 }
 
-template cudaError_t launch_advance<kSmallArgs>(const Counters<kSmallArgs>&, cudaStream_t);
-template cudaError_t launch_advance<kLargeArgs>(const Counters<kLargeArgs>&, cudaStream_t);
+template cudaError_t launch_advance<kArgumentBytes>(const Counters<kArgumentBytes>&, cudaStream_t);
 
 }  // namespace optim_ext::cuda

@@ -15,8 +15,9 @@ constexpr int kThreads = 256;        // per block
 constexpr int kMaxLiveHypers = 4;    // hyper-parameters that may be tensors on the device: lr and the betas
 constexpr int64_t kMinChunk = 2048;  // elements: what the threads of a block take in one go
 
-// Room for kernel arguments: what every driver takes, and what drivers since CUDA 12.1 take on sm_70 and newer.
-constexpr int64_t kSmallArgs = 4096, kLargeArgs = 32760;
+// Room for kernel arguments, as drivers since CUDA 12.1 have it on sm_70 and newer. One size for all: every other would
+// be all kernels once more.
+constexpr int64_t kArgumentBytes = 32760;
 
 // A rule's operands without those its variant does not have: slot s of an entry is the s-th bit set in kUsed.
 template <class Rule>

@@ -19,14 +19,14 @@ struct alignas(8) Counters {
   void* counter[kRoom];
 };
 
-// Bytes of arguments one launch may carry with the driver at hand.
-int64_t argument_bytes();
+// Whether the driver at hand takes kArgumentBytes.
+bool takes_arguments();
 
 int multiprocessors(int device);
 
-// Steps that also average exist for the smaller table only; a longer one has to lie in device memory.
-template <class Rule, int64_t kBytes>
-constexpr bool kCanAverage = kBytes == kSmallArgs && !std::is_same_v<Rule, rules::Average>;
+// Whether a step by this rule may also average what it has updated.
+template <class Rule>
+constexpr bool kCanAverage = !std::is_same_v<Rule, rules::Average>;
 
 // One block per chunk. V is the type the rule computes in: float, or double as soon as one operand is stored as f64.
 template <class Rule, class V, int64_t kBytes>

@@ -100,9 +100,7 @@ cudaError_t launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, c
 #define OPTIM_EXT_INSTANTIATE_BYTES(rule, bytes)                                                                      \
   template cudaError_t launch_reduce<rules::rule>(const Args<ReduceJob<rules::rule>, bytes>&, int64_t, cudaStream_t); \
   template cudaError_t launch_finish_each<rules::rule>(const Args<ReduceJob<rules::rule>, bytes>&, cudaStream_t);
-#define OPTIM_EXT_INSTANTIATE(rule)             \
-  OPTIM_EXT_INSTANTIATE_BYTES(rule, kSmallArgs) \
-  OPTIM_EXT_INSTANTIATE_BYTES(rule, kLargeArgs)
+#define OPTIM_EXT_INSTANTIATE(rule) OPTIM_EXT_INSTANTIATE_BYTES(rule, kArgumentBytes)
 OPTIM_EXT_FOR_EACH_REDUCTION(OPTIM_EXT_INSTANTIATE)
 
 }  // namespace optim_ext::cuda

@@ -58,7 +58,7 @@ cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blo
 template <class Rule, class V, int64_t kBytes>
 cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream) {
   auto* kernel = &sweep<Rule, V, kBytes, false>;
-  if constexpr (kCanAverage<Rule, kBytes>) {
+  if constexpr (kCanAverage<Rule>) {
     if (args.batch.averaged) kernel = &sweep<Rule, V, kBytes, true>;
   }
   cudaError_t error = launch(kernel, args, chunks, stream);
@@ -69,12 +69,9 @@ cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStr
   return error;
 }
 
-#define OPTIM_EXT_INSTANTIATE_BYTES(bytes, ...)                                  \
-  template cudaError_t launch_sweep<rules::__VA_ARGS__, OPTIM_EXT_VALUE, bytes>( \
-      const Args<rules::__VA_ARGS__, bytes>&, int64_t, cudaStream_t);
-#define OPTIM_EXT_INSTANTIATE(...)                     \
-  OPTIM_EXT_INSTANTIATE_BYTES(kSmallArgs, __VA_ARGS__) \
-  OPTIM_EXT_INSTANTIATE_BYTES(kLargeArgs, __VA_ARGS__)
+#define OPTIM_EXT_INSTANTIATE(...)                                                        \
+  template cudaError_t launch_sweep<rules::__VA_ARGS__, OPTIM_EXT_VALUE, kArgumentBytes>( \
+      const Args<rules::__VA_ARGS__, kArgumentBytes>&, int64_t, cudaStream_t);
 OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
 
 }  // namespace optim_ext::cuda
