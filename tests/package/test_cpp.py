@@ -32,7 +32,9 @@ def test_isa_objects_define_only_their_sweeps(cpp_build, isa):
     strangers = [
         name
         for name in names
-        if not re.match(rf"(void )?optim_ext::cpu::{isa}::(sweep<|history_\w+\(|norms_of_tiles\()", name)
+        if not re.match(
+            rf"((void|double) )?optim_ext::cpu::{isa}::(sweep<|reduce<|history_\w+\(|norms_of_tiles\()", name
+        )
     ]
     assert strangers == []
 
