@@ -83,7 +83,7 @@ def set_lr(optimizer, value):
 def test_a_schedule_recompiles_nothing(spec, options, backend):
     """A learning rate in a tensor is compiled once, a number once more when it is first seen to change; 100 more steps
     under 100 more learning rates run what is there."""
-    expected = 1 if options or spec.name == "Rprop" else 2  # Rprop reads it once only
+    expected = 1 if options else 2
     options = {**spec.typical, **options}
     params = make_params(SHAPES)
     others = twin(params)

@@ -281,6 +281,7 @@ def test_conjugate_parameter_is_refused_before_any_write(spec):
     assert {id(p): set(entries) for p, entries in optimizer.state.items()} == keys
 
 
+@pytest.mark.torchs
 def test_negative_parameter_takes_torchs_path(spec):
     lockstep = Lockstep(spec, params=[random((3,), torch.float64, 1)])
     param = torch._neg_view(-lockstep.params[0])

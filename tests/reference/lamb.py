@@ -28,5 +28,5 @@ class LAMB(Plain):
         if group["weight_decay"] != 0:
             update = update + group["weight_decay"] * p
         norms = p.double().norm().item(), update.double().norm().item()
-        ratio = norms[0] / norms[1] if min(norms) > 0 else 1.0
+        ratio = norms[0] / norms[1] if norms[0] > 0 and norms[1] > 0 else 1.0
         p.sub_(float(group["lr"]) * ratio * update)

@@ -28,7 +28,7 @@ class LARS(Plain):
         buffer, decay = as_real(state["momentum_buffer"]), group["weight_decay"]
         norms = p.double().norm().item(), grad.double().norm().item()
         rate = 1.0
-        if min(norms) > 0:
+        if norms[0] > 0 and norms[1] > 0:
             rate = group["trust_coefficient"] * norms[0] / (norms[1] + decay * norms[0] + group["eps"])
         if decay != 0:
             grad = grad + decay * p
