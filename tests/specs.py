@@ -47,6 +47,7 @@ class Spec:
     fused: bool = True  # whether torch's constructor has the flag
     betas: bool = False
     numbers: frozenset[str] = frozenset({"step"})  # state of one element, whatever the parameter's shape
+    whole_tensors: bool = False  # the formula holds norms of whole tensors, so it matters how elements are grouped
     sparse: Options | None = None  # options under which torch takes sparse gradients
     tolerances: dict[torch.dtype, Tolerance] = field(default_factory=lambda: _TOLERANCES)
 
@@ -352,6 +353,7 @@ SPECS = [
     ),
     Spec(
         "LAMB",
+        whole_tensors=True,
         op="lamb_",
         state=lambda o: {"step", "exp_avg", "exp_avg_sq"},
         grid=grid(
@@ -367,6 +369,7 @@ SPECS = [
     ),
     Spec(
         "LARS",
+        whole_tensors=True,
         op="lars_",
         state=lambda o: {"momentum_buffer"},
         grid=grid(

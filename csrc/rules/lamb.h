@@ -30,7 +30,7 @@ struct LambMoments {
   template <class V>
   OPTIM_EXT_RULE void operator()(V param, V grad, V& exp_avg, V& exp_avg_sq, V& update) const {
     const V g = regularized(grad, param, maximize, V(0));
-    exp_avg = lerp(exp_avg, g, V(1.0 - beta1));
+    exp_avg = V(beta1) * exp_avg + V(1.0 - beta1) * g;
     exp_avg_sq = V(beta2) * exp_avg_sq + V(1.0 - beta2) * g * g;
     const V denom = root(exp_avg_sq) / V(bias_correction2_sqrt) + V(eps);
     const V adam = exp_avg / V(bias_correction1) / denom;

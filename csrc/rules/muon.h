@@ -13,13 +13,18 @@ struct MuonMomentum {
 
   double momentum;
   bool nesterov;
+  double share;  // filled in by at_step: of the momentum in the update, the rest being the gradient
 
-  OPTIM_EXT_RULE MuonMomentum at_step(double) const { return *this; }
+  OPTIM_EXT_RULE MuonMomentum at_step(double) const {
+    MuonMomentum rule = *this;
+    rule.share = nesterov ? momentum : 1.0;
+    return rule;
+  }
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V& update, V grad, V& momentum_buffer) const {
     momentum_buffer = lerp(momentum_buffer, grad, V(1.0 - momentum));
-    update = lerp(grad, momentum_buffer, V(nesterov ? momentum : 1.0));
+    update = lerp(grad, momentum_buffer, V(share));
   }
 };
 
