@@ -26,8 +26,8 @@ from typing import Any
 import report
 import shapes
 import torch
-from memory_limit import MemoryLoop
-from step_time import LIMIT, OURS, WARM_TURN, environment, in_rounds, paired_ratios
+from places import Cpu
+from step_time import LIMIT, OURS, environment, in_rounds, paired_ratios
 from torch import nn
 from torch.optim import swa_utils as torch_swa
 
@@ -93,7 +93,7 @@ def medians(samples: dict[str, list[float]]) -> dict[str, float]:
     return {mode: statistics.median(times) * 1e3 for mode, times in samples.items()}
 
 
-def measure_average(case: str, average: str, repeats: int, seconds: float) -> Cell:
+def measure_average(case: str, average: str, place: Cpu, repeats: int, seconds: float) -> Cell:
     title, sizes, small = CASES[case]
     model = make_model(sizes)
     arguments = [
@@ -117,8 +117,8 @@ def measure_average(case: str, average: str, repeats: int, seconds: float) -> Ce
         TORCH: lambda: theirs.update_parameters(model),
     }
     if not small:
-        calls[LIMIT] = MemoryLoop([p.data for p in model.parameters()], [[p.data for p in ours.parameters()]])
-    samples = in_rounds(calls, lambda turn: None, repeats, seconds, steps=WARM_TURN if small else 1)
+        calls[LIMIT] = place.limit([p.data for p in model.parameters()], [[p.data for p in ours.parameters()]])
+    samples = in_rounds(calls, lambda turn: None, repeats, seconds, lambda call: place.turn(call, small))
     return Cell(
         case,
         title,
@@ -131,7 +131,7 @@ def measure_average(case: str, average: str, repeats: int, seconds: float) -> Ce
     )
 
 
-def measure_step(case: str, repeats: int, seconds: float) -> Cell:
+def measure_step(case: str, place: Cpu, repeats: int, seconds: float) -> Cell:
     title, sizes, small = CASES[case]
     model = make_model(sizes)
     generator = torch.Generator().manual_seed(1)
@@ -165,7 +165,7 @@ def measure_step(case: str, repeats: int, seconds: float) -> Cell:
             p.grad = grad.view_as(grad)
 
     calls = {PLAIN: plain.step, IN_STEP: fused.step, THEN: step_then_update, TORCH: torchs}
-    samples = in_rounds(calls, new_gradients, repeats, seconds, steps=WARM_TURN if small else 1)
+    samples = in_rounds(calls, new_gradients, repeats, seconds, lambda call: place.turn(call, small))
     of_plain = {
         mode: statistics.median(a / b for a, b in zip(times, samples[PLAIN], strict=True))
         for mode, times in samples.items()
@@ -211,12 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
     if repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
 
-    torch.set_num_threads(options.threads)
-    started = environment(options.threads)
+    place = Cpu(options.threads)
+    started = environment(place)
     cells = []
     for case in options.case:
-        cells += [measure_average(case, average, repeats, seconds) for average in ("SWA", "EMA")]
-        cells.append(measure_step(case, repeats, seconds))
+        cells += [measure_average(case, average, place, repeats, seconds) for average in ("SWA", "EMA")]
+        cells.append(measure_step(case, place, repeats, seconds))
         print(f"{CASES[case][0]} done", file=sys.stderr, flush=True)
     started["load_average_after"] = os.getloadavg()[0]
     print(report.heading(started))
