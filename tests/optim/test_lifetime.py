@@ -199,7 +199,7 @@ def test_step_releases_the_interpreter():
     try:
         gate.release()
         for _ in range(200):
-            assert optimizer._plan.step(optimizer.state, optimizer.param_groups, hypers, None, None)
+            assert optimizer._plan.step(optimizer.state, optimizer.param_groups, hypers, None, None, None)
             if ran:
                 break
         meanwhile = list(ran)
