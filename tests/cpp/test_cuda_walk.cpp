@@ -94,7 +94,7 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
   for (unsigned turn = 0; turn < 12; ++turn) {
     const auto travel = static_cast<Travel>(turn % 3);
     Rule rule = filled<Rule>(turn % 8, turn % 6 == 0 ? -1 : static_cast<int>(turn % 6), random);  // lr is never zero
-    const bool scaled = turn % 4 >= 2, live = turn % 2 == 1;
+    const bool scaled = turn % 4 >= 2, live = turn % 2 == 1 && sizeof(Rule) >= sizeof(double);
     const float scale = 3.0f, keep = 0.0f, live_value = 0.375f;
     std::vector<Case> start, expected, got, average_start, average_expected, average_got;
     const bool averages = turn % 2 == 0;
@@ -111,7 +111,9 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
       start.push_back(make_case<Rule>(kLengths[i], storages, strided, random, i % 3 != 2));
       start[i].bundle.step = 1.0 + static_cast<double>(i % 5);
     }
-    if (live) std::memset(static_cast<void*>(&rule), 0, sizeof(double));  // the first field is replaced on the device
+    if constexpr (sizeof(Rule) >= sizeof(double)) {  // the first field is replaced on the device
+      if (live) std::memset(static_cast<void*>(&rule), 0, sizeof(double));
+    }
     cuda::Batch<Rule> batch{};
     batch.rule = rule;
     batch.chunk = cuda::kMinChunk << turn % 2;
@@ -122,7 +124,7 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
     if (live) {
       batch.hypers[batch.hyper_count++] = {0, &live_value, Storage::f32};
       const double value = live_value;
-      std::memcpy(static_cast<void*>(&rule), &value, sizeof value);
+      if constexpr (sizeof(Rule) >= sizeof(double)) std::memcpy(static_cast<void*>(&rule), &value, sizeof value);
     }
     const float live_weight = 0.25f;
     batch.average_weight = turn % 8 == 0 ? 1.0 : 0.7;

@@ -53,8 +53,8 @@ def test_live_edits(variant, key):
         return  # torch itself refuses at the step
     if key == "momentum" and variant.options.get("momentum", 0) == 0:
         return  # torch has no buffer to go on with: test_switching_momentum_on
-    # torch's foreach ASGD multiplies its coefficients in another order.
-    tolerance = Tolerance(1e-8, 1e-9) if (variant.spec.name, key) == ("ASGD", "foreach") else None
+    # torch's foreach ASGD keeps its coefficients in float32.
+    tolerance = Tolerance(1e-6, 1e-7) if (variant.spec.name, key) == ("ASGD", "foreach") else None
     lockstep.step(2)
     for value in EDITS[key]:
         for optimizer in lockstep.both:

@@ -311,11 +311,6 @@ def test_share_of_the_dict_without_wrapping(spec):
 
 
 def test_no_reference_cycles(spec):
-    first = spec.ours(make_params(), **spec.typical)  # what torch imports for it leaves cycles of its own
-    give_grads(first.param_groups[0]["params"], 0)
-    first.step()
-    optim_ext.explain(first)
-    del first
     gc.collect()
     gc.disable()
     try:
@@ -334,8 +329,13 @@ def test_no_reference_cycles(spec):
         assert [ref for ref in state if ref() is not None] == []
         del params
         assert [ref for ref in watched if ref() is not None] == []
-        assert gc.collect() == 0
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        # Imports leave cycles of their own at odd times; none of them may hold what is ours.
+        assert [x for x in gc.garbage if isinstance(x, torch.Tensor | torch.optim.Optimizer)] == []
     finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
         gc.enable()
 
 

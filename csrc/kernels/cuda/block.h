@@ -44,10 +44,12 @@ OPTIM_EXT_HOST_DEVICE bool is_skipped(const Batch<Rule>& batch) {
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE Rule ready_rule(const Batch<Rule>& batch, const Entry<Rule>& entry, rules::Scalar* after) {
   Rule rule = batch.rule;
-  for (int32_t i = 0; i < batch.hyper_count; ++i) {
-    const LiveHyper& hyper = batch.hypers[i];
-    const double value = load_element<double>(hyper.value, hyper.storage, 0);
-    *reinterpret_cast<double*>(reinterpret_cast<char*>(&rule) + hyper.offset) = value;
+  if constexpr (sizeof(Rule) >= sizeof(double)) {  // it has hyper-parameters at all
+    for (int32_t i = 0; i < batch.hyper_count; ++i) {
+      const LiveHyper& hyper = batch.hypers[i];
+      const double value = load_element<double>(hyper.value, hyper.storage, 0);
+      *reinterpret_cast<double*>(reinterpret_cast<char*>(&rule) + hyper.offset) = value;
+    }
   }
   const double step = entry.device_step ? load_element<double>(entry.device_step, entry.step_storage, 0) : entry.step;
   if constexpr (rules::kScalarsOf<Rule> == 0) {
