@@ -77,8 +77,8 @@ def test_error_is_no_larger_than_torchs(case, dtype):
     theirs, _ = trajectory(case.spec.torch, options, start(dtype), rounded_grads, steps)
     ours, _ = trajectory(case.spec.ours, options, start(dtype), rounded_grads, steps)
     slack = 1e-3 * torch.finfo(dtype).eps
-    # Lion's steps have one length. Where that is near the spacing of the numbers, rounding once more can bring one
-    # nearer the truth.
+    # In bfloat16 Lion is up to 1.17 times as far off as its reference, with weight decay. Probably its steps, all of one
+    # length, meet the spacing of the numbers there; that has not been shown.
     factor = 1.2 if case.spec.name == "Lion" and dtype.itemsize == 2 else 1.05
     assert rms(ours, exact) <= factor * rms(theirs, exact) + slack
 
