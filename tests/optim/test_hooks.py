@@ -312,6 +312,7 @@ def test_share_of_the_dict_without_wrapping(spec):
 
 def test_no_reference_cycles(spec):
     gc.collect()
+    gc.freeze()  # Dynamo lets go of the optimizers of earlier tests in cycles: only what is made here counts
     gc.disable()
     try:
         params = make_params()
@@ -329,13 +330,9 @@ def test_no_reference_cycles(spec):
         assert [ref for ref in state if ref() is not None] == []
         del params
         assert [ref for ref in watched if ref() is not None] == []
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        # Beside other tests a few hundred objects have been found here, of unknown origin; none may be one of these.
-        assert [x for x in gc.garbage if isinstance(x, torch.Tensor | torch.optim.Optimizer)] == []
+        assert gc.collect() == 0
     finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
+        gc.unfreeze()
         gc.enable()
 
 
