@@ -11,9 +11,6 @@ constexpr int kPack = OPTIM_EXT_REGISTER_BYTES / 8;  // lanes in one register
 constexpr int kPacks = kLanes / kPack;
 
 typedef double Doubles __attribute__((vector_size(8 * kPack)));
-typedef float Floats __attribute__((vector_size(4 * kPack)));
-typedef uint32_t Words __attribute__((vector_size(4 * kPack)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kPack)));
 
 template <class Vector>
 OPTIM_EXT_INLINE Vector read(const void* from) {
@@ -27,11 +24,61 @@ struct Bf16 {
   uint16_t bits;
 };
 
+// Two registers of doubles: that many bf16 numbers are widened at a time, as half registers of them are slow to come
+// by.
+struct TwoPacks {
+  Doubles pack[2];
+};
+
 OPTIM_EXT_INLINE Doubles widen(const double* from) { return read<Doubles>(from); }
+
+// The widening of floats, which compilers do not find by themselves, and a * b + c where the product is exact: rounded
+// once or twice, it is the same then.
+#if OPTIM_EXT_REGISTER_BYTES == 64
+OPTIM_EXT_INLINE Doubles widen(const float* from) { return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+OPTIM_EXT_INLINE TwoPacks widen_two(const Bf16* from) {
+  const __m512i words = _mm512_cvtepu16_epi32(read<__m256i>(from));
+  const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  return {(Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(floats)),
+          (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(floats, 1))};
+}
+OPTIM_EXT_INLINE Doubles add_exact_product(Doubles a, Doubles b, Doubles c) {
+  return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#else
+#if OPTIM_EXT_REGISTER_BYTES == 32
+OPTIM_EXT_INLINE Doubles widen(const float* from) { return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(from)); }
+OPTIM_EXT_INLINE TwoPacks widen_two(const Bf16* from) {
+  const __m256i words = _mm256_cvtepu16_epi32(read<__m128i>(from));
+  const __m256 floats = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  return {(Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128(floats)),
+          (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1))};
+}
+#else
+typedef float Floats __attribute__((vector_size(4 * kPack)));
 OPTIM_EXT_INLINE Doubles widen(const float* from) { return __builtin_convertvector(read<Floats>(from), Doubles); }
-OPTIM_EXT_INLINE Doubles widen(const Bf16* from) {
-  const Words bits = __builtin_convertvector(read<Halves>(from), Words) << 16;
-  return __builtin_convertvector(__builtin_bit_cast(Floats, bits), Doubles);
+OPTIM_EXT_INLINE TwoPacks widen_two(const Bf16* from) {
+  float floats[2 * kPack];
+  for (int i = 0; i < 2 * kPack; ++i) floats[i] = widen_bf16(from[i].bits);
+  return {widen(floats), widen(floats + kPack)};
+}
+#endif
+OPTIM_EXT_INLINE Doubles add_exact_product(Doubles a, Doubles b, Doubles c) { return c + a * b; }
+#endif
+
+template <class T>
+OPTIM_EXT_INLINE TwoPacks widen_two(const T* from) {
+  return {widen(from), widen(from + kPack)};
+}
+
+// Adds a product of numbers of these types. That of two floats has at most 48 bits and is exact in double.
+template <class A, class B>
+OPTIM_EXT_INLINE Doubles add_product(Doubles a, Doubles b, Doubles c) {
+  if constexpr (sizeof(A) <= sizeof(float) && sizeof(B) <= sizeof(float)) {
+    return add_exact_product(a, b, c);
+  } else {
+    return c + a * b;
+  }
 }
 
 OPTIM_EXT_INLINE double as_double(double value) { return value; }
@@ -58,50 +105,55 @@ struct Lanes {
   }
 };
 
+constexpr int kUnroll = 2 * kLanes;  // elements at a time
+
 // Elements of a tile that do not fill the lanes, in a buffer that does, padded with zeros.
 template <class T>
 OPTIM_EXT_INLINE const T* padded(const T* from, int64_t n, T* buffer) {
-  for (int i = 0; i < kLanes; ++i) buffer[i] = i < n ? from[i] : T{};
+  for (int i = 0; i < kUnroll; ++i) buffer[i] = i < n ? from[i] : T{};
   return buffer;
 }
 
-// Bytes of a row that a prefetch brings in.
-constexpr int64_t kLine = 64;
+template <class T>
+struct Rest {
+  T element[kUnroll];
+};
 
-// Dot products of kRows rows with kColumns vectors of n elements. While they are read, the rows needed next are
-// fetched: a tile is too short for the hardware to notice the stream.
-template <class Row, int kRows, int kColumns>
-OPTIM_EXT_INLINE void dot_rows(const Row* const* rows, const Row* const* next, const double* const* vectors, int64_t n,
-                               double* sums) {
+// Tiles a group of rows is followed through before the next group has its turn: the hardware fetches ahead along a row
+// only where it is read for longer than a tile, and the vectors that every group needs have to stay in the cache. The
+// order of additions is that of the tiles, whatever this number is.
+constexpr int64_t kStretch = 16;
+
+// Dot products of kRows rows with kColumns vectors over the n elements of a tile.
+template <int kRows, class Row, class... Columns>
+OPTIM_EXT_INLINE void dot_rows(const Row* const* rows, int64_t n, double* sums, const Columns*... columns) {
+  constexpr int kColumns = sizeof...(Columns);
   Lanes lanes[kRows][kColumns];
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) lanes[r][c].clear();
   }
-  const auto add = [&](const Row* const* from, const double* const* with, int64_t i) {
-    for (int p = 0; p < kPacks; ++p) {
-      Doubles vector[kColumns];
-      for (int c = 0; c < kColumns; ++c) vector[c] = read<Doubles>(with[c] + i + p * kPack);
+  const auto add = [&](const Row* const* from, int64_t i, const Columns*... with) __attribute__((always_inline)) {
+    for (int p = 0; p < kUnroll / kPack; p += 2) {
+      const TwoPacks vector[] = {widen_two(with + i + p * kPack)...};
       for (int r = 0; r < kRows; ++r) {
-        const Doubles row = widen(from[r] + i + p * kPack);
-        for (int c = 0; c < kColumns; ++c) lanes[r][c].pack[p] += row * vector[c];
+        const TwoPacks row = widen_two(from[r] + i + p * kPack);
+        for (int h = 0; h < 2; ++h) {
+          int c = 0;
+          ((lanes[r][c].pack[(p + h) % kPacks] =
+                add_product<Row, Columns>(row.pack[h], vector[c].pack[h], lanes[r][c].pack[(p + h) % kPacks]),
+            ++c),
+           ...);
+        }
       }
     }
   };
-  constexpr int64_t kStep = kLine / static_cast<int64_t>(sizeof(Row));
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + i);
-    for (int64_t j = 0; j < kStep; j += kLanes) add(rows, vectors, i + j);
-  }
-  for (; i + kLanes <= n; i += kLanes) add(rows, vectors, i);
+  for (; i + kUnroll <= n; i += kUnroll) add(rows, i, columns...);
   if (i < n) {
-    Row row_rest[kRows][kLanes];
-    double vector_rest[kColumns][kLanes];
+    Row row_rest[kRows][kUnroll];
     const Row* rest[kRows];
-    const double* with[kColumns];
     for (int r = 0; r < kRows; ++r) rest[r] = padded(rows[r] + i, n - i, row_rest[r]);
-    for (int c = 0; c < kColumns; ++c) with[c] = padded(vectors[c] + i, n - i, vector_rest[c]);
-    add(rest, with, 0);
+    add(rest, 0, padded(columns + i, n - i, Rest<Columns>().element)...);
   }
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) sums[r * kColumns + c] = lanes[r][c].sum();
@@ -110,39 +162,47 @@ OPTIM_EXT_INLINE void dot_rows(const Row* const* rows, const Row* const* next, c
 
 // Rows at a time: as many as there are registers for their sums.
 template <int kColumns>
-constexpr int kRowBlock = (OPTIM_EXT_REGISTER_BYTES == 64 ? 8 : 4) / kPacks / kColumns > 0
-                              ? (OPTIM_EXT_REGISTER_BYTES == 64 ? 8 : 4) / kPacks / kColumns
+constexpr int kRowBlock = (OPTIM_EXT_REGISTER_BYTES == 64 ? 16 : 8) / kPacks / kColumns > 0
+                              ? (OPTIM_EXT_REGISTER_BYTES == 64 ? 16 : 8) / kPacks / kColumns
                               : 1;
 
-template <class Row, int kColumns>
-OPTIM_EXT_INLINE void dot_all(void* const* rows, int64_t count, int64_t start, int64_t n, const double* const* vectors,
-                              double* sums) {
-  constexpr int kBlock = kRowBlock<kColumns>;
-  const auto at = [&](int64_t r) { return static_cast<const Row*>(rows[r < count ? r : 0]) + start; };
-  int64_t r = 0;
-  for (; r + kBlock <= count; r += kBlock) {
-    const Row *block[kBlock], *next[kBlock];
-    for (int k = 0; k < kBlock; ++k) {
-      block[k] = at(r + k);
-      next[k] = r + kBlock + k < count ? at(r + kBlock + k) : at(r + kBlock + k - count) + n;
-    }
-    dot_rows<Row, kBlock, kColumns>(block, next, vectors, n, sums + r * kColumns);
-  }
-  for (; r < count; ++r) {
-    const Row *row = at(r), *next = at(r + 1);
-    dot_rows<Row, 1, kColumns>(&row, &next, vectors, n, sums + r * kColumns);
+// The tiles of a stretch: they begin at element `start`, `count` elements in all.
+struct Stretch {
+  int64_t start, count;
+  OPTIM_EXT_INLINE int64_t tile_size(int64_t i) const { return count - i < kHistoryTile ? count - i : kHistoryTile; }
+};
+
+// Products of kRows rows with the columns, which begin at the stretch; `sums` are those of its first tile, `width` of
+// them per tile.
+template <int kRows, class Row, class... Columns>
+OPTIM_EXT_INLINE void dot_stretch(void* const* rows, const Stretch& stretch, double* sums, int64_t width,
+                                  const Columns*... columns) {
+  for (int64_t i = 0; i < stretch.count; i += kHistoryTile, sums += width) {
+    const Row* block[kRows];
+    for (int r = 0; r < kRows; ++r) block[r] = static_cast<const Row*>(rows[r]) + stretch.start + i;
+    dot_rows<kRows>(block, stretch.tile_size(i), sums, (columns + i)...);
   }
 }
 
+template <class Row, class... Columns>
+OPTIM_EXT_INLINE void dot_all(void* const* rows, int64_t count, const Stretch& stretch, double* sums, int64_t width,
+                              const Columns*... columns) {
+  constexpr int kColumns = sizeof...(Columns), kBlock = kRowBlock<kColumns>;
+  int64_t r = 0;
+  for (; r + kBlock <= count; r += kBlock)
+    dot_stretch<kBlock, Row>(rows + r, stretch, sums + r * kColumns, width, columns...);
+  for (; r < count; ++r) dot_stretch<1, Row>(rows + r, stretch, sums + r * kColumns, width, columns...);
+}
+
 template <class V, class Row>
-OPTIM_EXT_INLINE void form_pair(const HistoryDots& task, int64_t start, int64_t n) {
+OPTIM_EXT_INLINE void form_pair(const HistoryDots& task, const Stretch& stretch) {
   const rules::LbfgsPair pair = task.pair;
-  const V* const grad = static_cast<const V*>(task.grad) + start;
-  const V* const prev_grad = static_cast<const V*>(task.prev_grad) + start;
-  const V* const d = static_cast<const V*>(task.d) + start;
-  Row* const y = static_cast<Row*>(task.history.old_dirs[task.history.count - 1]) + start;
-  Row* const s = static_cast<Row*>(task.history.old_stps[task.history.count - 1]) + start;
-  OPTIM_EXT_FOR(i, n) {
+  const V* const grad = static_cast<const V*>(task.grad) + stretch.start;
+  const V* const prev_grad = static_cast<const V*>(task.prev_grad) + stretch.start;
+  const V* const d = static_cast<const V*>(task.d) + stretch.start;
+  Row* const y = static_cast<Row*>(task.history.old_dirs[task.history.count - 1]) + stretch.start;
+  Row* const s = static_cast<Row*>(task.history.old_stps[task.history.count - 1]) + stretch.start;
+  OPTIM_EXT_FOR(i, stretch.count) {
     V to_y = prev_grad[i], to_s = d[i];
     pair(grad[i], to_y, to_s);
     store(&y[i], to_y);
@@ -150,82 +210,85 @@ OPTIM_EXT_INLINE void form_pair(const HistoryDots& task, int64_t start, int64_t 
   }
 }
 
-// vectors[c][i] as doubles; for the old_dirs rows multiplied with the metric.
-template <class V, class Row, int kColumns>
-OPTIM_EXT_INLINE void dot_tile(const HistoryDots& task, int64_t start, int64_t n, double* sums) {
-  alignas(64) double plain[kColumns][kHistoryTile], weighted[kColumns][kHistoryTile];
+// The columns are the gradient and, where asked for, the newest old_dirs row.
+template <class V, class Row, class... Difference>
+OPTIM_EXT_INLINE void dot_columns(const HistoryDots& task, const Stretch& stretch, double* sums,
+                                  const Difference*... difference) {
   const History& history = task.history;
-  if (task.forms_pair) form_pair<V, Row>(task, start, n);
-  const V* const grad = static_cast<const V*>(task.grad) + start;
-  OPTIM_EXT_FOR(i, n) plain[0][i] = as_double(grad[i]);
-  if constexpr (kColumns == 2) {
-    const Row* const difference = static_cast<const Row*>(history.old_dirs[history.count - 1]) + start;
-    OPTIM_EXT_FOR(i, n) plain[1][i] = as_double(difference[i]);
+  const int64_t width = task.sums();
+  const V* const grad = static_cast<const V*>(task.grad) + stretch.start;
+  double* const stps_sums = sums + history.count * task.columns();
+  if (task.metric == nullptr) {
+    dot_all<Row>(history.old_dirs, history.count, stretch, sums, width, grad, difference...);
+  } else {
+    const V* const metric = static_cast<const V*>(task.metric) + stretch.start;
+    alignas(64) double weighted[1 + sizeof...(Difference)][kStretch * kHistoryTile];
+    const auto weight = [&](auto* vector, double* to) {
+      OPTIM_EXT_FOR(i, stretch.count) to[i] = as_double(vector[i]) * as_double(metric[i]);
+    };
+    weight(grad, weighted[0]);
+    (weight(difference, weighted[1]), ...);
+    dot_all<Row>(history.old_dirs, history.count, stretch, sums, width, static_cast<const double*>(weighted[0]),
+                 (static_cast<void>(difference), static_cast<const double*>(weighted[1]))...);
   }
-  const double *on_stps[kColumns], *on_dirs[kColumns];
-  for (int c = 0; c < kColumns; ++c) {
-    on_stps[c] = on_dirs[c] = plain[c];
-    if (task.metric == nullptr) continue;
-    const V* const metric = static_cast<const V*>(task.metric) + start;
-    OPTIM_EXT_FOR(i, n) weighted[c][i] = plain[c][i] * as_double(metric[i]);
-    on_dirs[c] = weighted[c];
+  dot_all<Row>(history.old_stps, history.count, stretch, stps_sums, width, grad, difference...);
+}
+
+// Calls work(stretch, its first tile) for the stretches of tiles [first, last).
+template <class Work>
+OPTIM_EXT_INLINE void in_stretches(int64_t numel, int64_t first, int64_t last, const Work& work) {
+  for (int64_t tile = first; tile < last; tile += kStretch) {
+    const int64_t start = tile * kHistoryTile, after = tile + kStretch < last ? tile + kStretch : last;
+    const int64_t end = after * kHistoryTile < numel ? after * kHistoryTile : numel;
+    work(Stretch{start, end - start}, tile);
   }
-  dot_all<Row, kColumns>(history.old_dirs, history.count, start, n, on_dirs, sums);
-  dot_all<Row, kColumns>(history.old_stps, history.count, start, n, on_stps, sums + history.count * kColumns);
 }
 
 template <class V, class Row>
 OPTIM_EXT_INLINE void dot_tiles(const HistoryDots& task, int64_t first, int64_t last, double* sums) {
-  for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t start = tile * kHistoryTile;
-    const int64_t n = task.numel - start < kHistoryTile ? task.numel - start : kHistoryTile;
+  in_stretches(task.numel, first, last, [&](const Stretch& stretch, int64_t tile) __attribute__((always_inline)) {
+    if (task.forms_pair) form_pair<V, Row>(task, stretch);
+    double* const of_stretch = sums + tile * task.sums();
     if (task.with_difference) {
-      dot_tile<V, Row, 2>(task, start, n, sums + tile * task.sums());
+      const History& history = task.history;
+      dot_columns<V, Row>(task, stretch, of_stretch,
+                          static_cast<const Row*>(history.old_dirs[history.count - 1]) + stretch.start);
     } else {
-      dot_tile<V, Row, 1>(task, start, n, sums + tile * task.sums());
+      dot_columns<V, Row>(task, stretch, of_stretch);
     }
-  }
+  });
 }
 
-// Adds kRows rows, each times its coefficient, to a tile.
+// Adds kRows rows, each times its coefficient, to a stretch.
 template <class Row, int kRows>
-OPTIM_EXT_INLINE void add_rows(const Row* const* rows, const Row* const* next, const double* coefficients, int64_t n,
-                               double* sum) {
+OPTIM_EXT_INLINE void add_rows(void* const* rows, const double* coefficients, const Stretch& stretch, double* sum) {
+  const Row* from[kRows];
   Doubles factor[kRows];
-  for (int r = 0; r < kRows; ++r) factor[r] = all_lanes(coefficients[r]);
-  constexpr int64_t kStep = kLine / static_cast<int64_t>(sizeof(Row));
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + i);
-    for (int64_t j = 0; j < kStep; j += kPack) {
-      Doubles all = read<Doubles>(sum + i + j);
-      for (int r = 0; r < kRows; ++r) all += factor[r] * widen(rows[r] + i + j);
-      __builtin_memcpy(sum + i + j, &all, sizeof all);
-    }
+  for (int r = 0; r < kRows; ++r) {
+    from[r] = static_cast<const Row*>(rows[r]) + stretch.start;
+    factor[r] = all_lanes(coefficients[r]);
   }
-  for (; i < n; ++i) {
-    for (int r = 0; r < kRows; ++r) sum[i] += coefficients[r] * as_double(rows[r][i]);
+  int64_t i = 0;
+  for (; i + 2 * kPack <= stretch.count; i += 2 * kPack) {
+    TwoPacks all = read<TwoPacks>(sum + i);
+    for (int r = 0; r < kRows; ++r) {
+      const TwoPacks row = widen_two(from[r] + i);
+      for (int h = 0; h < 2; ++h) all.pack[h] += factor[r] * row.pack[h];
+    }
+    __builtin_memcpy(sum + i, &all, sizeof all);
+  }
+  for (; i < stretch.count; ++i) {
+    for (int r = 0; r < kRows; ++r) sum[i] += coefficients[r] * as_double(from[r][i]);
   }
 }
 
 template <class Row>
-OPTIM_EXT_INLINE void add_all(void* const* rows, int64_t count, const double* coefficients, int64_t start, int64_t n,
+OPTIM_EXT_INLINE void add_all(void* const* rows, int64_t count, const double* coefficients, const Stretch& stretch,
                               double* sum) {
   constexpr int kBlock = 8;
-  const auto at = [&](int64_t r) { return static_cast<const Row*>(rows[r < count ? r : 0]) + start; };
   int64_t r = 0;
-  for (; r + kBlock <= count; r += kBlock) {
-    const Row *block[kBlock], *next[kBlock];
-    for (int k = 0; k < kBlock; ++k) {
-      block[k] = at(r + k);
-      next[k] = r + kBlock + k < count ? at(r + kBlock + k) : at(r + kBlock + k - count) + n;
-    }
-    add_rows<Row, kBlock>(block, next, coefficients + r, n, sum);
-  }
-  for (; r < count; ++r) {
-    const Row *row = at(r), *next = at(r + 1);
-    add_rows<Row, 1>(&row, &next, coefficients + r, n, sum);
-  }
+  for (; r + kBlock <= count; r += kBlock) add_rows<Row, kBlock>(rows + r, coefficients + r, stretch, sum);
+  for (; r < count; ++r) add_rows<Row, 1>(rows + r, coefficients + r, stretch, sum);
 }
 
 // Norms of the n elements of `vector`, and their product with `other`.
@@ -248,7 +311,7 @@ OPTIM_EXT_INLINE Norms norms_of(const V* vector, const V* other, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) add(vector, other, i);
   if (i < n) {
-    V rest[kLanes], other_rest[kLanes];
+    V rest[kUnroll], other_rest[kUnroll];
     const V* const with = other == nullptr ? nullptr : padded(other + i, n - i, other_rest);
     add(padded(vector + i, n - i, rest), with, 0);
   }
@@ -259,24 +322,23 @@ OPTIM_EXT_INLINE Norms norms_of(const V* vector, const V* other, int64_t n) {
 
 template <class V, class Row>
 OPTIM_EXT_INLINE void combine_tiles(const HistoryCombination& task, int64_t first, int64_t last, Norms* norms) {
-  alignas(64) double sum[kHistoryTile];
+  alignas(64) double sum[kStretch * kHistoryTile];
   const History& history = task.history;
-  for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t start = tile * kHistoryTile;
-    const int64_t n = task.numel - start < kHistoryTile ? task.numel - start : kHistoryTile;
-    const V* const grad = static_cast<const V*>(task.grad) + start;
-    V* const d = static_cast<V*>(task.d) + start;
+  in_stretches(task.numel, first, last, [&](const Stretch& stretch, int64_t tile) __attribute__((always_inline)) {
+    const V* const grad = static_cast<const V*>(task.grad) + stretch.start;
+    V* const d = static_cast<V*>(task.d) + stretch.start;
     const double grad_coefficient = task.grad_coefficient;
-    OPTIM_EXT_FOR(i, n) sum[i] = grad_coefficient * as_double(grad[i]);
-    add_all<Row>(history.old_dirs, history.count, task.y_coefficient, start, n, sum);
+    OPTIM_EXT_FOR(i, stretch.count) sum[i] = grad_coefficient * as_double(grad[i]);
+    add_all<Row>(history.old_dirs, history.count, task.y_coefficient, stretch, sum);
     if (task.metric != nullptr) {
-      const V* const metric = static_cast<const V*>(task.metric) + start;
-      OPTIM_EXT_FOR(i, n) sum[i] = sum[i] * as_double(metric[i]);
+      const V* const metric = static_cast<const V*>(task.metric) + stretch.start;
+      OPTIM_EXT_FOR(i, stretch.count) sum[i] = sum[i] * as_double(metric[i]);
     }
-    add_all<Row>(history.old_stps, history.count, task.s_coefficient, start, n, sum);
-    OPTIM_EXT_FOR(i, n) d[i] = static_cast<V>(sum[i]);
-    norms[tile] = norms_of<V>(d, grad, n);
-  }
+    add_all<Row>(history.old_stps, history.count, task.s_coefficient, stretch, sum);
+    OPTIM_EXT_FOR(i, stretch.count) d[i] = static_cast<V>(sum[i]);
+    for (int64_t i = 0; i < stretch.count; i += kHistoryTile)
+      norms[tile + i / kHistoryTile] = norms_of<V>(d + i, grad + i, stretch.tile_size(i));
+  });
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 #include "kernels.h"
 
 #if OPTIM_EXT_X86_ISAS
+#include <immintrin.h>
+
 #define OPTIM_EXT_TARGET_AVX2
 #include "target_begin.h"
 #define OPTIM_EXT_ISA isa_avx2
