@@ -68,6 +68,13 @@ Interval interval_of(const at::Tensor& tensor) {
   return {begin, begin + span * tensor.element_size(), key | 1, &tensor};
 }
 
+// The same for operand `k` of a bundle, which already knows where dense memory lies.
+Interval interval_of(const Bundle& bundle, int k, const at::Tensor& tensor) {
+  if (bundle.layout != nullptr) return interval_of(tensor);
+  const char* const begin = static_cast<const char*>(bundle.data[k]);
+  return {begin, begin + bundle.numel * bytes_of(bundle.storage[k]), 0, &tensor};
+}
+
 void collect_addresses(const at::Tensor& tensor, int64_t d, const char* at, std::unordered_set<const char*>& out) {
   if (d == tensor.dim()) {
     out.insert(at);
@@ -155,17 +162,17 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
   device = params[0].device();
   bundles.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    Bundle bundle = make_bundle(rule_, static_cast<int64_t>(i));
+    Bundle& bundle = bundles.emplace_back();
+    make_bundle(rule_, static_cast<int64_t>(i), bundle);
     if (spec_.state_steps) add_step(static_cast<int64_t>(i), bundle);
     for (size_t k = 0; k < spec_.scalars.size(); ++k)
       add_scalar(static_cast<int64_t>(i), spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
-    bundles.push_back(bundle);
   }
   averages_.reserve(spec_.common.averages.size());
   for (size_t i = 0; i < spec_.common.averages.size(); ++i) {
     if (bundles[i].layout && bundles[i].layout->rows)
       refuse("averages", static_cast<int64_t>(i), "cannot follow within the step where the gradient is sparse");
-    averages_.push_back(make_bundle(averaging_, static_cast<int64_t>(i)));
+    make_bundle(averaging_, static_cast<int64_t>(i), averages_.emplace_back());
     bundles[i].average = &averages_[i];
   }
   read_pass();
@@ -203,10 +210,9 @@ void Call::check_lengths() const {
   check("averages", spec_.common.averages.size(), true);
 }
 
-Bundle Call::make_bundle(const Operands& operands, int64_t i) {
+void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
   const at::Tensor& leader = operands.lists[operands.leader].tensors[i];
   if (!leader.defined()) refuse(operands.lists[operands.leader].name, i, "is undefined");
-  Bundle bundle{};
   bool flat = leader.is_non_overlapping_and_dense();
   const at::Tensor* rows = nullptr;  // a sparse gradient
   for (int k = 0; k < operands.count; ++k) {
@@ -259,7 +265,6 @@ Bundle Call::make_bundle(const Operands& operands, int64_t i) {
   } else if (!flat && leader.numel() > 1) {
     bundle.layout = make_layout(operands, i);
   }
-  return bundle;
 }
 
 // The gradient with every index once, its indices known to lie in the parameter.
@@ -477,28 +482,29 @@ void Call::read_pass() {
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
-template <class Visit>
-void Call::visit_written(const Visit& visit) const {
+void Call::check_overlap() const {
+  std::vector<Interval> written;
+  written.reserve(bundles.size() * (rule_.count + 1 + spec_.scalars.size()));
   for (size_t i = 0; i < bundles.size(); ++i) {
     for (int k = 0; bundles[i].numel != 0 && k < rule_.count; ++k) {
-      if (rule_.is_written(k)) visit(rule_.lists[k].name, static_cast<int64_t>(i), rule_.lists[k].tensors[i]);
+      if (rule_.is_written(k)) written.push_back(interval_of(bundles[i], k, rule_.lists[k].tensors[i]));
     }
     if (bundles[i].numel != 0 && bundles[i].average)
-      visit(averaging_lists_[0].name, static_cast<int64_t>(i), averaging_lists_[0].tensors[i]);
-    for (const List& list : spec_.scalars) visit(list.name, static_cast<int64_t>(i), list.tensors[i]);
+      written.push_back(interval_of(averages_[i], kParam, averaging_lists_[kParam].tensors[i]));
+    for (const List& list : spec_.scalars) written.push_back(interval_of(list.tensors[i]));
   }
-}
-
-void Call::check_overlap() const {
-  std::vector<Interval> intervals;
-  intervals.reserve(bundles.size() * (rule_.count + 1));
-  visit_written([&](const char*, int64_t, const at::Tensor& tensor) { intervals.push_back(interval_of(tensor)); });
-  const at::Tensor* const offender = find_overlap(intervals);
+  const at::Tensor* const offender = find_overlap(written);
   if (offender == nullptr) return;
-  visit_written([&](const char* list, int64_t index, const at::Tensor& tensor) {
-    if (&tensor == offender)
-      refuse(list, index, "overlaps in memory with another tensor this step writes; each needs memory of its own");
-  });
+  const auto refuse_if_in = [&](const List& list) {
+    const auto found = std::find_if(list.tensors.begin(), list.tensors.end(),
+                                    [&](const at::Tensor& tensor) { return &tensor == offender; });
+    if (found != list.tensors.end())
+      refuse(list.name, found - list.tensors.begin(),
+             "overlaps in memory with another tensor this step writes; each needs memory of its own");
+  };
+  std::for_each(rule_.lists, rule_.lists + rule_.count, refuse_if_in);
+  refuse_if_in(averaging_lists_[kParam]);
+  std::for_each(spec_.scalars.begin(), spec_.scalars.end(), refuse_if_in);
 }
 
 void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size) {

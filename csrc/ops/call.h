@@ -112,7 +112,7 @@ class Call : public Work {
   };
 
   void check_lengths() const;
-  Bundle make_bundle(const Operands& operands, int64_t i);
+  void make_bundle(const Operands& operands, int64_t i, Bundle& bundle);
   const Layout* make_layout(const Operands& operands, int64_t i);
   at::Tensor coalesced(int64_t i);
   void use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
@@ -120,8 +120,6 @@ class Call : public Work {
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
   void advance(int64_t i);
   void store_scalar(int64_t i, int k, double value);
-  template <class Visit>
-  void visit_written(const Visit& visit) const;  // visit(list name, index, tensor) for every tensor the sweep writes
   void check_overlap() const;
   void read_pass();
   void read_average_weight();
