@@ -71,6 +71,15 @@ struct Bundle {
   const Bundle* average;  // the operands of rules::Average for the updated parameter, walked in the same order; or null
 };
 
+// Whether one loop on the CPU can update a parameter and its average: no element needs converting or looking for.
+OPTIM_EXT_HOST_DEVICE bool averages_in_loop(const Bundle& bundle) {
+  const Bundle& average = *bundle.average;
+  const Storage native = bundle.in_double ? Storage::f64 : Storage::f32;
+  bool fits = bundle.layout == nullptr && average.layout == nullptr && average.storage[0] == native;
+  for (int k = 0; k < kMaxOperands; ++k) fits &= bundle.data[k] == nullptr || bundle.storage[k] == native;
+  return fits;
+}
+
 // What happens to the gradients on the way into a rule. On the CPU the values are read on the host; on a GPU they stay
 // where they are.
 struct Pass {

@@ -76,7 +76,7 @@ struct CpuDriver {
         const int64_t from = (begin - first_tile[i]) * kTile,
                       to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
         const auto sweep = bundle.in_double ? in_double : in_float;
-        if (bundle.average) {
+        if (bundle.average && !averages_in_loop(bundle)) {
           sweep_averaged(sweep, ready, bundle, from, to, call.pass, isa);
         } else if (from < to) {
           sweep_rows(sweep, ready, bundle, from, to, call.pass);
@@ -110,7 +110,8 @@ struct CpuDriver {
   }
 
  private:
-  static constexpr int64_t kStretch = 8 * kTile;  // elements updated before they are averaged, out of the cache
+  // Elements updated before they are averaged, out of the cache: long enough for the hardware to fetch ahead.
+  static constexpr int64_t kStretch = 64 * kTile;
 
   // The update, followed at a short distance by the very sweep that averages parameters on its own.
   template <class Rule>

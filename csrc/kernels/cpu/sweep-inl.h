@@ -7,6 +7,8 @@ namespace optim_ext::cpu::OPTIM_EXT_ISA {
 namespace {
 
 #define OPTIM_EXT_INLINE inline __attribute__((always_inline))
+// What every sweep calls and none needs a copy of. In the unnamed namespace, so it stays within its instruction set.
+#define OPTIM_EXT_SHARED __attribute__((noinline))
 
 // Elements converted at a time where memory and arithmetic differ in type: small enough that the buffers stay in L1.
 constexpr int64_t kTile = 256;
@@ -84,16 +86,23 @@ struct TileOperand {
 
   OPTIM_EXT_INLINE V* open(int64_t start, int64_t n, V* buffer) const {
     if (in_place()) return static_cast<V*>(data) + start;
+    load(start, n, buffer);
+    return buffer;
+  }
+
+  OPTIM_EXT_INLINE void close(int64_t start, int64_t n, const V* buffer) const {
+    if (!in_place()) store(start, n, buffer);
+  }
+
+  OPTIM_EXT_SHARED void load(int64_t start, int64_t n, V* buffer) const {
     if (layout == nullptr) {
       widen(at(start), storage, buffer, n);
     } else {
       walk(start, n, [&](int64_t i, int64_t offset) { buffer[i] = load_element<V>(data, storage, offset); });
     }
-    return buffer;
   }
 
-  OPTIM_EXT_INLINE void close(int64_t start, int64_t n, const V* buffer) const {
-    if (in_place()) return;
+  OPTIM_EXT_SHARED void store(int64_t start, int64_t n, const V* buffer) const {
     if (layout == nullptr) {
       narrow(buffer, at(start), storage, n);
     } else {
@@ -127,19 +136,23 @@ OPTIM_EXT_INLINE decltype(auto) element(V* const* tile, int64_t i, V& scratch, V
   }
 }
 
-template <class Rule, class V, int... I>
-OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, V grad_factor, Indices<I...>) {
+// `after(i)` is called when element i has been updated.
+template <class Rule, class V, class After, int... I>
+OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, V grad_factor, const After& given_after,
+                            Indices<I...>) {
   const Rule rule = given;  // copies, so that no store through a tile can be thought to change them
+  const After after = given_after;
   V* const tile[] = {given_tile[I]...};
   OPTIM_EXT_FOR(i, n) {
     V scratch = V(0);
     rule(element<Rule, V, I>(tile, i, scratch, grad_factor)...);
+    after(i);
   }
 }
 
 }  // namespace
 
-// Applies `rule` to elements [begin, end) of one parameter.
+// Applies `rule` to elements [begin, end) of one parameter, and brings its average up to date where the same loop can.
 template <class Rule, class V>
 void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass) {
   alignas(64) V buffer[Rule::kOperands][kTile];
@@ -149,6 +162,7 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
     operands[k] = {bundle.data[k], bundle.storage[k], bundle.layout, k};
     if ((Rule::kUsed >> k) & 1u) all_in_place &= operands[k].in_place();
   }
+  const bool averages = bundle.average != nullptr && averages_in_loop(bundle);
   const int64_t length = all_in_place ? end - begin : kTile;
   for (int64_t start = begin; start < end; start += length) {
     const int64_t n = end - start < length ? end - start : length;
@@ -162,7 +176,17 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
       OPTIM_EXT_FOR(i, n) grad[i] = grad[i] / scale;
       operands[kGrad].close(start, n, grad);
     }
-    apply<Rule, V>(rule, tile, n, V(pass.grad_factor), typename MakeIndices<Rule::kOperands>::type{});
+    constexpr typename MakeIndices<Rule::kOperands>::type kAll;
+    if (averages) {
+      const rules::Average rule_of_average{pass.average_weight};
+      V* const average = static_cast<V*>(bundle.average->data[0]) + start;
+      const V* const param = tile[0];
+      const auto update_average = [=](int64_t i)
+                                      __attribute__((always_inline)) { rule_of_average(average[i], param[i]); };
+      apply<Rule, V>(rule, tile, n, V(pass.grad_factor), update_average, kAll);
+    } else {
+      apply<Rule, V>(rule, tile, n, V(pass.grad_factor), [](int64_t) __attribute__((always_inline)) {}, kAll);
+    }
     for (int k = 0; k < Rule::kOperands; ++k) {
       if ((Rule::kUpdates >> k) & 1u) operands[k].close(start, n, tile[k]);
     }
