@@ -64,7 +64,7 @@ struct Bundle {
   int64_t numel;
   const Layout* layout;     // null: every operand is dense and in the same order, so element i is data[i]
   double step;              // step count after this step's increment, where the host knows it
-  const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage); null on the host
+  const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage), less `step`; or null
   Storage step_storage;
   ScalarState scalars[kMaxScalars];
   bool in_double;         // the rule computes in double: one of the operands is stored as f64

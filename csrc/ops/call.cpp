@@ -161,6 +161,7 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
       add_scalar(static_cast<int64_t>(i), spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
     bundles.push_back(bundle);
   }
+  for (const PartialList& partial : spec_.partial) check_partial(partial);
   averages_.reserve(spec_.common.averages.size());
   for (size_t i = 0; i < spec_.common.averages.size(); ++i) {
     if (bundles[i].layout && bundles[i].layout->rows)
@@ -178,6 +179,32 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
     }
   }
   check_overlap();
+}
+
+void Call::check_partial(const PartialList& partial) const {
+  const auto& [name, tensors] = partial.list;
+  for (size_t n = 0; n < tensors.size(); ++n) {
+    const at::Tensor& tensor = tensors[n];
+    const auto i = static_cast<int64_t>(n);
+    if (!tensor.defined()) continue;
+    if (tensor.layout() != at::kStrided) refuse(name, i, text("has layout ", tensor.layout(), ", expected Strided"));
+    if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
+    if (!storage_of(tensor.scalar_type()) || tensor.is_complex())
+      refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected a real floating point type"));
+    auto expected = rule_.lists[kParam].tensors[n].sizes().vec();
+    if (partial.reduced != 0) expected[expected.size() - partial.reduced] = 1;
+    if (!tensor.sizes().equals(expected))
+      refuse(name, i, text("has shape ", tensor.sizes(), ", expected ", at::IntArrayRef(expected)));
+    check_writable(name, i, tensor);
+  }
+}
+
+void Call::require_real() const {
+  const auto params = rule_.lists[kParam].tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (params[i].is_complex())
+      refuse("params", static_cast<int64_t>(i), text("has dtype ", params[i].scalar_type(), ", expected a real type"));
+  }
 }
 
 void Call::require_real_matrices() const {
@@ -240,14 +267,7 @@ Bundle Call::make_bundle(const Operands& operands, int64_t i) {
     }
     if (tensor.is_conj() || tensor.is_neg())
       refuse(name, i, "is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
-    if (operands.is_updated(k)) {
-      if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
-        refuse(name, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
-      }
-      if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
-        refuse(name, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
-      }
-    }
+    if (operands.is_updated(k)) check_writable(name, i, tensor);
     bundle.storage[k] = *storage;
     bundle.in_double |= *storage == Storage::f64;
     if (sparse) continue;
@@ -260,6 +280,13 @@ Bundle Call::make_bundle(const Operands& operands, int64_t i) {
     bundle.layout = make_layout(operands, i);
   }
   return bundle;
+}
+
+void Call::check_writable(const char* list, int64_t i, const at::Tensor& tensor) const {
+  if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes)
+    refuse(list, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
+  if (tensor.is_inference() && !c10::InferenceMode::is_enabled())
+    refuse(list, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
 }
 
 // The gradient with every index once, its indices known to lie in the parameter.
@@ -388,9 +415,11 @@ void Call::add_step(int64_t i, Bundle& bundle) {
     const double count = host_value(step.const_data_ptr(), bundle.step_storage);
     if (!(count >= 0.0) || std::isinf(count))
       refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
+    if (!spec_.counts) bundle.step = count + 1.0;
   } else {
     bundle.device_step = step.mutable_data_ptr();
-    steps_on_device = true;
+    if (!spec_.counts) bundle.step = 1.0;
+    steps_on_device |= spec_.counts;
   }
 }
 
@@ -486,6 +515,10 @@ void Call::visit_written(const Visit& visit) const {
     if (bundles[i].numel != 0 && bundles[i].average)
       visit(averaging_lists_[0].name, static_cast<int64_t>(i), averaging_lists_[0].tensors[i]);
     for (const List& list : spec_.scalars) visit(list.name, static_cast<int64_t>(i), list.tensors[i]);
+    for (const PartialList& partial : spec_.partial) {
+      const at::Tensor& tensor = partial.list.tensors[i];
+      if (tensor.defined() && tensor.numel() != 0) visit(partial.list.name, static_cast<int64_t>(i), tensor);
+    }
   }
 }
 
@@ -530,7 +563,7 @@ void Call::advance(int64_t i) {
     if (rule_.is_updated(k)) note_write(rule_.lists[k].tensors[i]);
   }
   if (bundles[i].average) note_write(averaging_lists_[0].tensors[i]);
-  if (!spec_.state_steps) return;
+  if (!spec_.state_steps || !spec_.counts) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
   note_write(step);
   if (!step.is_cpu()) return;

@@ -96,7 +96,9 @@ struct CpuDriver {
   template <class Reduction>
   static void reduce_all(const Call& call, const NormOutcome& outcome) {
     const Slots slots = fill_slots<Reduction>(call);
-    outcome.write(Reduction::finish(reduce_slots<Reduction>(slots.value.data(), slots.value.size())));
+    double count = 0.0;
+    for (const Bundle& bundle : call.bundles) count += static_cast<double>(bundle.numel);
+    outcome.write(Reduction::finish(reduce_slots<Reduction>(slots.value.data(), slots.value.size()), count));
   }
 
   // One result per tensor.
@@ -105,11 +107,35 @@ struct CpuDriver {
     const Slots slots = fill_slots<Reduction>(call);
     for (size_t i = 0; i < call.bundles.size(); ++i) {
       const int64_t begin = slots.first_chunk[i] * kReduceSlots, end = slots.first_chunk[i + 1] * kReduceSlots;
-      results[i] = Reduction::finish(reduce_slots<Reduction>(slots.value.data() + begin, end - begin));
+      results[i] = Reduction::finish(reduce_slots<Reduction>(slots.value.data() + begin, end - begin),
+                                     static_cast<double>(call.bundles[i].numel));
     }
   }
 
+  // The pieces of all fibers.
+  template <class Reduction>
+  static void reduce_fibers(at::Device, const std::vector<Fibers>& tensors) {
+    std::vector<int64_t> first(tensors.size() + 1, 0);  // in elements; a unit is done by who has its first one
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      first[t + 1] = first[t] + tensors[t].units() * elements_of_unit(tensors[t]);
+    }
+    const cpu::ReduceFibers reduce = cpu::reduce_fibers_for<Reduction>(current_isa());
+    in_parallel(first.back(), kReduceGrain * kReduceChunk, [&](int64_t begin, int64_t end) {
+      for (size_t t = 0; t < tensors.size(); ++t) {
+        const int64_t size = elements_of_unit(tensors[t]);
+        const auto unit_from = [&](int64_t at) {
+          return (std::clamp(at, first[t], first[t + 1]) - first[t] + size - 1) / size;
+        };
+        if (unit_from(begin) < unit_from(end)) reduce(tensors[t], unit_from(begin), unit_from(end));
+      }
+    });
+  }
+
  private:
+  static int64_t elements_of_unit(const Fibers& fibers) {
+    return std::min(fibers.along, kFiberPiece) * std::min(fibers.inner, kFiberWidth);
+  }
+
   static constexpr int64_t kStretch = 8 * kTile;  // elements updated before they are averaged, out of the cache
 
   // The update, followed at a short distance by the very sweep that averages parameters on its own.

@@ -84,32 +84,35 @@ struct TileOperand {
 
   OPTIM_EXT_INLINE V* open(int64_t start, int64_t n, V* buffer) const {
     if (in_place()) return static_cast<V*>(data) + start;
-    if (layout == nullptr) {
-      widen(at(start), storage, buffer, n);
-    } else {
-      walk(start, n, [&](int64_t i, int64_t offset) { buffer[i] = load_element<V>(data, storage, offset); });
-    }
+    walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
+      if (stride == 1) return widen(at(offset), storage, buffer + i, count);
+      if (stride == 0) {
+        const V value = load_element<V>(data, storage, offset);
+        OPTIM_EXT_FOR(j, count) buffer[i + j] = value;
+        return;
+      }
+      for (int64_t j = 0; j < count; ++j) buffer[i + j] = load_element<V>(data, storage, offset + j * stride);
+    });
     return buffer;
   }
 
   OPTIM_EXT_INLINE void close(int64_t start, int64_t n, const V* buffer) const {
     if (in_place()) return;
-    if (layout == nullptr) {
-      narrow(buffer, at(start), storage, n);
-    } else {
-      walk(start, n, [&](int64_t i, int64_t offset) { store_element<V>(data, storage, offset, buffer[i]); });
-    }
+    walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
+      if (stride == 1) return narrow(buffer + i, at(offset), storage, count);
+      for (int64_t j = 0; j < count; ++j) store_element<V>(data, storage, offset + j * stride, buffer[i + j]);
+    });
   }
 
-  // Visits n elements from `start`, dividing only once per run of the fastest dimension.
+  // Visits n elements from `start` in runs of one stride: those of the fastest dimension, or all where memory is dense.
   template <class Visit>
   OPTIM_EXT_INLINE void walk(int64_t start, int64_t n, const Visit& visit) const {
-    const int64_t run = layout->sizes[layout->ndim - 1];
-    const int64_t stride = layout->strides[operand][layout->ndim - 1];
-    for (int64_t i = 0; i < n;) {
-      const int64_t left_in_run = run - (start + i) % run;
-      const int64_t stop = i + (left_in_run < n - i ? left_in_run : n - i);
-      for (int64_t offset = layout->offset(operand, start + i); i < stop; ++i, offset += stride) visit(i, offset);
+    const int64_t run = layout ? layout->sizes[layout->ndim - 1] : n;
+    const int64_t stride = layout ? layout->strides[operand][layout->ndim - 1] : 1;
+    for (int64_t i = 0, count; i < n; i += count) {
+      const int64_t left_in_run = layout ? run - (start + i) % run : run;
+      count = left_in_run < n - i ? left_in_run : n - i;
+      visit(i, count, layout ? layout->offset(operand, start + i) : start, stride);
     }
   }
 };
