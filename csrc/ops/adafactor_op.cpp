@@ -12,6 +12,10 @@ namespace {
 
 const OptionalTensor kNone;
 
+// Elements of row_vars and col_vars that are worked on at a time, so that the memory this needs besides stays small.
+// Only tensors of many small matrices, as convolutions are, come near it.
+constexpr int64_t kMostAverages = 1 << 20;
+
 // State that only some parameters have comes as a list of these tensors, in the order of the parameters. This gives
 // every parameter its own, or none.
 std::vector<Tensor> spread(const Common& common, const char* name, TensorList tensors, TensorList params,
@@ -269,8 +273,18 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
                 &rule, sizeof rule);
     if (CheckOnly::active() || checked.empty() || checked.skip) return;
   }
+  const AdafactorStep<Driver> step{common, lr, beta2_decay, eps1, eps2, d, weight_decay, maximize};
   Part matrices, vectors, empty;
+  int64_t averages = 0;  // elements of row_var and col_var among the matrices
   for (size_t i = 0; i < params.size(); ++i) {
+    if (rows[i].defined()) {
+      const int64_t more = rows[i].numel() + columns[i].numel();
+      if (averages > 0 && averages + more > kMostAverages) {
+        step.of_matrices(std::exchange(matrices, {}));
+        averages = 0;
+      }
+      averages += more;
+    }
     Part& part = params[i].numel() == 0 ? empty : params[i].dim() > 1 ? matrices : vectors;
     part.params.push_back(params[i]);
     part.grads.push_back(grads[i]);
@@ -280,7 +294,6 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
     part.state_steps.push_back(state_steps[i]);
     if (!common.averages.empty()) part.averages.push_back(common.averages[i]);
   }
-  const AdafactorStep<Driver> step{common, lr, beta2_decay, eps1, eps2, d, weight_decay, maximize};
   if (!matrices.params.empty()) step.of_matrices(matrices);
   if (!vectors.params.empty()) step.of_vectors(vectors);
   if (!empty.params.empty()) step.of_empty(empty);

@@ -17,6 +17,7 @@ namespace optim_ext::ops {
 namespace {
 
 constexpr int kParam = 0, kGrad = 1;
+constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
 
 thread_local int check_only_depth = 0;
 
@@ -385,6 +386,21 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
       merged.back().strides = dim.strides;
     } else {
       merged.push_back(dim);
+    }
+  }
+  bool repeats = false;
+  for (const Dim& dim : merged) {
+    for (int k = 0; k < operands.count; ++k) repeats |= operands.is_used(k) && dim.strides[k] == 0;
+  }
+  if (repeats && merged.size() > 1 && merged.back().size < kShortRun) {
+    // Small matrices that share factors: corresponding elements of neighbouring ones make longer runs than rows do.
+    Dim neighbours = merged.front();
+    neighbours.size = std::min(neighbours.size, kLongRun);
+    while (merged.front().size % neighbours.size != 0) --neighbours.size;
+    if (neighbours.size > merged.back().size) {
+      merged.front().size /= neighbours.size;
+      for (int64_t& stride : merged.front().strides) stride *= neighbours.size;
+      merged.push_back(neighbours);
     }
   }
   if (merged.size() > static_cast<size_t>(kMaxDims)) {

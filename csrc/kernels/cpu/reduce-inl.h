@@ -72,6 +72,15 @@ OPTIM_EXT_FOR_EACH_REDUCTION(OPTIM_EXT_INSTANTIATE)
 template <class Rule, class T, class Widen>
 OPTIM_EXT_INLINE void reduce_units(const Fibers& fibers, int64_t begin, int64_t end, const Widen& wide) {
   const int64_t pieces = fibers.pieces(), widths = fibers.widths();
+  if (fibers.inner == 1 && !fibers.by_lanes()) {  // each unit is a short fiber
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const T* const x = static_cast<const T*>(fibers.data) + unit * fibers.along;
+      double sum = 0.0;
+      for (int64_t a = 0; a < fibers.along; ++a) sum = Rule::combine(sum, Rule::term(wide(x[a])));
+      fibers.results[unit] = sum / fibers.divisor;
+    }
+    return;
+  }
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t width = unit % widths, piece = unit / widths % pieces, outer = unit / widths / pieces;
     const int64_t size = fibers.size_of(piece), first = width * kFiberWidth;
