@@ -24,6 +24,9 @@ template <class T, class V, class Convert>
 OPTIM_EXT_INLINE void widen_run(const T* x, int64_t stride, V* to, int64_t n, const Convert& wide) {
   if (stride == 1) {
     OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(wide(x[i]));
+  } else if (stride == 0) {
+    const V value = static_cast<V>(wide(*x));
+    OPTIM_EXT_FOR(i, n) to[i] = value;
   } else {
     OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(wide(x[i * stride]));
   }
