@@ -34,6 +34,19 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, chosen, ids=[row.id for row in chosen])
 
 
+def pytest_collection_modifyitems(config, items):
+    """Complex numbers are only for the optimizers that take them."""
+
+    def fits(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        rows = [getattr(params[name], "spec", params[name]) for name in ("spec", "case", "variant", "counting", "case_of_ten") if name in params]
+        dtypes = [value for value in params.values() if isinstance(value, torch.dtype)]
+        return all(row.takes(dtype) for row in rows for dtype in dtypes)
+
+    items[:], left_out = [i for i in items if fits(i)], [i for i in items if not fits(i)]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -16,21 +16,29 @@ const OptionalTensor kNone;
 // Only tensors of many small matrices, as convolutions are, come near it.
 constexpr int64_t kMostAverages = 1 << 20;
 
+// Whether a parameter has row_var and col_var, or else a variance.
+bool is_factored(const Tensor& param) { return param.dim() > 1; }
+
 // State that only some parameters have comes as a list of these tensors, in the order of the parameters. This gives
 // every parameter its own, or none.
-std::vector<Tensor> spread(const Common& common, const char* name, TensorList tensors, TensorList params,
-                           bool of_matrices) {
+std::vector<Tensor> spread(TensorList tensors, TensorList params, bool factored) {
   std::vector<Tensor> all;
   size_t taken = 0;
   for (const Tensor& param : params) {
-    const bool has_one = param.defined() && (param.dim() > 1) == of_matrices;
+    const bool has_one = param.defined() && is_factored(param) == factored;
     all.push_back(has_one && taken < tensors.size() ? tensors[taken] : Tensor());
     taken += has_one;
   }
-  TORCH_CHECK_VALUE(taken == tensors.size(), "optim_ext::", common.op, ": there are ", taken, " params with ",
-                    of_matrices ? "more" : "less", " than two dimensions", of_matrices ? " or two" : "", " but ", name,
-                    " has ", tensors.size(), " tensors; they must be equally many");
   return all;
+}
+
+// The list must have been as long as it takes.
+void check_length(const Common& common, const char* name, TensorList tensors, TensorList params, bool factored) {
+  const auto count =
+      std::count_if(params.begin(), params.end(), [&](const Tensor& param) { return is_factored(param) == factored; });
+  TORCH_CHECK_VALUE(static_cast<size_t>(count) == tensors.size(), "optim_ext::", common.op, ": params has ", count,
+                    " tensors of ", factored ? "two or more dimensions" : "less than two dimensions", " but ", name,
+                    " has ", tensors.size(), "; these lists must be equally long");
 }
 
 // Tensors in one piece of memory.
@@ -111,6 +119,11 @@ struct AdafactorStep {
                  .operands = {{"params", part.params}, {"grads", part.grads}},
                  .state_steps = TensorList(part.state_steps)},
                 {});
+    for (const auto* state : {&part.row_vars, &part.col_vars, &part.variances}) {
+      for (const Tensor& tensor : *state) {
+        if (tensor.defined()) note_write(tensor);
+      }
+    }
   }
 
   void of_vectors(const Part& part) const {
@@ -251,9 +264,8 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
                 TensorList variances, TensorList state_steps, const Tensor& lr, double beta2_decay, double eps1,
                 double eps2, double d, double weight_decay, bool maximize) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto rows = spread(common, "row_vars", row_vars, params, true),
-             columns = spread(common, "col_vars", col_vars, params, true),
-             moments = spread(common, "variances", variances, params, false);
+  const auto rows = spread(row_vars, params, true), columns = spread(col_vars, params, true),
+             moments = spread(variances, params, false);
   {
     // Everything is checked here; what follows only passes on parts of these lists.
     rules::AdafactorUpdate<true> rule{};
@@ -264,6 +276,9 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
                         .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
     Call checked(spec, 2, 3u, 1u);
     checked.require_real();
+    check_length(common, "row_vars", row_vars, params, true);
+    check_length(common, "col_vars", col_vars, params, true);
+    check_length(common, "variances", variances, params, false);
     checked.set({{"beta2_decay", ignored, beta2_decay}}, &ignored, sizeof ignored);
     checked.set({{"lr", rule.lr, lr},
                  {"eps1", rule.eps1, eps1},
@@ -277,7 +292,7 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
   Part matrices, vectors, empty;
   int64_t averages = 0;  // elements of row_var and col_var among the matrices
   for (size_t i = 0; i < params.size(); ++i) {
-    if (rows[i].defined()) {
+    if (is_factored(params[i])) {
       const int64_t more = rows[i].numel() + columns[i].numel();
       if (averages > 0 && averages + more > kMostAverages) {
         step.of_matrices(std::exchange(matrices, {}));
@@ -285,7 +300,7 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
       }
       averages += more;
     }
-    Part& part = params[i].numel() == 0 ? empty : params[i].dim() > 1 ? matrices : vectors;
+    Part& part = params[i].numel() == 0 ? empty : is_factored(params[i]) ? matrices : vectors;
     part.params.push_back(params[i]);
     part.grads.push_back(grads[i]);
     part.row_vars.push_back(rows[i]);
