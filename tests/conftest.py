@@ -39,7 +39,11 @@ def pytest_collection_modifyitems(config, items):
 
     def fits(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        rows = [getattr(params[name], "spec", params[name]) for name in ("spec", "case", "variant", "counting", "case_of_ten") if name in params]
+        rows = [
+            getattr(params[name], "spec", params[name])
+            for name in ("spec", "case", "variant", "counting", "case_of_ten")
+            if name in params
+        ]
         dtypes = [value for value in params.values() if isinstance(value, torch.dtype)]
         return all(row.takes(dtype) for row in rows for dtype in dtypes)
 
