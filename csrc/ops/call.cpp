@@ -1,6 +1,8 @@
 #include "call.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sort.h>
 #include <c10/util/hash.h>
 
 #include <algorithm>
@@ -109,6 +111,67 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
   }
   known[next++ % known.size()] = intervals;
   return nullptr;
+}
+
+// Adds `size` values, in the precision they are stored in.
+void add_values(void* to, const void* from, Storage storage, int64_t size) {
+  const auto add = [=](auto wide) {
+    using V = decltype(wide);
+    for (int64_t i = 0; i < size; ++i)
+      store_element<V>(to, storage, i, load_element<V>(to, storage, i) + load_element<V>(from, storage, i));
+  };
+  storage == Storage::f64 ? add(0.0) : add(0.0f);
+}
+
+// Adds up the values of rows that occur more than once, on the CPU and with the bits of coalesce(). The rows stay in
+// the order in which they first occur, which is nothing to an update of each of them; where none is there twice,
+// nothing is copied.
+void add_up_rows(at::Tensor& rows, at::Tensor& values) {
+  const int64_t count = rows.numel();
+  if (count == 0) return;
+  const int64_t* const given = rows.const_data_ptr<int64_t>();
+  int bits = 1;
+  while ((int64_t{1} << bits) < 2 * count) ++bits;
+  std::vector<int64_t> table(size_t{1} << bits, -1);  // a row's hash -> its place among the distinct rows
+  std::vector<int64_t> place(count), distinct;
+  std::vector<uint8_t> seen;  // how often, up to 3
+  for (int64_t n = 0; n < count; ++n) {
+    auto slot = static_cast<size_t>((static_cast<uint64_t>(given[n]) * 0x9e3779b97f4a7c15ull) >> (64 - bits));
+    while (table[slot] >= 0 && distinct[table[slot]] != given[n]) slot = (slot + 1) & (table.size() - 1);
+    if (table[slot] < 0) {
+      table[slot] = static_cast<int64_t>(distinct.size());
+      distinct.push_back(given[n]);
+      seen.push_back(0);
+    }
+    place[n] = table[slot];
+    seen[place[n]] = std::min<uint8_t>(seen[place[n]] + 1, 3);
+  }
+  const auto kept = static_cast<int64_t>(distinct.size());
+  if (kept == count) return;
+  // Two values may be added either way round. More are added in the order coalesce()'s sort leaves them in, which is
+  // not the one they came in.
+  const bool order_matters = *std::max_element(seen.begin(), seen.end()) > 2;
+  const at::Tensor order = order_matters ? std::get<1>(at::sort(rows)).contiguous() : at::Tensor();
+  const int64_t* const sorted = order_matters ? order.const_data_ptr<int64_t>() : nullptr;
+  const Storage storage = *storage_of(values.scalar_type());
+  const int64_t width = values.numel() / count, bytes = width * bytes_of(storage);
+  auto sizes = values.sizes().vec();
+  sizes[0] = kept;
+  const at::Tensor sums = at::empty(sizes, values.options());
+  char* const to = static_cast<char*>(sums.mutable_data_ptr());
+  std::fill(seen.begin(), seen.end(), 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = sorted ? sorted[i] : i;
+    const char* const from = static_cast<const char*>(values.const_data_ptr()) + n * bytes;
+    if (std::exchange(seen[place[n]], 1)) {
+      add_values(to + place[n] * bytes, from, storage, width);
+    } else {
+      std::memcpy(to + place[n] * bytes, from, bytes);
+    }
+  }
+  rows = at::empty({kept}, rows.options());
+  std::copy(distinct.begin(), distinct.end(), rows.mutable_data_ptr<int64_t>());
+  values = sums;
 }
 
 }  // namespace
@@ -243,7 +306,7 @@ Bundle Call::make_bundle(const Operands& operands, int64_t i) {
     const char* const name = operands.lists[k].name;
     if (!given.defined()) refuse(name, i, "is undefined");
     const bool sparse = &operands == &rule_ && k == kGrad && spec_.takes_sparse && given.is_sparse();
-    const at::Tensor& tensor = sparse ? held_.emplace_back(coalesced(i)) : given;
+    const at::Tensor& tensor = sparse ? held_.emplace_back(sparse_gradient(i)) : given;
     if (sparse) rows = &tensor;
     if (tensor.layout() != at::kStrided && !sparse)
       refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
@@ -290,8 +353,8 @@ void Call::check_writable(const char* list, int64_t i, const at::Tensor& tensor)
     refuse(list, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
 }
 
-// The gradient with every index once, its indices known to lie in the parameter.
-at::Tensor Call::coalesced(int64_t i) {
+// A sparse gradient whose indices are known to lie in the parameter. On a GPU each of them is there once.
+at::Tensor Call::sparse_gradient(int64_t i) {
   const at::Tensor &grad = spec_.operands.begin()[kGrad].tensors[i], &param = spec_.operands.begin()[kParam].tensors[i];
   if (grad.device() != device) refuse("grads", i, text("is on ", grad.device(), ", expected ", device));
   if (!grad.sizes().equals(param.sizes()))
@@ -320,7 +383,7 @@ at::Tensor Call::coalesced(int64_t i) {
                   param.sizes()));
     }
   }
-  return grad.coalesce();
+  return grad.is_cpu() ? grad : grad.coalesce();
 }
 
 // A row is what one index selects. Rows lie back to back in the gradient's values, and at the indexed places of the
@@ -334,8 +397,10 @@ void Call::use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
   const at::Tensor indices = grad._indices();
   at::Tensor rows = indices.select(0, 0);
   for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
-  const at::Tensor &kept_rows = held_.emplace_back(rows.contiguous()),
-                   &values = held_.emplace_back(grad._values().contiguous());
+  at::Tensor once = grad._values().contiguous();
+  rows = rows.contiguous();
+  if (!grad.is_coalesced()) add_up_rows(rows, once);
+  const at::Tensor &kept_rows = held_.emplace_back(std::move(rows)), &values = held_.emplace_back(std::move(once));
   bundle.data[kGrad] = const_cast<void*>(values.const_data_ptr());
   bundle.numel = values.numel();
   if (bundle.numel == 0) return;

@@ -127,7 +127,7 @@ class Call : public Work {
   Bundle make_bundle(const Operands& operands, int64_t i);
   void check_writable(const char* list, int64_t i, const at::Tensor& tensor) const;
   const Layout* make_layout(const Operands& operands, int64_t i);
-  at::Tensor coalesced(int64_t i);
+  at::Tensor sparse_gradient(int64_t i);
   void use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
   void check_partial(const PartialList& partial) const;
   void add_step(int64_t i, Bundle& bundle);

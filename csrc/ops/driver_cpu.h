@@ -48,11 +48,26 @@ struct CpuDriver {
     Bundle row = bundle;
     row.layout = nullptr;
     for (int64_t n = begin / width; n * width < end; ++n) {
+      fetch_row<Rule>(bundle, std::min(n + kRowsAhead, layout->sizes[0] - 1));
       for (int k = 0; k < Rule::kOperands; ++k) {
         row.data[k] = static_cast<char*>(bundle.data[k]) +
                       layout->place(k, 0, n) * layout->strides[k][0] * bytes_of(bundle.storage[k]);
       }
       sweep(rule, row, std::max<int64_t>(begin - n * width, 0), std::min(end - n * width, width), pass);
+    }
+  }
+
+  // Rows lie anywhere in a table larger than the caches: they are asked for before it is their turn.
+  static constexpr int64_t kRowsAhead = 8, kLine = 64, kLinesAhead = 8;
+
+  template <class Rule>
+  static void fetch_row(const Bundle& bundle, int64_t n) {
+    const Layout& layout = *bundle.layout;
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      if (!((Rule::kUsed >> k) & 1u)) continue;
+      const int64_t bytes = layout.strides[k][0] * bytes_of(bundle.storage[k]);
+      const char* const row = static_cast<const char*>(bundle.data[k]) + layout.place(k, 0, n) * bytes;
+      for (int64_t at = 0; at < std::min(bytes, kLinesAhead * kLine); at += kLine) __builtin_prefetch(row + at, 1);
     }
   }
 
