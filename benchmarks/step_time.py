@@ -95,7 +95,8 @@ NORMED = {
         {"lr": 0.1},
         peer_differs="vectors are not scaled, and gradients are overwritten by the momentum",
     ),
-    "adafactor": Algorithm("Adafactor", "Adafactor", {"lr": 1e-2}),
+    # torch adds up norms in float32: off by 0.2 % for the 38 million elements of GPT-2's embedding.
+    "adafactor": Algorithm("Adafactor", "Adafactor", {"lr": 1e-2}, precision=1e-2),
 }
 MATRIX = {"muon": Algorithm("Muon", "Muon", {"lr": 1e-3}, precision=5e-2)}  # orthogonalizes in bfloat16
 SPARSE = {

@@ -115,12 +115,13 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
 
 // Adds `size` values, in the precision they are stored in.
 void add_values(void* to, const void* from, Storage storage, int64_t size) {
-  const auto add = [=](auto wide) {
-    using V = decltype(wide);
-    for (int64_t i = 0; i < size; ++i)
-      store_element<V>(to, storage, i, load_element<V>(to, storage, i) + load_element<V>(from, storage, i));
+  const auto add = [=](auto* sums, const auto* values) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += values[i];
   };
-  storage == Storage::f64 ? add(0.0) : add(0.0f);
+  if (storage == Storage::f32) return add(static_cast<float*>(to), static_cast<const float*>(from));
+  if (storage == Storage::f64) return add(static_cast<double*>(to), static_cast<const double*>(from));
+  for (int64_t i = 0; i < size; ++i)
+    store_element(to, storage, i, load_element<float>(to, storage, i) + load_element<float>(from, storage, i));
 }
 
 // Adds up the values of rows that occur more than once, on the CPU and with the bits of coalesce(). The rows stay in
