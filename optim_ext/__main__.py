@@ -19,8 +19,8 @@ from optim_ext._load import _C
 # Largest difference from torch.optim in float64, relative to the largest parameter, that STEPS roundings may explain.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 STEPS = 5
-SHAPES = [(), (7,), (33, 65), (0, 3)]
-OWN_SHAPES = {
+SHAPES: list[tuple[int, ...]] = [(), (7,), (33, 65), (0, 3)]
+OWN_SHAPES: dict[str, list[tuple[int, ...]]] = {
     "Adafactor": [(), (7,), (33, 65), (3, 4, 5)],  # torch's divides by zero where there is no element
     "Muon": [(33, 65), (65, 33)],  # takes matrices only
     "SparseAdam": [(7,), (33, 65)],  # takes sparse gradients only
