@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from specs import CASES, SPECS, VARIANTS
+from specs import CASES, SPECS, VARIANTS, Spec
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
@@ -39,11 +39,7 @@ def pytest_collection_modifyitems(config, items):
 
     def fits(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        rows = [
-            getattr(params[name], "spec", params[name])
-            for name in ("spec", "case", "variant", "counting", "case_of_ten")
-            if name in params
-        ]
+        rows = [row for row in (getattr(value, "spec", value) for value in params.values()) if isinstance(row, Spec)]
         dtypes = [value for value in params.values() if isinstance(value, torch.dtype)]
         return all(row.takes(dtype) for row in rows for dtype in dtypes)
 
