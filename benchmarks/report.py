@@ -30,6 +30,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "default": {"marker": "s", "color": "tab:orange", "label": "torch default"},
     "foreach": {"marker": "^", "color": "tab:green", "label": "torch foreach"},
     "fused": {"marker": "D", "color": "tab:red", "label": "torch fused"},
+    "pytorch_optimizer": {"marker": "v", "color": "tab:brown", "label": "pytorch_optimizer"},
+    "pytorch_optimizer loop": {"marker": "<", "color": "tab:olive", "label": "pytorch_optimizer, foreach=False"},
     "DeepSpeed": {"marker": "P", "color": "tab:purple", "label": "DeepSpeed"},
     "optim_ext": {"marker": "o", "color": "tab:blue", "label": "optim_ext", "zorder": 3},
     "memory limit": {"marker": "|", "color": "black", "label": "memory limit", "s": 260},

@@ -38,6 +38,16 @@ def two_matrices() -> list[Shape]:
     return [(4096, 4096)] * 2
 
 
+def hidden_matrices(width: int = 256, layers: int = 4) -> list[Shape]:
+    """The matrices of a small transformer's layers, which are what Muon is for."""
+    attention = [(width, 3 * width), (width, width)]
+    return [*attention, (width, 4 * width), (4 * width, width)] * layers
+
+
+def small_matrices() -> list[Shape]:
+    return [(64, 64)] * 200
+
+
 def small_mixed() -> list[Shape]:
     """1000 tensors, alternately a matrix of 64 x 64 and a vector of 64."""
     return [(64, 64), (64,)] * 500

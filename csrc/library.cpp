@@ -45,6 +45,10 @@ using namespace optim_ext::ops;
   X(adadelta_, adadelta_,                                                                                              \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] acc_deltas, Tensor(e!)[] "       \
     "state_steps, *, Tensor lr, float rho, float eps, float weight_decay, bool maximize, " COMMON_ARGUMENTS ") -> ()") \
+  X(adafactor_, adafactor_,                                                                                            \
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] row_vars, Tensor(d!)[] col_vars, "                         \
+    "Tensor(e!)[] variances, Tensor(f!)[] state_steps, *, Tensor lr, float beta2_decay, float eps1, float eps2, "      \
+    "float d, float weight_decay, bool maximize, " COMMON_ARGUMENTS ") -> ()")                                         \
   X(adamax_, adamax_,                                                                                                  \
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_infs, Tensor(e!)[] "            \
     "state_steps, *, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool "                        \

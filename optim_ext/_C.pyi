@@ -17,6 +17,7 @@ class Plan:
         state: dict[Any, Any],
         calls: list[tuple[int, list[int], tuple[str | None, ...], bool]],
         averages: dict[Tensor, Tensor] = ...,
+        partial: set[str] = ...,
     ) -> None: ...
     def step(
         self,

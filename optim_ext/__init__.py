@@ -7,7 +7,6 @@ torch's own. ``LAMB``, ``LARS`` and ``Lion`` are not in torch.
 import torch.optim
 from torch.optim import *  # noqa: F403
 from torch.optim import (  # noqa: F401
-    Adafactor,
     Optimizer,
     lr_scheduler,
 )
@@ -17,6 +16,7 @@ from optim_ext import swa_utils as swa_utils  # type: ignore[no-redef]
 from optim_ext._explain import GroupReport, explain
 from optim_ext._load import build_info
 from optim_ext.adadelta import Adadelta as Adadelta
+from optim_ext.adafactor import Adafactor as Adafactor
 from optim_ext.adagrad import Adagrad as Adagrad
 from optim_ext.adam import Adam as Adam
 from optim_ext.adamax import Adamax as Adamax

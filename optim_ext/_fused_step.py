@@ -72,10 +72,12 @@ class FusedStep(Optimizer):
     * ``_state_keys(group)``: for each list after ``params`` and ``grads``, in the order of the op's schema and of torch's
       ``_init_group``, the key in ``state[p]``, or None where this group has no such state.
     * ``_hypers(group)``: the hyper-parameters in the order of the op's schema.
+    * ``_partial_state``: the keys among these that only some parameters have; the op's list holds theirs alone.
     * ``_takes_sparse(group)``: whether the op takes sparse gradients under these options.
     """
 
     _op: ClassVar[str]
+    _partial_state: ClassVar[frozenset[str]] = frozenset()
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _plan: _C.Plan | None
     _averaging: StepAveraging | None
@@ -326,7 +328,7 @@ class FusedStep(Optimizer):
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
             state = self._planned_state()
-            plan = _C.Plan(self._op, self.param_groups, state, calls, averages)
+            plan = _C.Plan(self._op, self.param_groups, state, calls, averages, set(self._partial_state))
             arguments = (state, self.param_groups, hypers, *common, weight)
             if by_torch:
                 plan.step(*arguments, check_only=True)
@@ -440,7 +442,7 @@ class FusedStep(Optimizer):
             self._init_group(group, *lists)
             if lists[0]:
                 op(
-                    *lists,
+                    *([tensor for tensor in one if tensor is not None] for one in lists),
                     **self._named_hypers(group),
                     found_inf=verdict.found_inf,
                     grad_factor=verdict.grad_factor,

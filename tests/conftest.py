@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from specs import CASES, SPECS, VARIANTS
+from specs import CASES, SPECS, VARIANTS, Spec
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
@@ -32,6 +32,19 @@ def pytest_generate_tests(metafunc):
     for name in rows.keys() & set(metafunc.fixturenames):
         chosen = [row for row in rows[name] if not torchs_only or getattr(row, "spec", row).in_torch]
         metafunc.parametrize(name, chosen, ids=[row.id for row in chosen])
+
+
+def pytest_collection_modifyitems(config, items):
+    """Complex numbers are only for the optimizers that take them."""
+
+    def fits(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        rows = [row for row in (getattr(value, "spec", value) for value in params.values()) if isinstance(row, Spec)]
+        dtypes = [value for value in params.values() if isinstance(value, torch.dtype)]
+        return all(row.takes(dtype) for row in rows for dtype in dtypes)
+
+    items[:], left_out = [i for i in items if fits(i)], [i for i in items if not fits(i)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -181,6 +181,7 @@ class Lockstep:
 def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, device: Device = "cpu") -> None:
     """Torch rounds to 16 bits after each of its operations, ours once a step: the two are no farther apart than torch's
     largest error against double allows, parameters and state alike."""
+    options = spec.for_dtype(options, dtype)
     start = make_params(dtype=dtype, device=device)
     truth = Lockstep(spec, options, params=[torch.nn.Parameter(p.detach().double()) for p in start])
     lockstep = Lockstep(spec, options, params=start)
@@ -193,7 +194,7 @@ def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, de
             optimizer.step()
 
     def every(optimizer: torch.optim.Optimizer, params: list[Tensor], key: str | None) -> Tensor:
-        tensors = params if key is None else [optimizer.state[p][key] for p in params]
+        tensors = params if key is None else [e[key] for e in map(optimizer.state.get, params) if e and key in e]
         return torch.cat([t.detach().double().flatten() for t in tensors])
 
     for key in (None, *sorted(spec.state(options) - {"step"})):

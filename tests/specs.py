@@ -13,6 +13,7 @@ from torch.testing._internal.common_optimizers import optim_db
 import optim_ext
 
 Options = dict[str, Any]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ _TOLERANCES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """`name` is the class here and in torch.optim, or in tests/reference for what torch does not have; `op` lives in torch.ops.optim_ext; `state` gives the keys of a
-    parameter's state for a set of options; `grid` are this project's own option sets, to which optim_db's are added."""
+    """`name` is the class here and in torch.optim, or in tests/reference for what torch does not have or does not do
+    for every shape; `op` lives in torch.ops.optim_ext; `state` gives the keys of a parameter's state for a set of
+    options; `grid` are this project's own option sets, to which optim_db's are added."""
 
     name: str
     op: str
@@ -50,6 +52,15 @@ class Spec:
     whole_tensors: bool = False  # the formula holds norms of whole tensors, so it matters how elements are grouped
     sparse: Options | None = None  # options under which torch takes sparse gradients
     tolerances: dict[torch.dtype, Tolerance] = field(default_factory=lambda: _TOLERANCES)
+    is_real: bool = False  # takes no complex parameters
+    reads_numbers: bool = False  # torch's code reads values of tensors, which fake and meta tensors do not have
+    # Options with the defaults that depend on a parameter's dtype spelled out.
+    for_dtype: Callable[[Options, torch.dtype], Options] = lambda options, dtype: options
+    # The shape of a parameter's state, given its key and the parameter's shape; None where it has none under this key.
+    state_shape: Callable[[str, Shape], Shape | None] = lambda key, shape: shape
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return not (self.is_real and dtype.is_complex)
 
     @property
     def id(self) -> str:
@@ -63,6 +74,15 @@ class Spec:
         """State of the parameter's own shape."""
         return self.state(options) - self.numbers
 
+    def state_of(self, shape: Shape, options: Options) -> dict[str, Shape]:
+        """The state of a parameter of this shape but for its numbers: keys, in order, and shapes."""
+        shapes = {key: self.state_shape(key, tuple(shape)) for key in sorted(self.tensors(options))}
+        return {key: found for key, found in shapes.items() if found is not None}
+
+    def keys_of(self, shape: Shape, options: Options) -> list[str]:
+        """The keys of all of its state, in order."""
+        return sorted({*self.state_of(shape, options), *(self.numbers & self.state(options))})
+
     def number(self, key: str, step: float) -> torch.Tensor:
         """A value for state of one element."""
         return torch.tensor(step if key == "step" else 0.5)
@@ -73,18 +93,28 @@ class Spec:
         return torch.float64 if self.numbers <= {"step"} else torch.float32
 
     @property
+    def base(self) -> type[torch.optim.Optimizer]:
+        """The class ours is derived from."""
+        return getattr(torch.optim, self.name, torch.optim.Optimizer)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether torch's class has the flag."""
+        return "differentiable" in inspect.signature(self.torch).parameters
+
+    @property
     def in_torch(self) -> bool:
         return hasattr(torch.optim, self.name)
 
     @property
     def torch(self) -> type[torch.optim.Optimizer]:
-        return getattr(torch.optim if self.in_torch else reference, self.name)
+        return getattr(reference, self.name, None) or getattr(torch.optim, self.name)
 
     def options_on(self, device: str) -> list[Options]:
         """Every option set of the row: the grid, and what torch's own tests use on this kind of device."""
         if not self.in_torch:
             return [*self.grid]
-        listed = next(info for info in optim_db if info.optim_cls is self.torch)
+        listed = next(info for info in optim_db if info.optim_cls.__name__ == self.name)
         return [*self.grid, *(entry.kwargs for entry in listed.optim_inputs_func(device=device))]
 
     @property
@@ -101,7 +131,7 @@ class Spec:
     def error_inputs(self) -> list[Any]:
         if not self.in_torch:
             return []
-        listed = next(info for info in optim_db if info.optim_cls is self.torch)
+        listed = next(info for info in optim_db if info.optim_cls.__name__ == self.name)
         return listed.optim_error_inputs_func("cpu", torch.float32)
 
     @property
@@ -144,6 +174,14 @@ TENSOR_LRS = [
     {"lr": torch.tensor([[0.01]])},
 ]
 TENSOR_BETAS = {"betas": (torch.tensor([[[0.8]]]), torch.tensor([0.95], dtype=torch.float64))}
+
+
+def factored_shape(key: str, shape: Shape) -> Shape | None:
+    """Of Adafactor's state: matrices have a row_var and a col_var, vectors a variance."""
+    if key in ("row_var", "col_var"):
+        return None if len(shape) < 2 else (*shape[:-1], 1) if key == "row_var" else (*shape[:-2], 1, shape[-1])
+    return shape if key != "variance" or len(shape) < 2 else None
+
 
 SPECS = [
     Spec(
@@ -334,7 +372,30 @@ SPECS = [
         ),
         typical={"lr": 0.05, "weight_decay": 0.1, "t0": 1},
         fused=False,
+        reads_numbers=True,
         numbers=frozenset({"step", "eta", "mu"}),
+    ),
+    Spec(
+        "Adafactor",
+        whole_tensors=True,
+        op="adafactor_",
+        state=lambda o: {"step", "row_var", "col_var", "variance"},
+        state_shape=factored_shape,
+        grid=grid(
+            *TENSOR_LRS,
+            {"lr": 0.5, "beta2_decay": -0.5, "eps": (1e-3, 0.1), "d": 1.5},
+            {"lr": 0.5, "eps": (0.5, 0.0)},
+            {"lr": 0.0, "weight_decay": 0.1},
+            lr=[0.05],
+            weight_decay=[0, 0.1],
+            maximize=[False, True],
+        ),
+        typical={"lr": 0.05, "weight_decay": 0.1, "eps": (1e-4, 1e-3)},
+        half_options={"eps": (1e-3, 1e-3)},  # by default that of the first parameter's dtype counts for all
+        fused=False,
+        is_real=True,
+        reads_numbers=True,
+        for_dtype=lambda options, dtype: {"eps": (torch.finfo(dtype).eps, 1e-3), **options},
     ),
     Spec(
         "Lion",

@@ -42,6 +42,31 @@ struct Layout {
     return at;
   }
 
+  // The same, and its place in each dimension.
+  OPTIM_EXT_HOST_DEVICE int64_t locate(int operand, int64_t index, int64_t* places) const {
+    int64_t at = 0;
+    for (int d = ndim - 1; d >= 0; --d) {
+      const int64_t rest = index / sizes[d];
+      places[d] = index - rest * sizes[d];
+      at += place(operand, d, places[d]) * strides[operand][d];
+      index = rest;
+    }
+    return at;
+  }
+
+  // Where the element after a run that ends with the fastest dimension lies; `at` is one stride behind the run's last.
+  OPTIM_EXT_HOST_DEVICE int64_t next_run(int operand, int64_t at, int64_t* places) const {
+    places[ndim - 1] = 0;
+    at -= sizes[ndim - 1] * strides[operand][ndim - 1];
+    for (int d = ndim - 2; d >= 0; --d) {
+      at -= place(operand, d, places[d]) * strides[operand][d];
+      places[d] = places[d] + 1 < sizes[d] ? places[d] + 1 : 0;
+      at += place(operand, d, places[d]) * strides[operand][d];
+      if (places[d] != 0) break;
+    }
+    return at;
+  }
+
   // Where index `i` of dimension `d` is to be found in `operand`.
   OPTIM_EXT_HOST_DEVICE int64_t place(int operand, int d, int64_t i) const {
     return rows != nullptr && d == 0 && operand != kGradOperand ? rows[i] : i;
@@ -64,7 +89,7 @@ struct Bundle {
   int64_t numel;
   const Layout* layout;     // null: every operand is dense and in the same order, so element i is data[i]
   double step;              // step count after this step's increment, where the host knows it
-  const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage); null on the host
+  const void* device_step;  // else where it lives on the device (f32 or f64, see step_storage), less `step`; or null
   Storage step_storage;
   ScalarState scalars[kMaxScalars];
   bool in_double;         // the rule computes in double: one of the operands is stored as f64

@@ -1,6 +1,8 @@
 #include "call.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sort.h>
 #include <c10/util/hash.h>
 
 #include <algorithm>
@@ -17,6 +19,7 @@ namespace optim_ext::ops {
 namespace {
 
 constexpr int kParam = 0, kGrad = 1;
+constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
 
 thread_local int check_only_depth = 0;
 
@@ -117,6 +120,68 @@ const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
   return nullptr;
 }
 
+// Adds `size` values, in the precision they are stored in.
+void add_values(void* to, const void* from, Storage storage, int64_t size) {
+  const auto add = [=](auto* sums, const auto* values) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += values[i];
+  };
+  if (storage == Storage::f32) return add(static_cast<float*>(to), static_cast<const float*>(from));
+  if (storage == Storage::f64) return add(static_cast<double*>(to), static_cast<const double*>(from));
+  for (int64_t i = 0; i < size; ++i)
+    store_element(to, storage, i, load_element<float>(to, storage, i) + load_element<float>(from, storage, i));
+}
+
+// Adds up the values of rows that occur more than once, on the CPU and with the bits of coalesce(). The rows stay in
+// the order in which they first occur, which is nothing to an update of each of them; where none is there twice,
+// nothing is copied.
+void add_up_rows(at::Tensor& rows, at::Tensor& values) {
+  const int64_t count = rows.numel();
+  if (count == 0) return;
+  const int64_t* const given = rows.const_data_ptr<int64_t>();
+  int bits = 1;
+  while ((int64_t{1} << bits) < 2 * count) ++bits;
+  std::vector<int64_t> table(size_t{1} << bits, -1);  // a row's hash -> its place among the distinct rows
+  std::vector<int64_t> place(count), distinct;
+  std::vector<uint8_t> seen;  // how often, up to 3
+  for (int64_t n = 0; n < count; ++n) {
+    auto slot = static_cast<size_t>((static_cast<uint64_t>(given[n]) * 0x9e3779b97f4a7c15ull) >> (64 - bits));
+    while (table[slot] >= 0 && distinct[table[slot]] != given[n]) slot = (slot + 1) & (table.size() - 1);
+    if (table[slot] < 0) {
+      table[slot] = static_cast<int64_t>(distinct.size());
+      distinct.push_back(given[n]);
+      seen.push_back(0);
+    }
+    place[n] = table[slot];
+    seen[place[n]] = std::min<uint8_t>(seen[place[n]] + 1, 3);
+  }
+  const auto kept = static_cast<int64_t>(distinct.size());
+  if (kept == count) return;
+  // Two values may be added either way round. More are added in the order coalesce()'s sort leaves them in, which is
+  // not the one they came in.
+  const bool order_matters = *std::max_element(seen.begin(), seen.end()) > 2;
+  const at::Tensor order = order_matters ? std::get<1>(at::sort(rows)).contiguous() : at::Tensor();
+  const int64_t* const sorted = order_matters ? order.const_data_ptr<int64_t>() : nullptr;
+  const Storage storage = *storage_of(values.scalar_type());
+  const int64_t width = values.numel() / count, bytes = width * bytes_of(storage);
+  auto sizes = values.sizes().vec();
+  sizes[0] = kept;
+  const at::Tensor sums = at::empty(sizes, values.options());
+  char* const to = static_cast<char*>(sums.mutable_data_ptr());
+  std::fill(seen.begin(), seen.end(), 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = sorted ? sorted[i] : i;
+    const char* const from = static_cast<const char*>(values.const_data_ptr()) + n * bytes;
+    if (std::exchange(seen[place[n]], 1)) {
+      add_values(to + place[n] * bytes, from, storage, width);
+    } else {
+      std::memcpy(to + place[n] * bytes, from, bytes);
+    }
+  }
+  rows = at::empty({kept}, rows.options());
+  std::copy(distinct.begin(), distinct.end(), rows.mutable_data_ptr<int64_t>());
+  values = sums;
+}
+
 }  // namespace
 
 std::optional<Storage> storage_of(at::ScalarType dtype) {
@@ -168,6 +233,7 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
     for (size_t k = 0; k < spec_.scalars.size(); ++k)
       add_scalar(static_cast<int64_t>(i), spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
   }
+  for (const PartialList& partial : spec_.partial) check_partial(partial);
   averages_.reserve(spec_.common.averages.size());
   for (size_t i = 0; i < spec_.common.averages.size(); ++i) {
     if (bundles[i].layout && bundles[i].layout->rows)
@@ -185,6 +251,32 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
     }
   }
   check_overlap();
+}
+
+void Call::check_partial(const PartialList& partial) const {
+  const auto& [name, tensors] = partial.list;
+  for (size_t n = 0; n < tensors.size(); ++n) {
+    const at::Tensor& tensor = tensors[n];
+    const auto i = static_cast<int64_t>(n);
+    if (!tensor.defined()) continue;
+    if (tensor.layout() != at::kStrided) refuse(name, i, text("has layout ", tensor.layout(), ", expected Strided"));
+    if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
+    if (!storage_of(tensor.scalar_type()) || tensor.is_complex())
+      refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected a real floating point type"));
+    auto expected = rule_.lists[kParam].tensors[n].sizes().vec();
+    if (partial.reduced != 0) expected[expected.size() - partial.reduced] = 1;
+    if (!tensor.sizes().equals(expected))
+      refuse(name, i, text("has shape ", tensor.sizes(), ", expected ", at::IntArrayRef(expected)));
+    check_writable(name, i, tensor);
+  }
+}
+
+void Call::require_real() const {
+  const auto params = rule_.lists[kParam].tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (params[i].is_complex())
+      refuse("params", static_cast<int64_t>(i), text("has dtype ", params[i].scalar_type(), ", expected a real type"));
+  }
 }
 
 void Call::require_real_matrices() const {
@@ -221,7 +313,7 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
     const char* const name = operands.lists[k].name;
     if (!given.defined()) refuse(name, i, "is undefined");
     const bool sparse = &operands == &rule_ && k == kGrad && spec_.takes_sparse && given.is_sparse();
-    const at::Tensor& tensor = sparse ? held_.emplace_back(coalesced(i)) : given;
+    const at::Tensor& tensor = sparse ? held_.emplace_back(sparse_gradient(i)) : given;
     if (sparse) rows = &tensor;
     if (tensor.layout() != at::kStrided && !sparse)
       refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
@@ -246,14 +338,7 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
     }
     if (tensor.is_conj() || tensor.is_neg())
       refuse(name, i, "is a lazy conjugate or negative view; call resolve_conj() and resolve_neg() on it");
-    if (operands.is_updated(k)) {
-      if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
-        refuse(name, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
-      }
-      if (tensor.is_inference() && !c10::InferenceMode::is_enabled()) {
-        refuse(name, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
-      }
-    }
+    if (operands.is_updated(k)) check_writable(name, i, tensor);
     bundle.storage[k] = *storage;
     bundle.in_double |= *storage == Storage::f64;
     if (sparse) continue;
@@ -267,8 +352,15 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
   }
 }
 
-// The gradient with every index once, its indices known to lie in the parameter.
-at::Tensor Call::coalesced(int64_t i) {
+void Call::check_writable(const char* list, int64_t i, const at::Tensor& tensor) const {
+  if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes)
+    refuse(list, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
+  if (tensor.is_inference() && !c10::InferenceMode::is_enabled())
+    refuse(list, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
+}
+
+// A sparse gradient whose indices are known to lie in the parameter. On a GPU each of them is there once.
+at::Tensor Call::sparse_gradient(int64_t i) {
   const at::Tensor &grad = spec_.operands.begin()[kGrad].tensors[i], &param = spec_.operands.begin()[kParam].tensors[i];
   if (grad.device() != device) refuse("grads", i, text("is on ", grad.device(), ", expected ", device));
   if (!grad.sizes().equals(param.sizes()))
@@ -297,7 +389,7 @@ at::Tensor Call::coalesced(int64_t i) {
                   param.sizes()));
     }
   }
-  return grad.coalesce();
+  return grad.is_cpu() ? grad : grad.coalesce();
 }
 
 // A row is what one index selects. Rows lie back to back in the gradient's values, and at the indexed places of the
@@ -311,8 +403,10 @@ void Call::use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
   const at::Tensor indices = grad._indices();
   at::Tensor rows = indices.select(0, 0);
   for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
-  const at::Tensor &kept_rows = held_.emplace_back(rows.contiguous()),
-                   &values = held_.emplace_back(grad._values().contiguous());
+  at::Tensor once = grad._values().contiguous();
+  rows = rows.contiguous();
+  if (!grad.is_coalesced()) add_up_rows(rows, once);
+  const at::Tensor &kept_rows = held_.emplace_back(std::move(rows)), &values = held_.emplace_back(std::move(once));
   bundle.data[kGrad] = const_cast<void*>(values.const_data_ptr());
   bundle.numel = values.numel();
   if (bundle.numel == 0) return;
@@ -365,6 +459,21 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
       merged.push_back(dim);
     }
   }
+  bool repeats = false;
+  for (const Dim& dim : merged) {
+    for (int k = 0; k < operands.count; ++k) repeats |= operands.is_used(k) && dim.strides[k] == 0;
+  }
+  if (repeats && merged.size() > 1 && merged.back().size < kShortRun) {
+    // Small matrices that share factors: corresponding elements of neighbouring ones make longer runs than rows do.
+    Dim neighbours = merged.front();
+    neighbours.size = std::min(neighbours.size, kLongRun);
+    while (merged.front().size % neighbours.size != 0) --neighbours.size;
+    if (neighbours.size > merged.back().size) {
+      merged.front().size /= neighbours.size;
+      for (int64_t& stride : merged.front().strides) stride *= neighbours.size;
+      merged.push_back(neighbours);
+    }
+  }
   if (merged.size() > static_cast<size_t>(kMaxDims)) {
     refuse("params", i,
            text("and what is updated with it differ in memory layout over more than ", kMaxDims,
@@ -393,9 +502,11 @@ void Call::add_step(int64_t i, Bundle& bundle) {
     const double count = host_value(step.const_data_ptr(), bundle.step_storage);
     if (!(count >= 0.0) || std::isinf(count))
       refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
+    if (!spec_.counts) bundle.step = count + 1.0;
   } else {
     bundle.device_step = step.mutable_data_ptr();
-    steps_on_device = true;
+    if (!spec_.counts) bundle.step = 1.0;
+    steps_on_device |= spec_.counts;
   }
 }
 
@@ -484,7 +595,7 @@ void Call::read_pass() {
 
 void Call::check_overlap() const {
   std::vector<Interval> written;
-  written.reserve(bundles.size() * (rule_.count + 1 + spec_.scalars.size()));
+  written.reserve(bundles.size() * (rule_.count + 1 + spec_.scalars.size() + spec_.partial.size()));
   for (size_t i = 0; i < bundles.size(); ++i) {
     for (int k = 0; bundles[i].numel != 0 && k < rule_.count; ++k) {
       if (rule_.is_written(k)) written.push_back(interval_of(bundles[i], k, rule_.lists[k].tensors[i]));
@@ -492,6 +603,10 @@ void Call::check_overlap() const {
     if (bundles[i].numel != 0 && bundles[i].average)
       written.push_back(interval_of(averages_[i], kParam, averaging_lists_[kParam].tensors[i]));
     for (const List& list : spec_.scalars) written.push_back(interval_of(list.tensors[i]));
+    for (const PartialList& partial : spec_.partial) {
+      const at::Tensor& tensor = partial.list.tensors[i];
+      if (tensor.defined() && tensor.numel() != 0) written.push_back(interval_of(tensor));
+    }
   }
   const at::Tensor* const offender = find_overlap(written);
   if (offender == nullptr) return;
@@ -505,6 +620,7 @@ void Call::check_overlap() const {
   std::for_each(rule_.lists, rule_.lists + rule_.count, refuse_if_in);
   refuse_if_in(averaging_lists_[kParam]);
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), refuse_if_in);
+  for (const PartialList& partial : spec_.partial) refuse_if_in(partial.list);
 }
 
 void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size) {
@@ -536,7 +652,7 @@ void Call::advance(int64_t i) {
     if (rule_.is_updated(k)) note_write(rule_.lists[k].tensors[i]);
   }
   if (bundles[i].average) note_write(averaging_lists_[0].tensors[i]);
-  if (!spec_.state_steps) return;
+  if (!spec_.state_steps || !spec_.counts) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
   note_write(step);
   if (!step.is_cpu()) return;

@@ -63,12 +63,21 @@ struct Common {
 const void* scalar_data(const char* op, const char* name, const std::optional<at::Tensor>& value, at::Device device,
                         at::ArrayRef<at::ScalarType> dtypes);
 
+// State that only some parameters have: the tensor of each parameter, undefined for those without. `reduced` is the
+// dimension, from the last one, in which it has one element where its parameter has many; 0: none.
+struct PartialList {
+  List list;
+  int64_t reduced;
+};
+
 struct CallSpec {
   const Common& common;
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
   std::optional<at::TensorList> state_steps = std::nullopt;
   std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
+  bool counts = true;  // false: the step is counted by another call of the same op, after this one
+  std::initializer_list<PartialList> partial = {};  // only checked
   int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
@@ -88,6 +97,9 @@ class Call : public Work {
 
   // Puts each hyper-parameter where the rule wants it, or notes that it has to be read on the device.
   void set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size);
+
+  // Refuses complex parameters.
+  void require_real() const;
 
   // Refuses parameters that are not real matrices.
   void require_real_matrices() const;
@@ -113,9 +125,11 @@ class Call : public Work {
 
   void check_lengths() const;
   void make_bundle(const Operands& operands, int64_t i, Bundle& bundle);
+  void check_writable(const char* list, int64_t i, const at::Tensor& tensor) const;
   const Layout* make_layout(const Operands& operands, int64_t i);
-  at::Tensor coalesced(int64_t i);
+  at::Tensor sparse_gradient(int64_t i);
   void use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
+  void check_partial(const PartialList& partial) const;
   void add_step(int64_t i, Bundle& bundle);
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
   void advance(int64_t i);

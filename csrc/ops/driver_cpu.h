@@ -48,11 +48,26 @@ struct CpuDriver {
     Bundle row = bundle;
     row.layout = nullptr;
     for (int64_t n = begin / width; n * width < end; ++n) {
+      fetch_row<Rule>(bundle, std::min(n + kRowsAhead, layout->sizes[0] - 1));
       for (int k = 0; k < Rule::kOperands; ++k) {
         row.data[k] = static_cast<char*>(bundle.data[k]) +
                       layout->place(k, 0, n) * layout->strides[k][0] * bytes_of(bundle.storage[k]);
       }
       sweep(rule, row, std::max<int64_t>(begin - n * width, 0), std::min(end - n * width, width), pass);
+    }
+  }
+
+  // Rows lie anywhere in a table larger than the caches: they are asked for before it is their turn.
+  static constexpr int64_t kRowsAhead = 8, kLine = 64, kLinesAhead = 8;
+
+  template <class Rule>
+  static void fetch_row(const Bundle& bundle, int64_t n) {
+    const Layout& layout = *bundle.layout;
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      if (!((Rule::kUsed >> k) & 1u)) continue;
+      const int64_t bytes = layout.strides[k][0] * bytes_of(bundle.storage[k]);
+      const char* const row = static_cast<const char*>(bundle.data[k]) + layout.place(k, 0, n) * bytes;
+      for (int64_t at = 0; at < std::min(bytes, kLinesAhead * kLine); at += kLine) __builtin_prefetch(row + at, 1);
     }
   }
 
@@ -96,7 +111,9 @@ struct CpuDriver {
   template <class Reduction>
   static void reduce_all(const Call& call, const NormOutcome& outcome) {
     const Slots slots = fill_slots<Reduction>(call);
-    outcome.write(Reduction::finish(reduce_slots<Reduction>(slots.value.data(), slots.value.size())));
+    double count = 0.0;
+    for (const Bundle& bundle : call.bundles) count += static_cast<double>(bundle.numel);
+    outcome.write(Reduction::finish(reduce_slots<Reduction>(slots.value.data(), slots.value.size()), count));
   }
 
   // One result per tensor.
@@ -105,11 +122,35 @@ struct CpuDriver {
     const Slots slots = fill_slots<Reduction>(call);
     for (size_t i = 0; i < call.bundles.size(); ++i) {
       const int64_t begin = slots.first_chunk[i] * kReduceSlots, end = slots.first_chunk[i + 1] * kReduceSlots;
-      results[i] = Reduction::finish(reduce_slots<Reduction>(slots.value.data() + begin, end - begin));
+      results[i] = Reduction::finish(reduce_slots<Reduction>(slots.value.data() + begin, end - begin),
+                                     static_cast<double>(call.bundles[i].numel));
     }
   }
 
+  // The pieces of all fibers.
+  template <class Reduction>
+  static void reduce_fibers(at::Device, const std::vector<Fibers>& tensors) {
+    std::vector<int64_t> first(tensors.size() + 1, 0);  // in elements; a unit is done by who has its first one
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      first[t + 1] = first[t] + tensors[t].units() * elements_of_unit(tensors[t]);
+    }
+    const cpu::ReduceFibers reduce = cpu::reduce_fibers_for<Reduction>(current_isa());
+    in_parallel(first.back(), kReduceGrain * kReduceChunk, [&](int64_t begin, int64_t end) {
+      for (size_t t = 0; t < tensors.size(); ++t) {
+        const int64_t size = elements_of_unit(tensors[t]);
+        const auto unit_from = [&](int64_t at) {
+          return (std::clamp(at, first[t], first[t + 1]) - first[t] + size - 1) / size;
+        };
+        if (unit_from(begin) < unit_from(end)) reduce(tensors[t], unit_from(begin), unit_from(end));
+      }
+    });
+  }
+
  private:
+  static int64_t elements_of_unit(const Fibers& fibers) {
+    return std::min(fibers.along, kFiberPiece) * std::min(fibers.inner, kFiberWidth);
+  }
+
   // Elements updated before they are averaged, out of the cache: long enough for the hardware to fetch ahead.
   static constexpr int64_t kStretch = 64 * kTile;
 

@@ -86,9 +86,11 @@ struct CudaDriver {
     const CudaPlace place(call.device);
     std::vector<const Bundle*> bundles;
     int64_t chunks = 0;
+    double count = 0.0;
     for (const Bundle& bundle : call.bundles) {
       if (bundle.numel != 0) bundles.push_back(&bundle);
       chunks += reduce_chunks(bundle.numel);
+      count += static_cast<double>(bundle.numel);
     }
     TORCH_CHECK(chunks <= INT32_MAX, "optim_ext: more than 2^31 chunks of gradients");
     const CudaScratch scratch((chunks * kReduceSlots + 1) * static_cast<int64_t>(sizeof(double)));
@@ -101,6 +103,7 @@ struct CudaDriver {
     batch.rule.blocks = static_cast<unsigned>(chunks);
     batch.rule.all_slots = slots;
     batch.rule.outcome = outcome;
+    batch.rule.count = count;
     for_each_table(batch, bundles, place, [&](auto& args, int64_t of_table) {
       args.batch.rule.slots = slots;
       check_cuda(cuda::launch_reduce<Reduction>(args, of_table, place.stream));
@@ -132,6 +135,28 @@ struct CudaDriver {
       check_cuda(cuda::launch_finish_each<Reduction>(args, place.stream));
       slots += of_table * kReduceSlots;
       results += args.batch.count;
+    });
+  }
+
+  // The pieces of all fibers.
+  template <class Reduction>
+  static void reduce_fibers(at::Device device, const std::vector<Fibers>& tensors) {
+    if (device.is_cpu()) return CpuDriver::reduce_fibers<Reduction>(device, tensors);
+    const c10::DeviceGuard guard(device);
+    const CudaPlace place(device);
+    std::vector<Layout> layouts(tensors.size());
+    std::vector<Bundle> all(tensors.size());
+    std::vector<const Bundle*> bundles;
+    int64_t threads = 0;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      all[t] = cuda::bundle_of(tensors[t], layouts[t]);
+      bundles.push_back(&all[t]);
+      threads += all[t].numel;
+    }
+    cuda::Batch<cuda::FiberJob<Reduction>> batch{};
+    batch.chunk = cuda::chunk_for(threads, place.multiprocessors);
+    for_each_table(batch, bundles, place, [&](const auto& args, int64_t chunks) {
+      check_cuda(cuda::launch_fibers<Reduction>(args, chunks, place.stream));
     });
   }
 

@@ -103,6 +103,17 @@ Tensor norms(TensorList tensors, double norm_type) {
 }
 
 template <class Driver>
+Tensor root_mean_squares(TensorList tensors) {
+  Tensor results;
+  with_call("root_mean_squares", "tensors", tensors, false, [&](const Call& call) {
+    results =
+        at::empty({static_cast<int64_t>(tensors.size())}, at::TensorOptions().device(call.device).dtype(at::kDouble));
+    Driver::template reduce_each<rules::RootMeanSquare>(call, results.template mutable_data_ptr<double>());
+  });
+  return results;
+}
+
+template <class Driver>
 Tensor count_nonfinite(TensorList tensors) {
   Tensor results;
   with_call("count_nonfinite", "tensors", tensors, false, [&](const Call& call) {
@@ -115,6 +126,7 @@ Tensor count_nonfinite(TensorList tensors) {
 
 OPTIM_EXT_INSTANTIATE_OP(grad_norm)
 OPTIM_EXT_INSTANTIATE_OP(norms)
+OPTIM_EXT_INSTANTIATE_OP(root_mean_squares)
 OPTIM_EXT_INSTANTIATE_OP(count_nonfinite)
 
 }  // namespace optim_ext::ops

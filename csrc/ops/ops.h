@@ -118,6 +118,10 @@ std::tuple<Tensor, Tensor, Tensor> grad_norm(TensorList grads, double norm_type,
 template <class Driver>
 Tensor norms(TensorList tensors, double norm_type);
 
+// The root mean square of each tensor, in double.
+template <class Driver>
+Tensor root_mean_squares(TensorList tensors);
+
 // How many elements of each tensor are not finite; the two parts of a complex number count on their own.
 template <class Driver>
 Tensor count_nonfinite(TensorList tensors);
@@ -126,6 +130,11 @@ template <class Driver>
 void muon_(const Common& common, TensorList params, TensorList grads, TensorList momentum_buffers, const Tensor& lr,
            double weight_decay, double momentum, bool nesterov, double ns_a, double ns_b, double ns_c, double eps,
            int64_t ns_steps, bool match_rms_adamw);
+
+template <class Driver>
+void adafactor_(const Common& common, TensorList params, TensorList grads, TensorList row_vars, TensorList col_vars,
+                TensorList variances, TensorList state_steps, const Tensor& lr, double beta2_decay, double eps1,
+                double eps2, double d, double weight_decay, bool maximize);
 
 template <class Driver>
 void lamb_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,

@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <set>
 #include <unordered_map>
 
 namespace optim_ext::ops {
@@ -53,10 +54,11 @@ class Plan {
  public:
   // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse) each; a key of
   // None leaves that list empty.
+  // partial: keys of state that only some parameters have; the op is given a list of these.
   // averages: running averages by parameter, to be brought up to date with it.
   Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls,
-       const py::dict& averages)
-      : op_(std::move(op)), groups_(py::len(param_groups)) {
+       const py::dict& averages, const py::set& partial)
+      : op_(std::move(op)), groups_(py::len(param_groups)), partial_(partial) {
     for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state, averages);
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (const auto& param : params_of(param_groups, g)) groups_[g].push_back(param.ptr());
@@ -99,6 +101,7 @@ class Plan {
     bool takes_sparse;
     std::vector<uint8_t> ready;    // whether the state of a parameter is there
     std::vector<Tensor> averages;  // of the parameters; empty where they are not averaged
+    std::set<size_t> partial;      // lists with undefined tensors, which the op is not given
     bool is_averaged() const { return !averages.empty(); }
   };
   struct Gathered {
@@ -168,7 +171,9 @@ class Plan {
         const bool there = value != nullptr && THPVariable_Check(value);
         call.lists[kFirstState + k].push_back(there ? THPVariable_Unpack(value) : Tensor());
         if (there) ours_.emplace(value, true);
-        ready &= there;
+        const bool may_lack = partial_.contains(keys[k]);
+        if (may_lack) call.partial.insert(kFirstState + k);
+        ready &= there || may_lack;
       }
       call.ready.push_back(ready);
     }
@@ -273,7 +278,12 @@ class Plan {
       return subset;
     };
     for (size_t k = 0; k < lists.size(); ++k) {
-      if (k == kGrads) {
+      if (call.partial.contains(k)) {
+        subsets.resize(lists.size());
+        subsets[k] = gathered.all ? call.lists[k] : taking_part(call.lists[k]);
+        std::erase_if(subsets[k], [](const Tensor& tensor) { return !tensor.defined(); });
+        lists[k] = subsets[k];
+      } else if (k == kGrads) {
         lists[k] = gathered.grads;
       } else if (gathered.all) {
         lists[k] = call.lists[k];
@@ -313,6 +323,7 @@ class Plan {
   std::shared_ptr<PlannedOp> op_;
   std::vector<std::vector<PyObject*>>
       groups_;  // identities; the tensors behind them are held by calls_ or by their group
+  const py::set partial_;
   std::vector<PlannedCall> calls_;
   std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
@@ -325,10 +336,11 @@ class Plan {
 void bind_plan(py::module_& m, PlannedOps ops) {
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
       .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
-                          const py::list& calls, const py::dict& averages) {
-             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls, averages);
+                          const py::list& calls, const py::dict& averages, const py::set& partial) {
+             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls, averages, partial);
            }),
-           py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict())
+           py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict(),
+           py::arg("partial") = py::set())
       .def(
           "step",
           [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers,

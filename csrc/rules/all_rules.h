@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adadelta.h"
+#include "adafactor.h"
 #include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
@@ -25,6 +26,12 @@
 // clang-format off
 #define OPTIM_EXT_FOR_EACH_RULE(X) \
   X(Adadelta)                      \
+  X(AdafactorAverage<false>)       \
+  X(AdafactorAverage<true>)        \
+  X(AdafactorFactor<false>)        \
+  X(AdafactorFactor<true>)         \
+  X(AdafactorUpdate<false>)        \
+  X(AdafactorUpdate<true>)         \
   X(Adagrad)                       \
   X(Adam<false>)                   \
   X(Adam<true>)                    \
@@ -53,10 +60,18 @@
   X(SparseAdam)
 
 
-// The reductions, which have one operand and write nothing.
+// The reductions, which write nothing.
 #define OPTIM_EXT_FOR_EACH_REDUCTION(X) \
+  X(AdafactorRms<false>)                \
+  X(AdafactorRms<true>)                 \
   X(L1Norm)                             \
   X(L2Norm)                             \
   X(MaxNorm)                            \
-  X(NonFinite)
+  X(NonFinite)                          \
+  X(RootMeanSquare)
+
+// Those that are also taken along one dimension of a tensor: the sum of squares, and the sum.
+#define OPTIM_EXT_FOR_EACH_FIBER_REDUCTION(X) \
+  X(Sum)                                      \
+  X(SumOfSquares)
 // clang-format on

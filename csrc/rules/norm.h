@@ -5,8 +5,8 @@
 namespace optim_ext::rules {
 
 // The second kind of rule: a reduction of one list of tensors. It says what one element contributes (`term`), how two
-// contributions become one (`combine`, for which 0 changes nothing) and what the result is (`finish`). All of it is in
-// double, whatever the elements are stored as.
+// contributions become one (`combine`, for which 0 changes nothing) and what the result is (`finish`, which is told how
+// many elements there were). All of it is in double, whatever the elements are stored as.
 struct Reduction {
   static constexpr int kOperands = 1;
   static constexpr unsigned kUsed = 1, kUpdates = 0;
@@ -16,28 +16,35 @@ struct Reduction {
 struct L1Norm : Reduction {
   OPTIM_EXT_RULE static double term(double x) { return magnitude(x); }
   OPTIM_EXT_RULE static double combine(double a, double b) { return a + b; }
-  OPTIM_EXT_RULE static double finish(double sum) { return sum; }
+  OPTIM_EXT_RULE static double finish(double sum, double) { return sum; }
 };
 
 // Euclidean norm. The squares of floats neither overflow nor underflow in double.
 struct L2Norm : Reduction {
   OPTIM_EXT_RULE static double term(double x) { return x * x; }
   OPTIM_EXT_RULE static double combine(double a, double b) { return a + b; }
-  OPTIM_EXT_RULE static double finish(double sum) { return root(sum); }
+  OPTIM_EXT_RULE static double finish(double sum, double) { return root(sum); }
+};
+
+// Root of the mean square.
+struct RootMeanSquare : Reduction {
+  OPTIM_EXT_RULE static double term(double x) { return x * x; }
+  OPTIM_EXT_RULE static double combine(double a, double b) { return a + b; }
+  OPTIM_EXT_RULE static double finish(double sum, double count) { return root(sum / count); }
 };
 
 // Largest magnitude; NaN if any element is.
 struct MaxNorm : Reduction {
   OPTIM_EXT_RULE static double term(double x) { return magnitude(x); }
   OPTIM_EXT_RULE static double combine(double a, double b) { return larger(a, b); }
-  OPTIM_EXT_RULE static double finish(double largest) { return largest; }
+  OPTIM_EXT_RULE static double finish(double largest, double) { return largest; }
 };
 
 // How many elements are infinite or NaN.
 struct NonFinite : Reduction {
   OPTIM_EXT_RULE static double term(double x) { return x - x == 0.0 ? 0.0 : 1.0; }
   OPTIM_EXT_RULE static double combine(double a, double b) { return a + b; }
-  OPTIM_EXT_RULE static double finish(double count) { return count; }
+  OPTIM_EXT_RULE static double finish(double found, double) { return found; }
 };
 
 // What a reduction does with contributions that are combined further.
@@ -45,6 +52,9 @@ template <class Rule>
 struct Combined : Rule {
   OPTIM_EXT_RULE static double term(double x) { return x; }
 };
+
+using SumOfSquares = L2Norm;
+using Sum = Combined<SumOfSquares>;
 
 // What a step makes of the norm of its gradients.
 struct NormPolicy {

@@ -1,5 +1,6 @@
 // Reductions: the same bits for every instruction set and from the CUDA threads run on the host, and the right value.
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cases.h"
@@ -85,9 +86,16 @@ double slots_reduced_on_host(const std::vector<double>& slots) {
 
 bool same_bits(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b)); }
 
-// Element i as the walk meets it.
-double element(const Bundle& bundle, int64_t i) {
-  return load_element<double>(bundle.data[0], bundle.storage[0], bundle.layout ? bundle.layout->offset(0, i) : i);
+// What element i contributes, as the walk meets it.
+template <class Reduction>
+double term(const Bundle& bundle, int64_t i) {
+  const auto element = [&](int k) {
+    if (!((Reduction::kUsed >> k) & 1u)) return 0.0;
+    return load_element<double>(bundle.data[k], bundle.storage[k], bundle.layout ? bundle.layout->offset(k, i) : i);
+  };
+  return [&]<int... K>(std::integer_sequence<int, K...>) {
+    return Reduction::term(element(K)...);
+  }(std::make_integer_sequence<int, Reduction::kOperands>{});
 }
 
 template <class Reduction>
@@ -106,10 +114,10 @@ void test_reduction(const char* name) {
       const Bundle& bundle = of.ready();
       bundles.push_back(&bundle);
       for (int64_t i = 0; i < bundle.numel; ++i) {
-        const double term = Reduction::term(element(bundle, i));
+        const double found = term<Reduction>(bundle, i);
         expected = Reduction::combine(1.0, 1.0) == 2.0
-                       ? expected + term
-                       : static_cast<long double>(rules::larger<double>(expected, term));
+                       ? expected + found
+                       : static_cast<long double>(rules::larger<double>(expected, found));
       }
     }
     const std::vector<double> baseline = slots_of<Reduction>(bundles, cpu::Isa::baseline);
@@ -141,6 +149,80 @@ void test_many_slots() {
   check(same_bits(got, slots_reduced_on_host<rules::L2Norm>(slots)), "the last CUDA block differs on many slots");
 }
 
+// Fibers of every kind: side by side or not, short, of several pieces, and more of them than are taken together.
+template <class Reduction>
+void test_fibers(const char* name) {
+  Random random{7};
+  const std::vector<std::array<int64_t, 3>> sizes = {
+      {1, 1, 1},   {3, 5, 1},   {4, 31, 1},   {4, 32, 1},   {2, 300, 1},    {1, 3000, 1}, {5, 3, 3},
+      {2, 7, 100}, {1, 256, 9}, {2, 257, 33}, {1, 2, 1025}, {1, 600, 1030}, {9, 1, 4}};
+  std::vector<Case> inputs;
+  std::vector<std::vector<double>> on_cpu, on_host;
+  std::vector<Layout> layouts(sizes.size());
+  std::vector<Bundle> made(sizes.size());
+  std::vector<const Bundle*> bundles;
+  std::vector<Fibers> tensors;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    const auto [outer, along, inner] = sizes[t];
+    inputs.push_back(make_case<Reduction>(outer * along * inner, {static_cast<Storage>(t % 4)}, false, random));
+    const Bundle& input = inputs[t].bundle;
+    Fibers fibers{input.data[0], input.storage[0], outer, along, inner, t % 2 ? 3.0 : 1.0, nullptr};
+    const size_t results = outer * fibers.pieces() * inner;
+    on_cpu.emplace_back(results, -1.0);
+    on_host.emplace_back(results, -1.0);
+    for (const cpu::Isa isa : instruction_sets()) {
+      std::vector<double> got(results, -1.0);
+      fibers.results = got.data();
+      const int64_t half = fibers.units() / 2;
+      cpu::reduce_fibers_for<Reduction>(isa)(fibers, half, fibers.units());
+      cpu::reduce_fibers_for<Reduction>(isa)(fibers, 0, half);
+      if (isa == cpu::Isa::baseline) on_cpu[t] = got;
+      check(std::equal(got.begin(), got.end(), on_cpu[t].begin(), same_bits), "%s: fibers %zu on instruction set %d",
+            name, t, static_cast<int>(isa));
+    }
+    for (int64_t result = 0; result < static_cast<int64_t>(results); ++result) {
+      const int64_t i = result % inner, piece = result / inner % fibers.pieces(), o = result / inner / fibers.pieces();
+      long double expected = 0.0L;
+      for (int64_t a = 0; a < fibers.size_of(piece); ++a) {
+        expected += term<Reduction>(input, (o * along + piece * kFiberPiece + a) * inner + i);
+      }
+      const double right = static_cast<double>(expected / fibers.divisor);
+      check(std::abs(on_cpu[t][result] - right) <= 1e-13 * (std::abs(right) + 1.0), "%s: fiber %zu, result %ld: %.17g",
+            name, t, static_cast<long>(result), on_cpu[t][result]);
+    }
+    fibers.results = on_host[t].data();
+    made[t] = cuda::bundle_of(fibers, layouts[t]);
+    bundles.push_back(&made[t]);
+  }
+  using Job = cuda::FiberJob<Reduction>;
+  const auto shape = cuda::fitting<Job>(bundles.data(), static_cast<int64_t>(bundles.size()), INT64_MAX);
+  std::vector<unsigned char> table(shape.bytes());
+  cuda::Batch<Job> batch{};
+  batch.chunk = cuda::kMinChunk;
+  batch.count = static_cast<int32_t>(shape.count);
+  const int64_t chunks = cuda::fill_table(bundles.data(), shape, batch.chunk, table.data());
+  for (int64_t index = 0; index < chunks; ++index) {
+    cuda::Block<Job> block;
+    cuda::open_block(batch, table.data(), index, block);
+    const Fibers fibers = cuda::fibers_of(block);
+    for (int64_t thread = block.begin; thread < block.begin + block.size;) {
+      if (!fibers.by_lanes()) {
+        fibers.results[thread] = cuda::reduce_fiber<Reduction>(fibers, thread) / fibers.divisor;
+        ++thread;
+        continue;
+      }
+      std::vector<double> lane;
+      for (int l = 0; l < kLanes; ++l) lane.push_back(cuda::reduce_fiber<Reduction>(fibers, thread + l));
+      fibers.results[thread / kLanes] = combined<Reduction>(lane) / fibers.divisor;
+      thread += kLanes;
+    }
+  }
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    check(std::equal(on_cpu[t].begin(), on_cpu[t].end(), on_host[t].begin(), same_bits),
+          "%s: the CUDA threads reduce fibers %zu differently", name, t);
+  }
+}
+
 void test_verdicts() {
   rules::NormPolicy policy{};
   policy.in_double = true;
@@ -170,8 +252,11 @@ void test_verdicts() {
 }  // namespace
 
 int main() {
-#define OPTIM_EXT_TEST(rule) test_reduction<rules::rule>(#rule);
+#define OPTIM_EXT_TEST(...) test_reduction<rules::__VA_ARGS__>(#__VA_ARGS__);
   OPTIM_EXT_FOR_EACH_REDUCTION(OPTIM_EXT_TEST)
+#undef OPTIM_EXT_TEST
+#define OPTIM_EXT_TEST(...) test_fibers<rules::__VA_ARGS__>(#__VA_ARGS__);
+  OPTIM_EXT_FOR_EACH_FIBER_REDUCTION(OPTIM_EXT_TEST)
   test_many_slots();
   test_verdicts();
   return verdict();

@@ -37,6 +37,8 @@ def positive(value):
 PARTS = {
     "beta1": ("betas", 0),
     "beta2": ("betas", 1),
+    "eps1": ("eps", 0),
+    "eps2": ("eps", 1),
     "etaminus": ("etas", 0),
     "etaplus": ("etas", 1),
     "step_size_min": ("step_sizes", 0),
@@ -48,7 +50,8 @@ def hyper(name, options):
     """The value of an op's argument under the options of a group."""
     if name in PARTS:
         key, index = PARTS[name]
-        return options[key][index]
+        value = options[key][index]
+        return torch.finfo(torch.float32).eps if value is None else value
     return False if name == "is_first_step" else options[name]
 
 
@@ -64,7 +67,8 @@ def sample(spec, options, dtype=torch.float32, shapes=((3, 4), (5,), ())):
             if key in spec.numbers:
                 lists.append([spec.number(key, 3.0) for _ in shapes])
             elif position < 2 or key in keys:
-                values = [random(shape, dtype, 10 * position + i) for i, shape in enumerate(shapes)]
+                own = shapes if position < 2 else [spec.state_shape(key, shape) for shape in shapes]
+                values = [random(s, dtype, 10 * position + i) for i, s in enumerate(own) if s is not None]
                 lists.append(values if position < 2 else [positive(value) for value in values])
             else:
                 lists.append([])
@@ -150,8 +154,8 @@ def test_op_is_the_step(case):
             lists.append([p if position == 0 else p.grad for p in state_params])
         else:
             key = state_key(argument)
-            present = key in case.spec.state(case.options)
-            lists.append([optimizers[1].state[p][key] for p in state_params] if present else [])
+            states = [optimizers[1].state.get(p, {}) for p in state_params]
+            lists.append([state[key] for state in states if key in state])
     with torch.no_grad():
         op_of(case.spec)(*lists, **keywords)
     assert [bits(p) for p in params] == [bits(p) for p in state_params]
@@ -211,6 +215,8 @@ def test_unused_list_given_all_the_same(spec):
 def test_wrong_tensors_name_list_and_index(spec):
     for position, name in positions(spec, spec.typical):
         lists, keywords = sample(spec, spec.typical)
+        if len(lists[position]) < len(lists[0]):
+            continue  # state that only some parameters have: test_adafactor.py
         if state_key_of(name) in spec.numbers:
             lists[position][1] = torch.ones(2)
             refused(spec, lists, keywords, RuntimeError, f"{name}[1]", "one element")
@@ -268,7 +274,7 @@ def test_fake_tensors(case_of_ten, device):
 @pytest.mark.torchs
 def test_step_on_fake_tensors(spec):
     """A whole step in FakeTensorMode, as memory planners run it, computes nothing and raises nothing."""
-    if spec.name == "ASGD":
+    if spec.reads_numbers:
         pytest.skip("torch's code reads its numbers")
     with FakeTensorMode():
         params = [torch.nn.Parameter(torch.empty(3, 4)), torch.nn.Parameter(torch.empty(5))]

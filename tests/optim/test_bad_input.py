@@ -44,7 +44,7 @@ class Scene:
     @property
     def state_key(self):
         """The last state tensor that is not the counter."""
-        return sorted(self.spec.tensors(self.spec.typical))[-1]
+        return list(self.spec.state_of(self.param.shape, self.spec.typical))[-1]
 
     @property
     def called(self):
@@ -108,6 +108,8 @@ def test_gradient_of_a_wrong_dtype(spec, place, named, steps, dtype):
 
 
 def test_real_gradient_of_a_complex_parameter(spec):
+    if spec.is_real:
+        pytest.skip("takes no complex parameters")
     scene = Scene(spec, dtype=torch.complex64)
     right = scene.param.grad
     scene.param.grad_dtype = None
@@ -134,7 +136,7 @@ def test_state_of_another_size(spec, place, named, steps):
     right = scene.state[scene.state_key]
     for wrong in (torch.zeros(2, 9), torch.zeros(()), torch.zeros(0)):
         scene.state[scene.state_key] = wrong
-        scene.refused("shape", str(list(wrong.shape)), str(list(scene.param.shape)))
+        scene.refused("shape", str(list(wrong.shape)), str(list(right.shape)))
     scene.state[scene.state_key] = right
     scene.works()
 
@@ -256,7 +258,9 @@ def test_state_shared_by_two_parameters(spec):
     other = scene.params[1]
     scene.param.data = torch.randn(5)
     scene.param.grad = torch.randn(5)
-    right = {k: torch.zeros(5) if k not in spec.numbers else v for k, v in scene.state.items()}
+    right = {k: v for k, v in scene.state.items() if k in spec.numbers}
+    right.update({k: torch.zeros(shape) for k, shape in spec.state_of((5,), spec.typical).items()})
+    scene.state.clear()
     scene.state.update(right)
     scene.state[scene.state_key] = scene.optimizer.state[other][scene.state_key]
     before = snapshot(scene.optimizer)
@@ -299,7 +303,7 @@ def test_nan_hyper_parameters(lr_spec, group_index):
     for key in (k for k in HYPERS if k in group):
         right = group[key]
         for wrong in (math.nan, torch.tensor(math.nan)):
-            group[key] = wrong
+            group[key] = (wrong, 1e-3) if isinstance(right, tuple) else wrong
             before = snapshot(scene.optimizer)
             with pytest.raises(ValueError, match=f"{key}.*NaN"):
                 scene.optimizer.step()
@@ -417,7 +421,7 @@ class FailAt(TorchDispatchMode):
 @pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
 def test_faults_at_every_operation(spec, steps):
     """Whichever operation of a step fails, up to the first that writes, nothing has changed; then the step succeeds."""
-    for dtype in (torch.float32, torch.complex64):
+    for dtype in filter(spec.takes, (torch.float32, torch.complex64)):
         scene = Scene(spec, steps=steps, dtype=dtype)
         failures = 0
         while True:

@@ -58,7 +58,8 @@ def test_live_edits(variant, key):
     lockstep.step(2)
     for value in EDITS[key]:
         for optimizer in lockstep.both:
-            optimizer.param_groups[0][key] = value
+            is_pair = key == "eps" and isinstance(optimizer.param_groups[0][key], tuple)
+            optimizer.param_groups[0][key] = (value, 10 * value) if is_pair else value
         lockstep.step(2).check(tolerance)
 
 

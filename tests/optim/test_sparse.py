@@ -177,6 +177,23 @@ def test_strided_tables_take_torchs_path():
     torch.testing.assert_close(params, twins)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sparse_dim", [1, 2])
+@pytest.mark.parametrize("count", [1, 40, 3000])
+def test_repeated_rows_are_added_up_as_by_coalesce(count, sparse_dim, dtype):
+    """The same bits, also where most rows are there many times, as the order of additions is the same."""
+    shape = (37, 5, 7)
+    grad = sparse(shape, sparse_dim, count, dtype, seed=count)
+    for name, options in EVERY:
+        params = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(2)]
+        for param, own in zip(params, (grad, grad.coalesce()), strict=True):
+            optimizer = getattr(optim_ext, name)([param], **options)
+            for _ in range(2):
+                param.grad = own
+                optimizer.step()
+        assert torch.equal(*params), name
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_threads(threads):
     """And rows swept one by one give what the walk over short rows gives."""

@@ -25,7 +25,7 @@ def short(dtype):
 
 
 def options_for(case, dtype):
-    return {**(case.spec.half_options if dtype == torch.float16 else {}), **case.options}
+    return case.spec.for_dtype({**(case.spec.half_options if dtype == torch.float16 else {}), **case.options}, dtype)
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=short)
@@ -43,12 +43,16 @@ def test_equals_torch_in_half_precision(case, dtype):
     check_in_half_precision(case.spec, options_for(case, dtype), dtype)
 
 
-def trajectory(optimizer_class, options, params, grads_of, steps):
+def trajectory(optimizer_class, options, params, grads_of, steps, stored_as=None):
+    """Parameters after some steps; `stored_as` is what they are rounded to after each."""
     optimizer = optimizer_class(params, **copy_of(options))
     for step in range(steps):
         grads_of(params, step)
         optimizer.step()
-    return params, optimizer
+        if stored_as is not None:
+            for param in params:
+                param.data.copy_(param.data.to(stored_as))
+    return params
 
 
 def rms(tensors, reference):
@@ -73,14 +77,18 @@ def test_error_is_no_larger_than_torchs(case, dtype):
     def start(as_dtype):
         return [torch.nn.Parameter(p.detach().to(as_dtype)) for p in make_params(shapes, dtype)]
 
-    exact, _ = trajectory(case.spec.torch, options, start(exact_dtype), rounded_grads, steps)
-    theirs, _ = trajectory(case.spec.torch, options, start(dtype), rounded_grads, steps)
-    ours, _ = trajectory(case.spec.ours, options, start(dtype), rounded_grads, steps)
+    exact = trajectory(case.spec.torch, options, start(exact_dtype), rounded_grads, steps)
+    if case.spec.name == "Lion" and dtype == torch.bfloat16:
+        # Lion's steps are all of one length, so what bfloat16 takes from a step is no noise that averages out, but the same
+        # at each step. Rounded twice, by the decay and by the step, it comes out larger or smaller than rounded once by
+        # the accident of the learning rate (once / twice, with weight decay 0.1: 0.5 at 0.02, 1.16 at 0.01, 1.53
+        # at 0.007; exactly computed directions change nothing). So ours is held to exact steps that are rounded once.
+        theirs = trajectory(case.spec.torch, options, start(exact_dtype), rounded_grads, steps, stored_as=dtype)
+    else:
+        theirs = trajectory(case.spec.torch, options, start(dtype), rounded_grads, steps)
+    ours = trajectory(case.spec.ours, options, start(dtype), rounded_grads, steps)
     slack = 1e-3 * torch.finfo(dtype).eps
-    # In bfloat16 Lion is up to 1.17 times as far off as its reference, with weight decay. Probably its steps, all of one
-    # length, meet the spacing of the numbers there; that has not been shown.
-    factor = 1.2 if case.spec.name == "Lion" and dtype.itemsize == 2 else 1.05
-    assert rms(ours, exact) <= factor * rms(theirs, exact) + slack
+    assert rms(ours, exact) <= 1.05 * rms(theirs, exact) + slack
 
 
 def test_every_option_set_is_native(case):
@@ -156,7 +164,8 @@ def test_shapes_are_ragged_and_nothing_is_left_out(spec):
 
 def test_mixed_dtypes_in_one_optimizer(spec):
     """Each parameter behaves as if alone with its dtype."""
-    params = [p for dtype in (*NARROW, *WIDE) for p in make_params(((5, 3), (9,)), dtype)]
+    dtypes = filter(spec.takes, (*NARROW, *WIDE))
+    params = [p for dtype in dtypes for p in make_params(((5, 3), (9,)), dtype)]
     alone = twin(params)
     options = {**spec.typical, **spec.half_options}
     optimizer, singles = spec.ours(params, **options), [spec.ours([param], **options) for param in alone]
@@ -204,8 +213,8 @@ def test_gradient_of_another_dtype(spec, dtype, grad_dtype):
         ours.step()
         wide_run.step()
     tolerance = spec.tolerances[dtype]
-    if spec.name == "Rprop" and torch.finfo(grad_dtype).bits < torch.finfo(dtype).bits:
-        tolerance = spec.tolerances[grad_dtype]  # torch gives its step sizes the gradient's dtype
+    if spec.name in ("Rprop", "Adafactor") and torch.finfo(grad_dtype).bits < torch.finfo(dtype).bits:
+        tolerance = spec.tolerances[grad_dtype]  # torch gives their state the gradient's dtype
     for narrow, wide in zip(mixed, plain, strict=True):
         assert narrow.dtype == dtype and narrow.grad.dtype == grad_dtype
         torch.testing.assert_close(narrow, wide.to(dtype), rtol=tolerance.rtol, atol=tolerance.atol)

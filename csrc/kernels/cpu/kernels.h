@@ -30,6 +30,7 @@ template <class Rule>
 using Sweep = void (*)(const Rule&, const Bundle&, int64_t begin, int64_t end, const Pass&);
 
 using Reduce = double (*)(const Bundle&, int64_t begin, int64_t end);
+using ReduceFibers = void (*)(const Fibers&, int64_t begin, int64_t end);
 
 #define OPTIM_EXT_DECLARE_ISA(isa)                                                                  \
   namespace isa {                                                                                   \
@@ -37,6 +38,8 @@ using Reduce = double (*)(const Bundle&, int64_t begin, int64_t end);
   void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass); \
   template <class Rule>                                                                             \
   double reduce(const Bundle& bundle, int64_t begin, int64_t end);                                  \
+  template <class Rule>                                                                             \
+  void reduce_fibers(const Fibers& fibers, int64_t begin, int64_t end);                             \
   void history_dots(const HistoryDots& task, int64_t first, int64_t last, double* sums);            \
   void history_combine(const HistoryCombination& task, int64_t first, int64_t last, Norms* norms);  \
   void norms_of_tiles(const NormsOf& task, int64_t first, int64_t last, Norms* norms);              \
@@ -64,6 +67,15 @@ Reduce reduce_for(Isa isa) {
   if (isa == Isa::avx2) return &isa_avx2::reduce<Rule>;
 #endif
   return &isa_baseline::reduce<Rule>;
+}
+
+template <class Rule>
+ReduceFibers reduce_fibers_for(Isa isa) {
+#if OPTIM_EXT_X86_ISAS
+  if (isa == Isa::avx512) return &isa_avx512::reduce_fibers<Rule>;
+  if (isa == Isa::avx2) return &isa_avx2::reduce_fibers<Rule>;
+#endif
+  return &isa_baseline::reduce_fibers<Rule>;
 }
 
 // The loops of L-BFGS; the ranges are tiles.

@@ -21,55 +21,51 @@ constexpr Storage kNative = sizeof(V) == 8 ? Storage::f64 : Storage::f32;
 // A loop the compiler turns into one packed loop; its iterations are independent by construction.
 #define OPTIM_EXT_FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
 
-template <class V>
-OPTIM_EXT_INLINE void widen(const void* from, Storage storage, V* to, int64_t n) {
-  switch (storage) {
-    case Storage::f32: {
-      const float* x = static_cast<const float*>(from);
-      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]);
-      break;
-    }
-    case Storage::f64: {
-      const double* x = static_cast<const double*>(from);
-      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(x[i]);
-      break;
-    }
-    case Storage::bf16: {
-      const uint16_t* x = static_cast<const uint16_t*>(from);
-      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_bf16(x[i]));
-      break;
-    }
-    case Storage::f16: {
-      const uint16_t* x = static_cast<const uint16_t*>(from);
-      OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(widen_f16(x[i]));
-      break;
-    }
+// n elements that lie `stride` apart.
+template <class T, class V, class Convert>
+OPTIM_EXT_INLINE void widen_run(const T* x, int64_t stride, V* to, int64_t n, const Convert& wide) {
+  if (stride == 1) {
+    OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(wide(x[i]));
+  } else if (stride == 0) {
+    const V value = static_cast<V>(wide(*x));
+    OPTIM_EXT_FOR(i, n) to[i] = value;
+  } else {
+    OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(wide(x[i * stride]));
+  }
+}
+
+template <class T, class V, class Convert>
+OPTIM_EXT_INLINE void narrow_run(const V* from, T* x, int64_t stride, int64_t n, const Convert& narrowed) {
+  if (stride == 1) {
+    OPTIM_EXT_FOR(i, n) x[i] = narrowed(from[i]);
+  } else {
+    OPTIM_EXT_FOR(i, n) x[i * stride] = narrowed(from[i]);
   }
 }
 
 template <class V>
-OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, int64_t n) {
+OPTIM_EXT_INLINE void widen(const void* from, Storage storage, int64_t stride, V* to, int64_t n) {
+  const auto* const halves = static_cast<const uint16_t*>(from);
   switch (storage) {
-    case Storage::f32: {
-      float* x = static_cast<float*>(to);
-      OPTIM_EXT_FOR(i, n) x[i] = static_cast<float>(from[i]);
-      break;
-    }
-    case Storage::f64: {
-      double* x = static_cast<double*>(to);
-      OPTIM_EXT_FOR(i, n) x[i] = static_cast<double>(from[i]);
-      break;
-    }
-    case Storage::bf16: {
-      uint16_t* x = static_cast<uint16_t*>(to);
-      OPTIM_EXT_FOR(i, n) x[i] = narrow_bf16(static_cast<float>(from[i]));
-      break;
-    }
-    case Storage::f16: {
-      uint16_t* x = static_cast<uint16_t*>(to);
-      OPTIM_EXT_FOR(i, n) x[i] = narrow_f16(static_cast<float>(from[i]));
-      break;
-    }
+    case Storage::f32: return widen_run(static_cast<const float*>(from), stride, to, n, [](float x) { return x; });
+    case Storage::f64: return widen_run(static_cast<const double*>(from), stride, to, n, [](double x) { return x; });
+    case Storage::bf16: return widen_run(halves, stride, to, n, [](uint16_t x) { return widen_bf16(x); });
+    case Storage::f16: return widen_run(halves, stride, to, n, [](uint16_t x) { return widen_f16(x); });
+  }
+}
+
+template <class V>
+OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, int64_t stride, int64_t n) {
+  auto* const halves = static_cast<uint16_t*>(to);
+  switch (storage) {
+    case Storage::f32:
+      return narrow_run(from, static_cast<float*>(to), stride, n, [](V x) { return static_cast<float>(x); });
+    case Storage::f64:
+      return narrow_run(from, static_cast<double*>(to), stride, n, [](V x) { return static_cast<double>(x); });
+    case Storage::bf16:
+      return narrow_run(from, halves, stride, n, [](V x) { return narrow_bf16(static_cast<float>(x)); });
+    case Storage::f16:
+      return narrow_run(from, halves, stride, n, [](V x) { return narrow_f16(static_cast<float>(x)); });
   }
 }
 
@@ -95,30 +91,35 @@ struct TileOperand {
   }
 
   OPTIM_EXT_SHARED void load(int64_t start, int64_t n, V* buffer) const {
-    if (layout == nullptr) {
-      widen(at(start), storage, buffer, n);
-    } else {
-      walk(start, n, [&](int64_t i, int64_t offset) { buffer[i] = load_element<V>(data, storage, offset); });
-    }
+    walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
+      widen(at(offset), storage, stride, buffer + i, count);
+    });
   }
 
   OPTIM_EXT_SHARED void store(int64_t start, int64_t n, const V* buffer) const {
-    if (layout == nullptr) {
-      narrow(buffer, at(start), storage, n);
-    } else {
-      walk(start, n, [&](int64_t i, int64_t offset) { store_element<V>(data, storage, offset, buffer[i]); });
-    }
+    walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
+      narrow(buffer + i, at(offset), storage, stride, count);
+    });
   }
 
-  // Visits n elements from `start`, dividing only once per run of the fastest dimension.
+  // Visits n elements from `start` in runs of one stride: those of the fastest dimension, or all where memory is dense.
+  // Only the first run is found by division.
   template <class Visit>
   OPTIM_EXT_INLINE void walk(int64_t start, int64_t n, const Visit& visit) const {
-    const int64_t run = layout->sizes[layout->ndim - 1];
-    const int64_t stride = layout->strides[operand][layout->ndim - 1];
-    for (int64_t i = 0; i < n;) {
-      const int64_t left_in_run = run - (start + i) % run;
-      const int64_t stop = i + (left_in_run < n - i ? left_in_run : n - i);
-      for (int64_t offset = layout->offset(operand, start + i); i < stop; ++i, offset += stride) visit(i, offset);
+    int64_t place[kMaxDims], offset = start, run = n, stride = 1;
+    const int last = layout ? layout->ndim - 1 : 0;
+    if (layout) {
+      offset = layout->locate(operand, start, place);
+      run = layout->sizes[last] - place[last];
+      stride = layout->strides[operand][last];
+    }
+    for (int64_t i = 0;;) {
+      const int64_t count = run < n - i ? run : n - i;
+      visit(i, count, offset, stride);
+      i += count;
+      if (i >= n) return;
+      offset = layout->next_run(operand, offset + count * stride, place);
+      run = layout->sizes[last];
     }
   }
 };

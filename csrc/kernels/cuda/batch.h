@@ -54,7 +54,7 @@ struct Entry : ScalarStates<rules::kScalarsOf<Rule>> {
   void* data[kSlots<Rule>];
   int64_t numel;
   double step;              // where the host knows it
-  const void* device_step;  // else where it lives (f32 or f64); null on the host
+  const void* device_step;  // else where it lives (f32 or f64), less `step`; null on the host
   int32_t layout;           // where its Layout lies, in bytes from the start of the table; 0: dense, all in one order
   int32_t average_layout;   // the same for the average and the parameter
   void* average;            // the running average of the updated parameter; null: none

@@ -51,7 +51,8 @@ OPTIM_EXT_HOST_DEVICE Rule ready_rule(const Batch<Rule>& batch, const Entry<Rule
       *reinterpret_cast<double*>(reinterpret_cast<char*>(&rule) + hyper.offset) = value;
     }
   }
-  const double step = entry.device_step ? load_element<double>(entry.device_step, entry.step_storage, 0) : entry.step;
+  const double on_device = entry.device_step ? load_element<double>(entry.device_step, entry.step_storage, 0) : 0.0;
+  const double step = on_device + entry.step;
   if constexpr (rules::kScalarsOf<Rule> == 0) {
     return rule.at_step(step);
   } else {

@@ -42,6 +42,12 @@ cudaError_t launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_
 template <class Reduction, int64_t kBytes>
 cudaError_t launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, cudaStream_t stream);
 
+// One block per chunk of the threads that fibers are given.
+template <class Reduction>
+struct FiberJob;
+template <class Reduction, int64_t kBytes>
+cudaError_t launch_fibers(const Args<FiberJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream);
+
 template <int64_t kBytes>
 cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream);
 

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Args<
   if (!is_last) return;
   __threadfence();
   const double total = combine_slots<Reduction>(job.all_slots, static_cast<int64_t>(job.blocks) * kReduceSlots);
-  if (threadIdx.x == 0) job.outcome.write(Reduction::finish(total));
+  if (threadIdx.x == 0) job.outcome.write(Reduction::finish(total, job.count));
 }
 
 // One block per tensor of a table whose slots are filled.
@@ -76,31 +76,68 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t tensor = static_cast<int32_t>(blockIdx.x);
   const int32_t begin = first_chunk[tensor], end = tensor + 1 < args.batch.count ? first_chunk[tensor + 1] : job.chunks;
   const double result = combine_slots<Reduction>(job.slots + begin * kReduceSlots, (end - begin) * kReduceSlots);
-  if (threadIdx.x == 0) job.each[tensor] = Reduction::finish(result);
+  const auto count = static_cast<double>(entries_of(args.batch, table)[tensor].numel);
+  if (threadIdx.x == 0) job.each[tensor] = Reduction::finish(result, count);
+}
+
+template <class Reduction, int64_t kBytes>
+__global__ void __launch_bounds__(kThreads)
+    reduce_fibers(const __grid_constant__ Args<FiberJob<Reduction>, kBytes> args) {
+  __shared__ Block<FiberJob<Reduction>> block;
+  if (threadIdx.x == 0) open_block(args.batch, args.batch.remote ? args.batch.remote : args.room, blockIdx.x, block);
+  __syncthreads();
+  const Fibers fibers = fibers_of(block);
+  // Chunks are multiples of a warp, and so are tensors whose pieces are shared by lanes: a warp is there as a whole.
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.size; i += kThreads) {
+    const int64_t thread = block.begin + i;
+    const double result = reduce_fiber<Reduction>(fibers, thread);
+    if (!fibers.by_lanes()) {
+      fibers.results[thread] = result / fibers.divisor;
+    } else {
+      const double piece = combine_lanes<Reduction>(result);
+      if (thread % kLanes == 0) fibers.results[thread / kLanes] = piece / fibers.divisor;
+    }
+  }
+}
+
+}  // namespace
+
+namespace {
+
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* pointers[] = {const_cast<Arguments*>(&args)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                          pointers, 0, stream);
 }
 
 }  // namespace
 
 template <class Reduction, int64_t kBytes>
 cudaError_t launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream) {
-  if (chunks == 0) return cudaSuccess;
-  if (chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  void* pointers[] = {const_cast<Args<ReduceJob<Reduction>, kBytes>*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&reduce<Reduction, kBytes>),
-                          dim3(static_cast<unsigned>(chunks)), dim3(kThreads), pointers, 0, stream);
+  return launch(&reduce<Reduction, kBytes>, args, chunks, stream);
 }
 
 template <class Reduction, int64_t kBytes>
 cudaError_t launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, cudaStream_t stream) {
-  void* pointers[] = {const_cast<Args<ReduceJob<Reduction>, kBytes>*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&finish_each<Reduction, kBytes>),
-                          dim3(static_cast<unsigned>(args.batch.count)), dim3(kThreads), pointers, 0, stream);
+  return launch(&finish_each<Reduction, kBytes>, args, args.batch.count, stream);
 }
 
-#define OPTIM_EXT_INSTANTIATE_BYTES(rule, bytes)                                                                      \
-  template cudaError_t launch_reduce<rules::rule>(const Args<ReduceJob<rules::rule>, bytes>&, int64_t, cudaStream_t); \
-  template cudaError_t launch_finish_each<rules::rule>(const Args<ReduceJob<rules::rule>, bytes>&, cudaStream_t);
-#define OPTIM_EXT_INSTANTIATE(rule) OPTIM_EXT_INSTANTIATE_BYTES(rule, kArgumentBytes)
+template <class Reduction, int64_t kBytes>
+cudaError_t launch_fibers(const Args<FiberJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream) {
+  return launch(&reduce_fibers<Reduction, kBytes>, args, chunks, stream);
+}
+
+#define OPTIM_EXT_INSTANTIATE(...)                                                                        \
+  template cudaError_t launch_reduce(const Args<ReduceJob<rules::__VA_ARGS__>, kArgumentBytes>&, int64_t, \
+                                     cudaStream_t);                                                       \
+  template cudaError_t launch_finish_each(const Args<ReduceJob<rules::__VA_ARGS__>, kArgumentBytes>&, cudaStream_t);
 OPTIM_EXT_FOR_EACH_REDUCTION(OPTIM_EXT_INSTANTIATE)
+#undef OPTIM_EXT_INSTANTIATE
+#define OPTIM_EXT_INSTANTIATE(...) \
+  template cudaError_t launch_fibers(const Args<FiberJob<rules::__VA_ARGS__>, kArgumentBytes>&, int64_t, cudaStream_t);
+OPTIM_EXT_FOR_EACH_FIBER_REDUCTION(OPTIM_EXT_INSTANTIATE)
 
 }  // namespace optim_ext::cuda

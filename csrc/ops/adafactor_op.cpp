@@ -1,0 +1,319 @@
+#include <ATen/TensorUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+
+#include "drivers.h"
+#include "ops.h"
+
+namespace optim_ext::ops {
+
+namespace {
+
+const OptionalTensor kNone;
+
+// Elements of row_vars and col_vars that are worked on at a time, so that the memory this needs besides stays small.
+// Only tensors of many small matrices, as convolutions are, come near it.
+constexpr int64_t kMostAverages = 1 << 20;
+
+// Whether a parameter has row_var and col_var, or else a variance.
+bool is_factored(const Tensor& param) { return param.dim() > 1; }
+
+// State that only some parameters have comes as a list of these tensors, in the order of the parameters. This gives
+// every parameter its own, or none.
+std::vector<Tensor> spread(TensorList tensors, TensorList params, bool factored) {
+  std::vector<Tensor> all;
+  size_t taken = 0;
+  for (const Tensor& param : params) {
+    const bool has_one = param.defined() && is_factored(param) == factored;
+    all.push_back(has_one && taken < tensors.size() ? tensors[taken] : Tensor());
+    taken += has_one;
+  }
+  return all;
+}
+
+// The list must have been as long as it takes.
+void check_length(const Common& common, const char* name, TensorList tensors, TensorList params, bool factored) {
+  const auto count =
+      std::count_if(params.begin(), params.end(), [&](const Tensor& param) { return is_factored(param) == factored; });
+  TORCH_CHECK_VALUE(static_cast<size_t>(count) == tensors.size(), "optim_ext::", common.op, ": params has ", count,
+                    " tensors of ", factored ? "two or more dimensions" : "less than two dimensions", " but ", name,
+                    " has ", tensors.size(), "; these lists must be equally long");
+}
+
+// Tensors in one piece of memory.
+class Pool {
+ public:
+  Pool(TensorList like, at::TensorOptions options) : Pool(shapes_of(like), options) {}
+  Pool(const std::vector<std::vector<int64_t>>& shapes, at::TensorOptions options) {
+    int64_t total = 0;
+    for (const auto& shape : shapes) total += c10::multiply_integers(shape);
+    all = at::empty({total}, options);
+    int64_t offset = 0;
+    for (const auto& shape : shapes) {
+      tensors.push_back(all.as_strided(shape, at::detail::defaultStrides(shape), offset));
+      offset += tensors.back().numel();
+    }
+  }
+  Tensor all;
+  std::vector<Tensor> tensors;
+
+ private:
+  static std::vector<std::vector<int64_t>> shapes_of(TensorList tensors) {
+    std::vector<std::vector<int64_t>> shapes;
+    for (const Tensor& tensor : tensors) shapes.push_back(tensor.sizes().vec());
+    return shapes;
+  }
+};
+
+// The matrices a tensor consists of, to be reduced along their rows (dim 1) or columns (dim 2), counted from the last.
+Fibers fibers_of(const Tensor& tensor, int64_t dim, const Tensor& results) {
+  const int64_t along = tensor.size(-dim), inner = dim == 1 ? 1 : tensor.size(-1);
+  return {tensor.const_data_ptr(),
+          *storage_of(tensor.scalar_type()),
+          tensor.numel() / (along * inner),
+          along,
+          inner,
+          static_cast<double>(along),
+          static_cast<double*>(results.mutable_data_ptr())};
+}
+
+// Reduces fibers to one result each, divided by the divisor they come with.
+template <class Driver, class Reduction>
+void reduce_all_fibers(at::Device device, std::vector<Fibers> tensors) {
+  std::vector<Fibers> pieces;
+  std::vector<Tensor> kept;
+  for (Fibers& fibers : tensors) {
+    const int64_t count = fibers.pieces();
+    if (count == 1) continue;
+    kept.push_back(
+        at::empty({fibers.outer * count * fibers.inner}, at::TensorOptions().device(device).dtype(at::kDouble)));
+    auto* const partial = static_cast<double*>(kept.back().mutable_data_ptr());
+    pieces.push_back({partial, Storage::f64, fibers.outer, count, fibers.inner, fibers.divisor, fibers.results});
+    fibers.results = partial;
+    fibers.divisor = 1.0;
+  }
+  Driver::template reduce_fibers<Reduction>(device, tensors);
+  if (!pieces.empty()) reduce_all_fibers<Driver, rules::Sum>(device, std::move(pieces));
+}
+
+// Parameters of one kind with their part of the lists: matrices have row_vars and col_vars, vectors variances.
+struct Part {
+  std::vector<Tensor> params, grads, row_vars, col_vars, variances, state_steps, averages;
+};
+
+// One step of one kind of parameters, everything checked.
+template <class Driver>
+struct AdafactorStep {
+  const Common& common;
+  const Tensor& lr;
+  double beta2_decay, eps1, eps2, d, weight_decay;
+  bool maximize;
+
+  // Counts steps of parameters without elements, which have nothing else to be done.
+  void of_empty(const Part& part) const {
+    rules::AdafactorAverage<true> nothing{};
+    const Common without{common.op, kNone, common.found_inf, kNone, {}, kNone};
+    run<Driver>(nothing,
+                {.common = without,
+                 .operands = {{"params", part.params}, {"grads", part.grads}},
+                 .state_steps = TensorList(part.state_steps)},
+                {});
+    for (const auto* state : {&part.row_vars, &part.col_vars, &part.variances}) {
+      for (const Tensor& tensor : *state) {
+        if (tensor.defined()) note_write(tensor);
+      }
+    }
+  }
+
+  void of_vectors(const Part& part) const {
+    rules::AdafactorAverage<true> average{};
+    const Common first{common.op, common.grad_scale, common.found_inf, common.grad_factor, {}, kNone};
+    run<Driver>(average,
+                {.common = first,
+                 .operands = {{"variances", part.variances}, {"grads", part.grads}},
+                 .state_steps = TensorList(part.state_steps),
+                 .counts = false},
+                {{"beta2_decay", average.beta2_decay, beta2_decay}});
+    update<false>(part, part.variances, {}, kNone);  // the gradients are unscaled by now
+  }
+
+  void of_matrices(const Part& part) const {
+    average_squares(part);
+    std::vector<Tensor> row_factors, col_factors;
+    make_factors(part, row_factors, col_factors);
+    for (size_t i = 0; i < part.params.size(); ++i) {
+      row_factors[i] = row_factors[i].expand(part.params[i].sizes());
+      col_factors[i] = col_factors[i].expand(part.params[i].sizes());
+    }
+    update<true>(part, row_factors, col_factors, common.grad_scale);
+  }
+
+ private:
+  at::TensorOptions doubles(const Part& part) const {
+    return at::TensorOptions().device(part.params[0].device()).dtype(at::kDouble);
+  }
+
+  // Brings row_vars and col_vars up to date.
+  void average_squares(const Part& part) const {
+    const size_t count = part.params.size();
+    std::vector<Tensor> averages = part.row_vars, steps = part.state_steps, grads;
+    averages.insert(averages.end(), part.col_vars.begin(), part.col_vars.end());
+    steps.insert(steps.end(), part.state_steps.begin(), part.state_steps.end());
+    Pool means(averages, doubles(part));
+    std::vector<Fibers> fibers;
+    for (size_t i = 0; i < count; ++i) {
+      grads.push_back(part.grads[i].contiguous());
+      fibers.push_back(fibers_of(grads[i], 1, means.tensors[i]));
+      fibers.push_back(fibers_of(grads[i], 2, means.tensors[count + i]));
+    }
+    reduce_all_fibers<Driver, rules::SumOfSquares>(part.params[0].device(), std::move(fibers));
+    if (common.grad_scale) means.all.div_(*common.grad_scale).div_(*common.grad_scale);
+    if (common.grad_factor) means.all.mul_(*common.grad_factor).mul_(*common.grad_factor);
+    rules::AdafactorAverage<false> average{};
+    const Common without{common.op, kNone, common.found_inf, kNone, {}, kNone};
+    run<Driver>(average,
+                {.common = without,
+                 .operands = {{"averages", averages}, {"means", means.tensors}},
+                 .state_steps = TensorList(steps),
+                 .counts = false},
+                {{"beta2_decay", average.beta2_decay, beta2_decay}});
+  }
+
+  void make_factors(const Part& part, std::vector<Tensor>& of_rows, std::vector<Tensor>& of_columns) const {
+    std::vector<Tensor> row_vars;
+    for (size_t i = 0; i < part.params.size(); ++i) {
+      const bool in_double = part.params[i].scalar_type() == at::kDouble || part.grads[i].scalar_type() == at::kDouble;
+      const at::TensorOptions options = doubles(part).dtype(in_double ? at::kDouble : at::kFloat);
+      of_rows.push_back(at::empty(part.row_vars[i].sizes(), options));
+      of_columns.push_back(at::empty(part.col_vars[i].sizes(), options));
+      row_vars.push_back(part.row_vars[i].contiguous());
+    }
+    const Pool means = means_of_matrices(part, row_vars);
+    const Common without{common.op, kNone, kNone, kNone, {}, kNone};
+    rules::AdafactorFactor<true> row_factor{};
+    run<Driver>(row_factor,
+                {.common = without,
+                 .operands = {{"row_factors", of_rows}, {"row_vars", part.row_vars}, {"means", means.tensors}}},
+                {{"eps1", row_factor.eps1, eps1}});
+    rules::AdafactorFactor<false> col_factor{};
+    run<Driver>(
+        col_factor,
+        {.common = without, .operands = {{"col_factors", of_columns}, {"col_vars", part.col_vars}, {"means", {}}}}, {});
+  }
+
+  // The mean of each matrix's row_var, as wide as that.
+  Pool means_of_matrices(const Part& part, const std::vector<Tensor>& row_vars) const {
+    std::vector<Fibers> fibers;
+    std::vector<std::vector<int64_t>> shapes;
+    for (const Tensor& row_var : row_vars) {
+      shapes.push_back(row_var.sizes().vec());
+      shapes.back()[shapes.back().size() - 2] = 1;
+    }
+    Pool means(shapes, doubles(part));
+    for (size_t i = 0; i < row_vars.size(); ++i) fibers.push_back(fibers_of(row_vars[i], 2, means.tensors[i]));
+    reduce_all_fibers<Driver, rules::Sum>(part.params[0].device(), std::move(fibers));
+    for (size_t i = 0; i < row_vars.size(); ++i) means.tensors[i] = means.tensors[i].expand(row_vars[i].sizes());
+    return means;
+  }
+
+  // `first` and `second` are what adafactor_scale() takes; grad_scale is what is left of it to be done.
+  template <bool kFactored>
+  void update(const Part& part, TensorList first, TensorList second, const OptionalTensor& grad_scale) const {
+    Tensor rms = rms_before_clipping<kFactored>(part, first, second);
+    if (grad_scale) rms = rms.div(*grad_scale);
+    if (common.grad_factor) rms = rms.mul(*common.grad_factor);
+    const std::vector<Tensor> of_params = root_mean_squares<Driver>(part.params).unbind(), of_updates = rms.unbind();
+    rules::AdafactorUpdate<kFactored> rule{};
+    rule.maximize = maximize;
+    const Common last{common.op,          grad_scale,    common.found_inf,
+                      common.grad_factor, part.averages, common.average_weight};
+    run<Driver>(rule,
+                {.common = last,
+                 .operands = {{"params", part.params}, {"grads", part.grads}, {"first", first}, {"second", second}},
+                 .state_steps = TensorList(part.state_steps),
+                 .scalars = {{"param_rms", of_params}, {"update_rms", of_updates}}},
+                {{"lr", rule.lr, lr},
+                 {"eps1", rule.eps1, eps1},
+                 {"eps2", rule.eps2, eps2},
+                 {"d", rule.d, d},
+                 {"weight_decay", rule.weight_decay, weight_decay}});
+  }
+
+  template <bool kFactored>
+  Tensor rms_before_clipping(const Part& part, TensorList first, TensorList second) const {
+    using Reduction = rules::AdafactorRms<kFactored>;
+    const Tensor one = at::full({}, 1.0 / eps1, doubles(part));
+    std::vector<Tensor> largest;
+    for (const Tensor& grad : part.grads) largest.push_back(one.expand(grad.sizes()));
+    const Common without{common.op, kNone, kNone, kNone, {}, kNone};
+    const CallSpec spec{
+        .common = without,
+        .operands = {{"grads", part.grads}, {"largest", largest}, {"first", first}, {"second", second}}};
+    const Call call(spec, Reduction::kOperands, Reduction::kUsed, Reduction::kUpdates);
+    Tensor results = at::empty({static_cast<int64_t>(part.grads.size())}, doubles(part));
+    Driver::template reduce_each<Reduction>(call, results.template mutable_data_ptr<double>());
+    return results;
+  }
+};
+
+}  // namespace
+
+template <class Driver>
+void adafactor_(const Common& common, TensorList params, TensorList grads, TensorList row_vars, TensorList col_vars,
+                TensorList variances, TensorList state_steps, const Tensor& lr, double beta2_decay, double eps1,
+                double eps2, double d, double weight_decay, bool maximize) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto rows = spread(row_vars, params, true), columns = spread(col_vars, params, true),
+             moments = spread(variances, params, false);
+  {
+    // Everything is checked here; what follows only passes on parts of these lists.
+    rules::AdafactorUpdate<true> rule{};
+    double ignored = 0.0;
+    const CallSpec spec{.common = common,
+                        .operands = {{"params", params}, {"grads", grads}},
+                        .state_steps = state_steps,
+                        .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
+    Call checked(spec, 2, 3u, 1u);
+    checked.require_real();
+    check_length(common, "row_vars", row_vars, params, true);
+    check_length(common, "col_vars", col_vars, params, true);
+    check_length(common, "variances", variances, params, false);
+    checked.set({{"beta2_decay", ignored, beta2_decay}}, &ignored, sizeof ignored);
+    checked.set({{"lr", rule.lr, lr},
+                 {"eps1", rule.eps1, eps1},
+                 {"eps2", rule.eps2, eps2},
+                 {"d", rule.d, d},
+                 {"weight_decay", rule.weight_decay, weight_decay}},
+                &rule, sizeof rule);
+    if (CheckOnly::active() || checked.empty() || checked.skip) return;
+  }
+  const AdafactorStep<Driver> step{common, lr, beta2_decay, eps1, eps2, d, weight_decay, maximize};
+  Part matrices, vectors, empty;
+  int64_t averages = 0;  // elements of row_var and col_var among the matrices
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (is_factored(params[i])) {
+      const int64_t more = rows[i].numel() + columns[i].numel();
+      if (averages > 0 && averages + more > kMostAverages) {
+        step.of_matrices(std::exchange(matrices, {}));
+        averages = 0;
+      }
+      averages += more;
+    }
+    Part& part = params[i].numel() == 0 ? empty : is_factored(params[i]) ? matrices : vectors;
+    part.params.push_back(params[i]);
+    part.grads.push_back(grads[i]);
+    part.row_vars.push_back(rows[i]);
+    part.col_vars.push_back(columns[i]);
+    part.variances.push_back(moments[i]);
+    part.state_steps.push_back(state_steps[i]);
+    if (!common.averages.empty()) part.averages.push_back(common.averages[i]);
+  }
+  if (!matrices.params.empty()) step.of_matrices(matrices);
+  if (!vectors.params.empty()) step.of_vectors(vectors);
+  if (!empty.params.empty()) step.of_empty(empty);
+}
+
+OPTIM_EXT_INSTANTIATE_OP(adafactor_)
+
+}  // namespace optim_ext::ops
