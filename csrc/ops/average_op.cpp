@@ -10,8 +10,8 @@ void average_(const char* op, TensorList averages, TensorList params, const Tens
   if (weight.defined() && weight.is_cpu() && weight.numel() == 1)
     check_average_weight(op, "weight", weight.item().toDouble());
   rules::Average rule{};
-  const CallSpec spec{
-      {op, none, found_inf, none, {}, none}, {{"averages", averages}, {"params", params}}, std::nullopt, {}, false, 1};
+  const Common common{op, none, found_inf, none, {}, none};
+  const CallSpec spec{.common = common, .operands = {{"averages", averages}, {"params", params}}, .leader = 1};
   run<Driver>(rule, spec, {{"weight", rule.weight, weight}});
 }
 
