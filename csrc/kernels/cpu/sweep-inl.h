@@ -43,13 +43,77 @@ OPTIM_EXT_INLINE void narrow_run(const V* from, T* x, int64_t stride, int64_t n,
   }
 }
 
+// The conversions of convert.h for as many bf16 numbers in a row as fill registers; returns how many. Compilers do not
+// find these instructions.
+template <class V>
+OPTIM_EXT_INLINE int64_t widen_bf16s(const uint16_t*, V*, int64_t) {
+  return 0;
+}
+template <class V>
+OPTIM_EXT_INLINE int64_t narrow_bf16s(const V*, uint16_t*, int64_t) {
+  return 0;
+}
+#if OPTIM_EXT_REGISTER_BYTES == 64
+OPTIM_EXT_INLINE int64_t widen_bf16s(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512i halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    _mm512_storeu_si512(to + i, _mm512_slli_epi32(halves, 16));
+  }
+  return i;
+}
+OPTIM_EXT_INLINE int64_t narrow_bf16s(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 value = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(rounded));
+  }
+  return i;
+}
+#elif OPTIM_EXT_REGISTER_BYTES == 32
+OPTIM_EXT_INLINE int64_t widen_bf16s(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256i halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(halves, 16)));
+  }
+  return i;
+}
+OPTIM_EXT_INLINE int64_t narrow_bf16s(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    __m256i rounded[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m256 value = _mm256_loadu_ps(from + i + 8 * h);
+      const __m256i bits = _mm256_castps_si256(value);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+      const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+      rounded[h] = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+    }
+    // Packing works on each half of the registers on its own: put the quarters back in order.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded[0], rounded[1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), packed);
+  }
+  return i;
+}
+#endif
+
 template <class V>
 OPTIM_EXT_INLINE void widen(const void* from, Storage storage, int64_t stride, V* to, int64_t n) {
   const auto* const halves = static_cast<const uint16_t*>(from);
   switch (storage) {
     case Storage::f32: return widen_run(static_cast<const float*>(from), stride, to, n, [](float x) { return x; });
     case Storage::f64: return widen_run(static_cast<const double*>(from), stride, to, n, [](double x) { return x; });
-    case Storage::bf16: return widen_run(halves, stride, to, n, [](uint16_t x) { return widen_bf16(x); });
+    case Storage::bf16: {
+      const int64_t done = stride == 1 ? widen_bf16s(halves, to, n) : 0;
+      return widen_run(halves + done, stride, to + done, n - done, [](uint16_t x) { return widen_bf16(x); });
+    }
     case Storage::f16: return widen_run(halves, stride, to, n, [](uint16_t x) { return widen_f16(x); });
   }
 }
@@ -62,8 +126,11 @@ OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, int64_t s
       return narrow_run(from, static_cast<float*>(to), stride, n, [](V x) { return static_cast<float>(x); });
     case Storage::f64:
       return narrow_run(from, static_cast<double*>(to), stride, n, [](V x) { return static_cast<double>(x); });
-    case Storage::bf16:
-      return narrow_run(from, halves, stride, n, [](V x) { return narrow_bf16(static_cast<float>(x)); });
+    case Storage::bf16: {
+      const int64_t done = stride == 1 ? narrow_bf16s(from, halves, n) : 0;
+      return narrow_run(from + done, halves + done, stride, n - done,
+                        [](V x) { return narrow_bf16(static_cast<float>(x)); });
+    }
     case Storage::f16:
       return narrow_run(from, halves, stride, n, [](V x) { return narrow_f16(static_cast<float>(x)); });
   }
@@ -91,12 +158,14 @@ struct TileOperand {
   }
 
   OPTIM_EXT_SHARED void load(int64_t start, int64_t n, V* buffer) const {
+    if (layout == nullptr) return widen(at(start), storage, 1, buffer, n);
     walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
       widen(at(offset), storage, stride, buffer + i, count);
     });
   }
 
   OPTIM_EXT_SHARED void store(int64_t start, int64_t n, const V* buffer) const {
+    if (layout == nullptr) return narrow(buffer, at(start), storage, 1, n);
     walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
       narrow(buffer + i, at(offset), storage, stride, count);
     });
