@@ -14,12 +14,12 @@ struct Adam {
 
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize, decoupled_weight_decay;
-  double step_size, bias_correction2_sqrt, l2, decay;  // filled in by at_step
+  double step_size, per_bias_correction2_sqrt, l2, decay;  // filled in by at_step
 
   OPTIM_EXT_RULE Adam at_step(double step) const {
     Adam rule = *this;
     rule.step_size = lr / (1.0 - power(beta1, step));
-    rule.bias_correction2_sqrt = root(1.0 - power(beta2, step));
+    rule.per_bias_correction2_sqrt = 1.0 / root(1.0 - power(beta2, step));
     rule.l2 = decoupled_weight_decay ? 0.0 : weight_decay;
     rule.decay = decoupled_weight_decay ? 1.0 - lr * weight_decay : 1.0;
     return rule;
@@ -33,7 +33,8 @@ struct Adam {
     exp_avg_sq = V(beta2) * exp_avg_sq + V(1.0 - beta2) * g * g;
     V second_moment = exp_avg_sq;
     if constexpr (kAmsgrad) second_moment = max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);
-    const V denom = root(second_moment) / V(bias_correction2_sqrt) + V(eps);
+    // Times the reciprocal: where memory is not the limit (bf16, small tensors) divisions are.
+    const V denom = root(second_moment) * V(per_bias_correction2_sqrt) + V(eps);
     param = decayed - V(step_size) * (exp_avg / denom);
   }
 };
