@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/average_plan.h"
+#include "ops/block_memory.h"
 #include "ops/drivers.h"
 #include "ops/gradients.h"
 #include "ops/lbfgs_op.h"
@@ -187,6 +188,8 @@ PYBIND11_MODULE(_C, m) {
       "step_ops", [] { return std::vector<std::string>{FOR_EACH_STEP_OP(NAME)}; }, "The ops an optimizer steps with.");
   m.def("ops", [] { return std::vector<std::string>{FOR_EACH_OP(NAME)}; }, "The names of all ops.");
 #undef NAME
+  m.def("vectors_of_one_block", &vectors_of_one_block,
+        "Vectors on the CPU that lie one behind the other, in huge pages where the system has them.");
   py::class_<LbfgsGram>(m, "LbfgsGram")
       .def(py::init<>())
       .def("append_dots", [](LbfgsGram& gram, const Tensor& dots) { gram.append_dots(dots); })

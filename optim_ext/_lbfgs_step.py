@@ -20,6 +20,9 @@ _OPS = torch.ops.optim_ext
 _LEAST_CURVATURE = 1e-10
 # Restarts after which a step gives up: each begins ten times shorter than the one before.
 _MOST_RESTARTS = 12
+# Bytes from which a history may lie in huge pages, and bytes of it that are allocated together. Sweeps over many vectors
+# read a fifth more per second from huge pages than from small ones.
+_HUGE_PAGE, _BLOCK = 2 << 20, 32 << 20
 # One number for all parameters, or one number, tensor or None for each of them.
 Bound = float | Tensor | Sequence["float | Tensor | None"] | None
 
@@ -45,20 +48,23 @@ class Method:
 
 
 class Buffers:
-    """Vectors of one kind, used again when given back."""
+    """Vectors of one kind, used again when given back; about `count` of them are needed."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._kind = {"dtype": dtype, "device": device}
-        self._numel = numel
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, count: int) -> None:
+        self._numel, self._dtype, self._device = numel, dtype, device
+        size = numel * dtype.itemsize
+        self._at_once = min(count, _BLOCK // size + 1) if device.type == "cpu" and count * size > _HUGE_PAGE else 0
         self._own: dict[int, Tensor] = {}
         self._free: list[Tensor] = []
 
     def take(self) -> Tensor:
-        if self._free:
-            return self._free.pop()
-        tensor = torch.empty(self._numel, **self._kind)  # type: ignore[call-overload]
-        self._own[id(tensor)] = tensor
-        return tensor  # type: ignore[no-any-return]
+        if not self._free:
+            if self._at_once > 0:
+                self._free = _C.vectors_of_one_block(self._at_once, self._numel, self._dtype)
+            else:
+                self._free = [torch.empty(self._numel, dtype=self._dtype, device=self._device)]
+            self._own.update((id(tensor), tensor) for tensor in self._free)
+        return self._free.pop()
 
     def give(self, tensor: Tensor) -> None:
         """Take back a vector nobody needs any more. Those that did not come from here are left alone."""
@@ -94,9 +100,12 @@ class Workspace:
         self.numel = sum(self.numels)
         self.offsets = [0, *itertools.accumulate(self.numels)][:-1]
         self.history_dtype = method.history_dtype or dtype
-        self.vectors = Buffers(self.numel, dtype, self.device)
+        vectors, rows = 6, 2 * method.history_size
+        self.vectors = Buffers(self.numel, dtype, self.device, vectors + rows * (self.history_dtype == dtype))
         self.rows = (
-            self.vectors if self.history_dtype == dtype else Buffers(self.numel, self.history_dtype, self.device)
+            self.vectors
+            if self.history_dtype == dtype
+            else Buffers(self.numel, self.history_dtype, self.device, rows)
         )
         self.sizes, self.bounds, self.scales = sizes, bounds, method.scales
         self.metric = self._metric()

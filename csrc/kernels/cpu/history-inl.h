@@ -166,6 +166,14 @@ constexpr int kRowBlock = (OPTIM_EXT_REGISTER_BYTES == 64 ? 16 : 8) / kPacks / k
                               ? (OPTIM_EXT_REGISTER_BYTES == 64 ? 16 : 8) / kPacks / kColumns
                               : 1;
 
+// Calls work<kRows>(first row) for all of `count` rows, kRows at a time: kMost as long as there are so many, then half
+// of it, and so on. Rows read one by one would keep the memory waiting.
+template <int kMost, class Work>
+OPTIM_EXT_INLINE void in_blocks(int64_t count, const Work& work, int64_t row = 0) {
+  for (; row + kMost <= count; row += kMost) work.template operator()<kMost>(row);
+  if constexpr (kMost > 1) in_blocks<kMost / 2>(count, work, row);
+}
+
 // The tiles of a stretch: they begin at element `start`, `count` elements in all.
 struct Stretch {
   int64_t start, count;
@@ -187,11 +195,10 @@ OPTIM_EXT_INLINE void dot_stretch(void* const* rows, const Stretch& stretch, dou
 template <class Row, class... Columns>
 OPTIM_EXT_INLINE void dot_all(void* const* rows, int64_t count, const Stretch& stretch, double* sums, int64_t width,
                               const Columns*... columns) {
-  constexpr int kColumns = sizeof...(Columns), kBlock = kRowBlock<kColumns>;
-  int64_t r = 0;
-  for (; r + kBlock <= count; r += kBlock)
-    dot_stretch<kBlock, Row>(rows + r, stretch, sums + r * kColumns, width, columns...);
-  for (; r < count; ++r) dot_stretch<1, Row>(rows + r, stretch, sums + r * kColumns, width, columns...);
+  constexpr int kColumns = sizeof...(Columns);
+  in_blocks<kRowBlock<kColumns>>(count, [&]<int kRows>(int64_t r) __attribute__((always_inline)) {
+    dot_stretch<kRows, Row>(rows + r, stretch, sums + r * kColumns, width, columns...);
+  });
 }
 
 template <class V, class Row>
@@ -234,11 +241,16 @@ OPTIM_EXT_INLINE void dot_columns(const HistoryDots& task, const Stretch& stretc
   dot_all<Row>(history.old_stps, history.count, stretch, stps_sums, width, grad, difference...);
 }
 
-// Calls work(stretch, its first tile) for the stretches of tiles [first, last).
-template <class Work>
+// Calls work(stretch, its first tile) for stretches of tiles [first, last), all of about one length. The two sweeps of
+// an iteration go in opposite directions: what one has read last may still be in the cache when the other begins.
+enum class Direction { forwards, backwards };
+template <Direction kDirection, class Work>
 OPTIM_EXT_INLINE void in_stretches(int64_t numel, int64_t first, int64_t last, const Work& work) {
-  for (int64_t tile = first; tile < last; tile += kStretch) {
-    const int64_t start = tile * kHistoryTile, after = tile + kStretch < last ? tile + kStretch : last;
+  const int64_t tiles = last - first, count = (tiles + kStretch - 1) / kStretch;
+  for (int64_t step = 0; step < count; ++step) {
+    const int64_t i = kDirection == Direction::forwards ? step : count - 1 - step;
+    const int64_t tile = first + tiles * i / count, after = first + tiles * (i + 1) / count;
+    const int64_t start = tile * kHistoryTile;
     const int64_t end = after * kHistoryTile < numel ? after * kHistoryTile : numel;
     work(Stretch{start, end - start}, tile);
   }
@@ -246,7 +258,7 @@ OPTIM_EXT_INLINE void in_stretches(int64_t numel, int64_t first, int64_t last, c
 
 template <class V, class Row>
 OPTIM_EXT_INLINE void dot_tiles(const HistoryDots& task, int64_t first, int64_t last, double* sums) {
-  in_stretches(task.numel, first, last, [&](const Stretch& stretch, int64_t tile) __attribute__((always_inline)) {
+  const auto work = [&](const Stretch& stretch, int64_t tile) __attribute__((always_inline)) {
     if (task.forms_pair) form_pair<V, Row>(task, stretch);
     double* const of_stretch = sums + tile * task.sums();
     if (task.with_difference) {
@@ -256,7 +268,8 @@ OPTIM_EXT_INLINE void dot_tiles(const HistoryDots& task, int64_t first, int64_t 
     } else {
       dot_columns<V, Row>(task, stretch, of_stretch);
     }
-  });
+  };
+  in_stretches<Direction::forwards>(task.numel, first, last, work);
 }
 
 // Adds kRows rows, each times its coefficient, to a stretch.
@@ -285,10 +298,9 @@ OPTIM_EXT_INLINE void add_rows(void* const* rows, const double* coefficients, co
 template <class Row>
 OPTIM_EXT_INLINE void add_all(void* const* rows, int64_t count, const double* coefficients, const Stretch& stretch,
                               double* sum) {
-  constexpr int kBlock = 8;
-  int64_t r = 0;
-  for (; r + kBlock <= count; r += kBlock) add_rows<Row, kBlock>(rows + r, coefficients + r, stretch, sum);
-  for (; r < count; ++r) add_rows<Row, 1>(rows + r, coefficients + r, stretch, sum);
+  in_blocks<8>(count, [&]<int kRows>(int64_t r) __attribute__((always_inline)) {
+    add_rows<Row, kRows>(rows + r, coefficients + r, stretch, sum);
+  });
 }
 
 // Norms of the n elements of `vector`, and their product with `other`.
@@ -324,7 +336,7 @@ template <class V, class Row>
 OPTIM_EXT_INLINE void combine_tiles(const HistoryCombination& task, int64_t first, int64_t last, Norms* norms) {
   alignas(64) double sum[kStretch * kHistoryTile];
   const History& history = task.history;
-  in_stretches(task.numel, first, last, [&](const Stretch& stretch, int64_t tile) __attribute__((always_inline)) {
+  const auto work = [&](const Stretch& stretch, int64_t tile) __attribute__((always_inline)) {
     const V* const grad = static_cast<const V*>(task.grad) + stretch.start;
     V* const d = static_cast<V*>(task.d) + stretch.start;
     const double grad_coefficient = task.grad_coefficient;
@@ -338,7 +350,8 @@ OPTIM_EXT_INLINE void combine_tiles(const HistoryCombination& task, int64_t firs
     OPTIM_EXT_FOR(i, stretch.count) d[i] = static_cast<V>(sum[i]);
     for (int64_t i = 0; i < stretch.count; i += kHistoryTile)
       norms[tile + i / kHistoryTile] = norms_of<V>(d + i, grad + i, stretch.tile_size(i));
-  });
+  };
+  in_stretches<Direction::backwards>(task.numel, first, last, work);
 }
 
 }  // namespace
