@@ -103,9 +103,7 @@ class Workspace:
         vectors, rows = 6, 2 * method.history_size
         self.vectors = Buffers(self.numel, dtype, self.device, vectors + rows * (self.history_dtype == dtype))
         self.rows = (
-            self.vectors
-            if self.history_dtype == dtype
-            else Buffers(self.numel, self.history_dtype, self.device, rows)
+            self.vectors if self.history_dtype == dtype else Buffers(self.numel, self.history_dtype, self.device, rows)
         )
         self.sizes, self.bounds, self.scales = sizes, bounds, method.scales
         self.metric = self._metric()

@@ -24,7 +24,7 @@ std::pair<Tensor, char*> block_of(int64_t bytes) {
   const auto address = reinterpret_cast<std::uintptr_t>(owner.mutable_data_ptr());
   char* const begin = reinterpret_cast<char*>(rounded_up(static_cast<int64_t>(address), kHugePage));
 #if defined(__linux__)
-  madvise(begin, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: where it is refused, small pages do
+  madvise(begin, bytes, MADV_HUGEPAGE);  // a hint: where it is refused, small pages do
 #endif
   return {std::move(owner), begin};
 }

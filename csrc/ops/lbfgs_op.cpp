@@ -2,6 +2,9 @@
 
 #include <ATen/ops/empty.h>
 
+#include <bit>
+#include <cmath>
+
 #include "drivers.h"
 
 namespace optim_ext::ops {
@@ -103,6 +106,13 @@ void add_bundle(Work& work, std::initializer_list<std::pair<void*, Storage>> ope
   }
   bundle.numel = numel;
   work.bundles.push_back(bundle);
+}
+
+// To 45 bits, so that a product with one of the 8 bits of bf16 is exact.
+double rounded_for_bf16(double value) {
+  const uint64_t dropped = (uint64_t{1} << 8) - 1;
+  return std::isfinite(value) ? std::bit_cast<double>((std::bit_cast<uint64_t>(value) + (dropped + 1) / 2) & ~dropped)
+                              : value;
 }
 
 char* at_element(const void* data, int64_t element, Storage storage) {
@@ -245,10 +255,14 @@ Tensor lbfgs_combine_(const Tensor& d, const Tensor& grad, TensorList old_dirs, 
   TORCH_CHECK(coefficients.is_cpu() && coefficients.scalar_type() == at::kDouble && coefficients.is_contiguous() &&
                   coefficients.numel() == 1 + 2 * count,
               "optim_ext::", op, ": coefficients must be ", 1 + 2 * count, " doubles on the CPU");
-  const double* const values = coefficients.const_data_ptr<double>();
+  const double* const given = coefficients.const_data_ptr<double>();
+  std::vector<double> values(given, given + coefficients.numel());
+  if (task.history.storage == Storage::bf16) {
+    for (size_t i = 1; i < values.size(); ++i) values[i] = rounded_for_bf16(values[i]);
+  }
   task.grad_coefficient = values[0];
-  task.y_coefficient = values + 1;
-  task.s_coefficient = values + 1 + count;
+  task.y_coefficient = values.data() + 1;
+  task.s_coefficient = values.data() + 1 + count;
   note_write(d);
   Tensor out = results(grad, 3);
   Driver::history_combine(grad.device(), task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));

@@ -1,6 +1,8 @@
 """The same bytes for any number of threads and any instruction set, and in agreement with plain double arithmetic."""
 
+import copy
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -90,6 +92,9 @@ def test_numbers(dtype, row_dtype, n, count, metric):
     torch.testing.assert_close(
         single, torch.cat([(dirs[:-1] * w) @ grad.double(), stps[:-1] @ grad.double()]), rtol=1e-12, atol=scale
     )
+    if row_dtype == torch.bfloat16:  # their coefficients have 45 bits
+        mantissa, exponent = torch.frexp(coefficients[1:])
+        coefficients[1:] = torch.ldexp(torch.round(mantissa * 2**45) / 2**45, exponent)
     combined = w * (coefficients[0] * grad.double() + dirs[:-1].T @ coefficients[1 : 1 + count])
     combined = combined + stps[:-1].T @ coefficients[1 + count :]
     torch.testing.assert_close(out, combined.to(dtype), rtol=1e-12 if dtype == torch.float64 else 2e-7, atol=1e-13)
@@ -97,6 +102,35 @@ def test_numbers(dtype, row_dtype, n, count, metric):
     assert largest == out.abs().max().item()
     assert total == pytest.approx(out.double().abs().sum().item(), rel=1e-12)
     assert product == pytest.approx((out.double() @ grad.double()).item(), rel=1e-9, abs=scale)
+
+
+def test_vectors_of_one_block_are_tensors_in_their_own_right():
+    numel, count = 1024 * 1024, 5  # of a size that would put all of them into the same places of a cache
+    vectors = _C.vectors_of_one_block(count, numel, torch.float32)
+    for value, vector in enumerate(vectors):
+        vector.fill_(value)
+    assert all(vector.is_contiguous() and vector.shape == (numel,) for vector in vectors)
+    assert all((vector == value).all() for value, vector in enumerate(vectors))
+    assert len({vector.data_ptr() % 4096 for vector in vectors}) == count
+    assert all(vector.untyped_storage().nbytes() == 4 * numel for vector in vectors)
+    last = vectors.pop()
+    copied = copy.deepcopy(last)
+    file = io.BytesIO()
+    torch.save(last, file)
+    assert file.tell() < 4 * numel + 10_000
+    del vectors  # the block lives on with what is left of it
+    assert (last == count - 1).all() and torch.equal(last, copied)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), copied)
+
+
+def test_no_room():
+    assert _C.vectors_of_one_block(0, 100, torch.float64) == []
+    assert [v.numel() for v in _C.vectors_of_one_block(3, 0, torch.bfloat16)] == [0, 0, 0]
+    with pytest.raises(ValueError, match="-1 vectors"):
+        _C.vectors_of_one_block(-1, 100, torch.float32)
+    with pytest.raises(RuntimeError, match="memory"):
+        _C.vectors_of_one_block(1 << 30, 1 << 30, torch.float32)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

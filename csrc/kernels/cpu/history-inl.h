@@ -24,8 +24,8 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// Two registers of doubles: that many bf16 numbers are widened at a time, as half registers of them are slow to come
-// by.
+// Two registers of doubles. Of a row of bf16 numbers they take the even and the odd ones: a register of them then
+// becomes floats by one operation each, a shift or a mask.
 struct TwoPacks {
   Doubles pack[2];
 };
@@ -37,10 +37,9 @@ OPTIM_EXT_INLINE Doubles widen(const double* from) { return read<Doubles>(from);
 #if OPTIM_EXT_REGISTER_BYTES == 64
 OPTIM_EXT_INLINE Doubles widen(const float* from) { return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from)); }
 OPTIM_EXT_INLINE TwoPacks widen_two(const Bf16* from) {
-  const __m512i words = _mm512_cvtepu16_epi32(read<__m256i>(from));
-  const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-  return {(Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(floats)),
-          (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(floats, 1))};
+  const __m256i pairs = read<__m256i>(from);
+  const __m256i even = _mm256_slli_epi32(pairs, 16), odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000));
+  return {(Doubles)_mm512_cvtps_pd(_mm256_castsi256_ps(even)), (Doubles)_mm512_cvtps_pd(_mm256_castsi256_ps(odd))};
 }
 OPTIM_EXT_INLINE Doubles add_exact_product(Doubles a, Doubles b, Doubles c) {
   return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
@@ -49,17 +48,19 @@ OPTIM_EXT_INLINE Doubles add_exact_product(Doubles a, Doubles b, Doubles c) {
 #if OPTIM_EXT_REGISTER_BYTES == 32
 OPTIM_EXT_INLINE Doubles widen(const float* from) { return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(from)); }
 OPTIM_EXT_INLINE TwoPacks widen_two(const Bf16* from) {
-  const __m256i words = _mm256_cvtepu16_epi32(read<__m128i>(from));
-  const __m256 floats = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-  return {(Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128(floats)),
-          (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1))};
+  const __m128i pairs = read<__m128i>(from);
+  const __m128i even = _mm_slli_epi32(pairs, 16), odd = _mm_and_si128(pairs, _mm_set1_epi32(0xffff0000));
+  return {(Doubles)_mm256_cvtps_pd(_mm_castsi128_ps(even)), (Doubles)_mm256_cvtps_pd(_mm_castsi128_ps(odd))};
 }
 #else
 typedef float Floats __attribute__((vector_size(4 * kPack)));
 OPTIM_EXT_INLINE Doubles widen(const float* from) { return __builtin_convertvector(read<Floats>(from), Doubles); }
 OPTIM_EXT_INLINE TwoPacks widen_two(const Bf16* from) {
   float floats[2 * kPack];
-  for (int i = 0; i < 2 * kPack; ++i) floats[i] = widen_bf16(from[i].bits);
+  for (int i = 0; i < kPack; ++i) {
+    floats[i] = widen_bf16(from[2 * i].bits);
+    floats[kPack + i] = widen_bf16(from[2 * i + 1].bits);
+  }
   return {widen(floats), widen(floats + kPack)};
 }
 #endif
@@ -69,6 +70,63 @@ OPTIM_EXT_INLINE Doubles add_exact_product(Doubles a, Doubles b, Doubles c) { re
 template <class T>
 OPTIM_EXT_INLINE TwoPacks widen_two(const T* from) {
   return {widen(from), widen(from + kPack)};
+}
+
+// The even elements of two registers and the odd ones, and back.
+#if OPTIM_EXT_REGISTER_BYTES == 64
+#define OPTIM_EXT_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define OPTIM_EXT_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#define OPTIM_EXT_FIRST_HALF 0, 8, 1, 9, 2, 10, 3, 11
+#define OPTIM_EXT_SECOND_HALF 4, 12, 5, 13, 6, 14, 7, 15
+#elif OPTIM_EXT_REGISTER_BYTES == 32
+#define OPTIM_EXT_EVEN 0, 2, 4, 6
+#define OPTIM_EXT_ODD 1, 3, 5, 7
+#define OPTIM_EXT_FIRST_HALF 0, 4, 1, 5
+#define OPTIM_EXT_SECOND_HALF 2, 6, 3, 7
+#else
+#define OPTIM_EXT_EVEN 0, 2
+#define OPTIM_EXT_ODD 1, 3
+#define OPTIM_EXT_FIRST_HALF 0, 2
+#define OPTIM_EXT_SECOND_HALF 1, 3
+#endif
+#if defined(__clang__)
+#define OPTIM_EXT_SHUFFLE(x, ...) __builtin_shufflevector(x.pack[0], x.pack[1], __VA_ARGS__)
+#else
+typedef int64_t Places __attribute__((vector_size(8 * kPack)));
+#define OPTIM_EXT_SHUFFLE(x, ...) __builtin_shuffle(x.pack[0], x.pack[1], Places{__VA_ARGS__})
+#endif
+OPTIM_EXT_INLINE TwoPacks split(const TwoPacks& x) {
+  return {OPTIM_EXT_SHUFFLE(x, OPTIM_EXT_EVEN), OPTIM_EXT_SHUFFLE(x, OPTIM_EXT_ODD)};
+}
+OPTIM_EXT_INLINE TwoPacks joined(const TwoPacks& x) {
+  return {OPTIM_EXT_SHUFFLE(x, OPTIM_EXT_FIRST_HALF), OPTIM_EXT_SHUFFLE(x, OPTIM_EXT_SECOND_HALF)};
+}
+#undef OPTIM_EXT_SHUFFLE
+#undef OPTIM_EXT_EVEN
+#undef OPTIM_EXT_ODD
+#undef OPTIM_EXT_FIRST_HALF
+#undef OPTIM_EXT_SECOND_HALF
+
+template <class Row>
+constexpr bool kIsSplit = false;
+template <>
+constexpr bool kIsSplit<Bf16> = true;
+
+// Two registers of a vector in the order in which rows of that type come.
+template <class Row, class T>
+OPTIM_EXT_INLINE TwoPacks widen_two_for(const T* from) {
+  if constexpr (kIsSplit<Row> && !kIsSplit<T>) {
+    return split(widen_two(from));
+  } else {
+    return widen_two(from);
+  }
+}
+
+// Which of a row's sums register h of two belongs to, when p registers came before. The lanes are then the same for
+// every instruction set: element i of sixteen belongs to lane i % 8, or, where the row is split, to lane i / 2.
+template <class Row>
+constexpr int sum_of(int p, int h) {
+  return kIsSplit<Row> ? p / 2 : (p + h) % kPacks;
 }
 
 // Adds a product of numbers of these types. That of two floats has at most 48 bits and is exact in double.
@@ -134,13 +192,13 @@ OPTIM_EXT_INLINE void dot_rows(const Row* const* rows, int64_t n, double* sums, 
   }
   const auto add = [&](const Row* const* from, int64_t i, const Columns*... with) __attribute__((always_inline)) {
     for (int p = 0; p < kUnroll / kPack; p += 2) {
-      const TwoPacks vector[] = {widen_two(with + i + p * kPack)...};
+      const TwoPacks vector[] = {widen_two_for<Row>(with + i + p * kPack)...};
       for (int r = 0; r < kRows; ++r) {
         const TwoPacks row = widen_two(from[r] + i + p * kPack);
         for (int h = 0; h < 2; ++h) {
           int c = 0;
-          ((lanes[r][c].pack[(p + h) % kPacks] =
-                add_product<Row, Columns>(row.pack[h], vector[c].pack[h], lanes[r][c].pack[(p + h) % kPacks]),
+          ((lanes[r][c].pack[sum_of<Row>(p, h)] =
+                add_product<Row, Columns>(row.pack[h], vector[c].pack[h], lanes[r][c].pack[sum_of<Row>(p, h)]),
             ++c),
            ...);
         }
@@ -283,11 +341,16 @@ OPTIM_EXT_INLINE void add_rows(void* const* rows, const double* coefficients, co
   }
   int64_t i = 0;
   for (; i + 2 * kPack <= stretch.count; i += 2 * kPack) {
-    TwoPacks all = read<TwoPacks>(sum + i);
+    TwoPacks all = widen_two_for<Row>(sum + i);
     for (int r = 0; r < kRows; ++r) {
       const TwoPacks row = widen_two(from[r] + i);
-      for (int h = 0; h < 2; ++h) all.pack[h] += factor[r] * row.pack[h];
+      for (int h = 0; h < 2; ++h) {
+        // The coefficients of bf16 rows are rounded to so many bits that the product is exact.
+        all.pack[h] = kIsSplit<Row> ? add_exact_product(factor[r], row.pack[h], all.pack[h])
+                                    : all.pack[h] + factor[r] * row.pack[h];
+      }
     }
+    if constexpr (kIsSplit<Row>) all = joined(all);
     __builtin_memcpy(sum + i, &all, sizeof all);
   }
   for (; i < stretch.count; ++i) {
