@@ -141,9 +141,19 @@ CASES = {
         "ResNet-50", shapes.resnet50(), {key: max(1.1, ratio) for key, ratio in LARGE.items()}, measures_limit=True
     ),
     "small-mixed": Case(
-        "1000 tensors, 64 x 64 and 64", shapes.small_mixed(), dict.fromkeys(LARGE, 6.0) | SMALL, small=True
+        "1000 tensors, 64 x 64 and 64",
+        shapes.small_mixed(),
+        dict.fromkeys(LARGE, 6.0) | SMALL,
+        measures_limit=True,
+        small=True,
     ),
-    "small-vectors": Case("1000 tensors of 64", shapes.small_vectors(), dict.fromkeys(LARGE, 10.0) | SMALL, small=True),
+    "small-vectors": Case(
+        "1000 tensors of 64",
+        shapes.small_vectors(),
+        dict.fromkeys(LARGE, 10.0) | SMALL,
+        measures_limit=True,
+        small=True,
+    ),
     "hidden-matrices": Case(
         "16 matrices of 256 x 256 to 1024", shapes.hidden_matrices(), {"muon": 1.0, "adafactor": 1.0}
     ),
