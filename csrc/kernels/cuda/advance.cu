@@ -35,10 +35,7 @@ int multiprocessors(int device) {
 
 template <int64_t kBytes>
 cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream) {
-  if (counters.count == 0) return cudaSuccess;
-  void* pointers[] = {const_cast<Counters<kBytes>*>(&counters)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&advance<kBytes>),
-                          dim3((counters.count + kThreads - 1) / kThreads), dim3(kThreads), pointers, 0, stream);
+  return launch_blocks(&advance<kBytes>, counters, (counters.count + kThreads - 1) / kThreads, stream);
 }
 
 template cudaError_t launch_advance<kArgumentBytes>(const Counters<kArgumentBytes>&, cudaStream_t);

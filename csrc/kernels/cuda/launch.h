@@ -9,6 +9,16 @@
 
 namespace optim_ext::cuda {
 
+// Launches that many blocks of kThreads.
+template <class Arguments>
+cudaError_t launch_blocks(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* pointers[] = {const_cast<Arguments*>(&args)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                          pointers, 0, stream);
+}
+
 // Step counters on the device, to be advanced by one before the update that reads them.
 template <int64_t kBytes>
 struct alignas(8) Counters {

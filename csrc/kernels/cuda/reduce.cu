@@ -102,32 +102,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-namespace {
-
-template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  void* pointers[] = {const_cast<Arguments*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                          pointers, 0, stream);
-}
-
-}  // namespace
-
 template <class Reduction, int64_t kBytes>
 cudaError_t launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream) {
-  return launch(&reduce<Reduction, kBytes>, args, chunks, stream);
+  return launch_blocks(&reduce<Reduction, kBytes>, args, chunks, stream);
 }
 
 template <class Reduction, int64_t kBytes>
 cudaError_t launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, cudaStream_t stream) {
-  return launch(&finish_each<Reduction, kBytes>, args, args.batch.count, stream);
+  return launch_blocks(&finish_each<Reduction, kBytes>, args, args.batch.count, stream);
 }
 
 template <class Reduction, int64_t kBytes>
 cudaError_t launch_fibers(const Args<FiberJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream) {
-  return launch(&reduce_fibers<Reduction, kBytes>, args, chunks, stream);
+  return launch_blocks(&reduce_fibers<Reduction, kBytes>, args, chunks, stream);
 }
 
 #define OPTIM_EXT_INSTANTIATE(...)                                                                        \

@@ -44,15 +44,6 @@ __global__ void __launch_bounds__(kThreads) advance_scalars(const __grid_constan
   if (index < args.batch.count) store_scalars(args.batch, args.batch.remote ? args.batch.remote : args.room, index);
 }
 
-template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  void* pointers[] = {const_cast<Arguments*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                          pointers, 0, stream);
-}
-
 }  // namespace
 
 template <class Rule, class V, int64_t kBytes>
@@ -61,10 +52,10 @@ cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStr
   if constexpr (kCanAverage<Rule>) {
     if (args.batch.averaged) kernel = &sweep<Rule, V, kBytes, true>;
   }
-  cudaError_t error = launch(kernel, args, chunks, stream);
+  cudaError_t error = launch_blocks(kernel, args, chunks, stream);
   if constexpr (rules::kScalarsOf<Rule> > 0) {
     const int64_t blocks = (args.batch.count + kThreads - 1) / kThreads;
-    if (error == cudaSuccess) error = launch(&advance_scalars<Rule, kBytes>, args, blocks, stream);
+    if (error == cudaSuccess) error = launch_blocks(&advance_scalars<Rule, kBytes>, args, blocks, stream);
   }
   return error;
 }
