@@ -220,6 +220,21 @@ OPTIM_EXT_INLINE void apply(const Rule& given, V* const* given_tile, int64_t n, 
   }
 }
 
+// The same for operands that are all stored as bf16: widened and narrowed in registers, as there is more arithmetic to
+// that than memory to wait for.
+template <class Rule, int... I>
+OPTIM_EXT_INLINE void apply_to_bf16(const Rule& given, void* const* data, int64_t start, int64_t n, float grad_factor,
+                                    Indices<I...>) {
+  const Rule rule = given;
+  uint16_t* const tile[] = {((Rule::kUsed >> I) & 1u ? static_cast<uint16_t*>(data[I]) + start : nullptr)...};
+  OPTIM_EXT_FOR(i, n) {
+    float value[] = {((Rule::kUsed >> I) & 1u ? widen_bf16(tile[I][i]) : 0.0f)...};
+    value[kGrad] *= grad_factor;
+    rule(value[I]...);
+    ((((Rule::kUpdates >> I) & 1u) ? static_cast<void>(tile[I][i] = narrow_bf16(value[I])) : void()), ...);
+  }
+}
+
 }  // namespace
 
 // Applies `rule` to elements [begin, end) of one parameter, and brings its average up to date where the same loop can.
@@ -227,10 +242,16 @@ template <class Rule, class V>
 void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass) {
   alignas(64) V buffer[Rule::kOperands][kTile];
   TileOperand<V> operands[Rule::kOperands];
-  bool all_in_place = true;
+  bool all_in_place = true, all_bf16 = bundle.layout == nullptr && bundle.average == nullptr && !pass.unscale;
   for (int k = 0; k < Rule::kOperands; ++k) {
     operands[k] = {bundle.data[k], bundle.storage[k], bundle.layout, k};
-    if ((Rule::kUsed >> k) & 1u) all_in_place &= operands[k].in_place();
+    if (!((Rule::kUsed >> k) & 1u)) continue;
+    all_in_place &= operands[k].in_place();
+    all_bf16 &= operands[k].storage == Storage::bf16;
+  }
+  constexpr typename MakeIndices<Rule::kOperands>::type kAll;
+  if constexpr (sizeof(V) == sizeof(float) && OPTIM_EXT_REGISTER_BYTES > 16) {
+    if (all_bf16) return apply_to_bf16(rule, bundle.data, begin, end - begin, float(pass.grad_factor), kAll);
   }
   const bool averages = bundle.average != nullptr && averages_in_loop(bundle);
   const int64_t length = all_in_place ? end - begin : kTile;
@@ -246,7 +267,6 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
       OPTIM_EXT_FOR(i, n) grad[i] = grad[i] / scale;
       operands[kGrad].close(start, n, grad);
     }
-    constexpr typename MakeIndices<Rule::kOperands>::type kAll;
     if (averages) {
       const rules::Average rule_of_average{pass.average_weight};
       V* const average = static_cast<V*>(bundle.average->data[0]) + start;
