@@ -20,6 +20,7 @@ namespace optim_ext::ops {
 namespace {
 
 constexpr int kParam = 0, kGrad = 1;
+constexpr int64_t kAhead = 8;                      // tensors
 constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
 
 thread_local int check_only_depth = 0;
@@ -236,13 +237,17 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
 // into in their order.
 void Call::make_bundles() {
   const auto count = static_cast<int64_t>(rule_.lists[kParam].tensors.size());
-  const auto make_all = [&](const auto& make, const auto& find_usual, const auto& make_usual, const auto& finish) {
+  const auto make_all = [&](const auto& make, const auto& find_usual, const auto& fetch, const auto& make_usual,
+                            const auto& finish) {
     make(0);
     std::vector<uint8_t> made(count, 0);
     made[0] = 1;
     if (count > 1 && find_usual()) {
       over_tensors(device, count, [&](int64_t begin, int64_t end) {
-        for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) made[i] = make_usual(i);
+        for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) {
+          if (i + kAhead < end) fetch(i + kAhead);
+          made[i] = make_usual(i);
+        }
       });
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -261,6 +266,7 @@ void Call::make_bundles() {
         if (has_steps) add_step(i, bundles[i]);
       },
       [&] { return find_usual(rule_, usual) && (!has_steps || find_usual({&steps, 1, 0, 1, 0, 0}, &usual_step)); },
+      [&](int64_t i) { fetch(rule_, i); },
       [&](int64_t i) {
         return make_usual_bundle(rule_, usual, i, bundles[i]) &&
                (!has_steps || add_usual_step(steps.tensors[i], usual_step, bundles[i]));
@@ -280,7 +286,7 @@ void Call::make_bundles() {
           refuse("averages", i, "cannot follow within the step where the gradient is sparse");
         make_bundle(averaging_, i, averages_[i] = Bundle{});
       },
-      [&] { return find_usual(averaging_, usual_pair); },
+      [&] { return find_usual(averaging_, usual_pair); }, [&](int64_t i) { fetch(averaging_, i); },
       [&](int64_t i) {
         return bundles[i].layout == nullptr && make_usual_bundle(averaging_, usual_pair, i, averages_[i]);
       },
@@ -297,6 +303,15 @@ bool Call::find_usual(const Operands& operands, Usual* usual) const {
                 first.storage().data_ptr().get_deleter()};
   }
   return true;
+}
+
+// Asks for what make_usual_bundle() will look at.
+void Call::fetch(const Operands& operands, int64_t i) const {
+  for (int k = 0; k < operands.count; ++k) {
+    if (!operands.is_used(k)) continue;
+    const char* const tensor = reinterpret_cast<const char*>(operands.lists[k].tensors[i].unsafeGetTensorImpl());
+    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(tensor + at);
+  }
 }
 
 // make_bundle() where there is nothing to say: every tensor is as usual and contiguous. False where it is not so.

@@ -136,6 +136,7 @@ class Call : public Work {
   void check_lengths() const;
   void make_bundles();
   bool find_usual(const Operands& operands, Usual* usual) const;
+  void fetch(const Operands& operands, int64_t i) const;
   bool make_usual_bundle(const Operands& operands, const Usual* usual, int64_t i, Bundle& bundle) const;
   bool add_usual_step(const at::Tensor& tensor, const Usual& usual, Bundle& bundle) const;
   void make_bundle(const Operands& operands, int64_t i, Bundle& bundle);
