@@ -322,6 +322,7 @@ __attribute__((flatten)) bool Call::make_usual_bundle(const Operands& operands, 
   const c10::IntArrayRef sizes = leader->sizes();
   const int64_t numel = leader->numel();
   if (numel == 0) return false;
+  bundle = Bundle{};
   for (int k = 0; k < operands.count; ++k) {
     if (!operands.is_used(k)) continue;
     const auto& [keys, dtype, storage, width, deleter] = usual[k];

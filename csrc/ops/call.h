@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <deque>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -81,10 +82,24 @@ struct CallSpec {
   int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
+// Bundles are written first by the threads that fill them in, in whose caches they were at the last step.
+template <class T>
+struct LeftToOthers : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = LeftToOthers<U>;
+  };
+  template <class U>
+  void construct(U* at) noexcept {
+    ::new (static_cast<void*>(at)) U;
+  }
+};
+using Bundles = std::vector<Bundle, LeftToOthers<Bundle>>;
+
 // What a driver is handed: checked memory.
 struct Work {
   at::Device device = at::kCPU;
-  std::vector<Bundle> bundles;
+  Bundles bundles;
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool steps_on_device = false;
@@ -161,7 +176,7 @@ class Call : public Work {
   const Operands rule_;
   const List averaging_lists_[2];
   const Operands averaging_;  // the operands of rules::Average
-  std::vector<Bundle> averages_;
+  Bundles averages_;
   std::deque<Layout> layouts_;
   std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
