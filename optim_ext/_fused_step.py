@@ -267,9 +267,10 @@ class FusedStep(Optimizer):
     def _step_as_told(self, common: Common) -> None:
         signature: list[Any] = [self._signature(group) for group in self.param_groups]
         averaging = self.__dict__.get("_averaging")
-        weight = None
+        pairing = weight = None
         if averaging is not None:
-            signature.append(averaging.pairing())
+            pairing = averaging.pairing()
+            signature.append(pairing)
             weight = averaging.weight(common[1])
         plan = self.__dict__.get("_plan")
         if plan is not None and plan.signature == signature:
@@ -277,8 +278,8 @@ class FusedStep(Optimizer):
             if averaging is not None and weight is not None:
                 plan.besides.run(weight, common[1], check_only=True)
             if plan.step(self.state, self.param_groups, hypers, *common, weight):
-                if averaging is not None:
-                    averaging.finish(weight, plan.besides, common[1])
+                if averaging is not None and pairing is not None:
+                    averaging.finish(pairing, weight, plan.besides, common[1])
                 return
         self._plan = None
         self._planning_step(signature, common, averaging, weight)
@@ -342,7 +343,7 @@ class FusedStep(Optimizer):
             if averaging is not None and by_torch:
                 averaging.update(common[1])
             elif averaging is not None:
-                averaging.finish(weight, plan.besides, common[1])
+                averaging.finish(averaging.pairing(), weight, plan.besides, common[1])
         except BaseException:
             _restore(self.state, before)
             raise

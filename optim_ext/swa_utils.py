@@ -432,20 +432,23 @@ class StepAveraging:
         return _plan([entry for entry in self.pairing().native if entry[2] not in in_step])
 
     @torch.no_grad()
-    def finish(self, weight: float | Tensor | None, besides: _C.AveragePlan, found_inf: Tensor | None) -> None:
-        """What the step itself has not averaged, and the counters."""
+    def finish(
+        self, pairing: _Pairing, weight: float | Tensor | None, besides: _C.AveragePlan, found_inf: Tensor | None
+    ) -> None:
+        """What the step itself has not averaged, and the counters. ``pairing`` is this step's."""
         skipped = found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) == 1.0
         if weight is not None and not skipped:
             n_averaged = self.averaged.n_averaged
             besides.run(weight, found_inf)
-            self.pairing().finish(self._rule(), n_averaged, found_inf)
+            pairing.finish(self._rule(), n_averaged, found_inf)
             n_averaged.add_(1 if found_inf is None or found_inf.device.type == "cpu" else found_inf.reshape(()) != 1)
         self.averaged._calls += 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, found_inf: Tensor | None = None) -> None:
         """After a step that could not average: the update on its own."""
-        self.finish(self.weight(found_inf), self.pairing().plan, found_inf)
+        pairing = self.pairing()
+        self.finish(pairing, self.weight(found_inf), pairing.plan, found_inf)
 
     def _rule(self) -> _Rule:
         rule = self.averaged._rule()

@@ -101,7 +101,8 @@ class ModuleTree {
     const py::object attributes = attributes_of(node.module);
     for (size_t k = 0; k < kDicts; ++k) {
       PyObject* const dict = dict_of(attributes, k);
-      if (!dict || static_cast<size_t>(PyDict_Size(dict)) != node.values[k].size()) return false;
+      if (!dict || static_cast<size_t>(PyDict_GET_SIZE(dict)) != node.values[k].size()) return false;
+      if (node.values[k].empty()) continue;
       PyObject *key, *value;
       auto expected = node.values[k].begin();
       for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++expected) {

@@ -13,12 +13,14 @@
 #include <unordered_set>
 
 #include "../kernels/convert.h"
+#include "parallel.h"
 
 namespace optim_ext::ops {
 
 namespace {
 
 constexpr int kParam = 0, kGrad = 1;
+constexpr int64_t kAhead = 8;                      // tensors
 constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
 
 thread_local int check_only_depth = 0;
@@ -98,25 +100,18 @@ bool share_elements(const Interval& a, const Interval& b) {
   return std::any_of(second.begin(), second.end(), [&](const char* at) { return first.count(at) != 0; });
 }
 
-// Memory written by one call must be disjoint: the sweep runs in parallel. Sorting thousands of addresses at every step
-// would cost more than a small model's update, so lists found disjoint are remembered by content. Returns the offender.
-const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
-  thread_local std::array<std::vector<Interval>, 8> known;
-  thread_local size_t next = 0;
-  for (const auto& list : known) {
-    if (list == intervals) return nullptr;
-  }
-  std::vector<Interval> sorted = intervals, open;
-  std::stable_sort(sorted.begin(), sorted.end(),
+// Memory written by one call must be disjoint: the sweep runs in parallel. Returns the offender.
+const at::Tensor* find_overlap(std::vector<Interval> intervals) {
+  std::stable_sort(intervals.begin(), intervals.end(),
                    [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-  for (const Interval& interval : sorted) {
+  std::vector<Interval> open;
+  for (const Interval& interval : intervals) {
     std::erase_if(open, [&](const Interval& other) { return other.end <= interval.begin; });
     for (const Interval& other : open) {
       if (share_elements(other, interval)) return interval.tensor;
     }
     open.push_back(interval);
   }
-  known[next++ % known.size()] = intervals;
   return nullptr;
 }
 
@@ -225,22 +220,7 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
   if (params.empty()) return;
   if (!params[0].defined()) refuse(rule_.lists[kParam].name, 0, "is undefined");
   device = params[0].device();
-  bundles.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    Bundle& bundle = bundles.emplace_back();
-    make_bundle(rule_, static_cast<int64_t>(i), bundle);
-    if (spec_.state_steps) add_step(static_cast<int64_t>(i), bundle);
-    for (size_t k = 0; k < spec_.scalars.size(); ++k)
-      add_scalar(static_cast<int64_t>(i), spec_.scalars.begin()[k], bundle, bundle.scalars[k]);
-  }
-  for (const PartialList& partial : spec_.partial) check_partial(partial);
-  averages_.reserve(spec_.common.averages.size());
-  for (size_t i = 0; i < spec_.common.averages.size(); ++i) {
-    if (bundles[i].layout && bundles[i].layout->rows)
-      refuse("averages", static_cast<int64_t>(i), "cannot follow within the step where the gradient is sparse");
-    make_bundle(averaging_, static_cast<int64_t>(i), averages_.emplace_back());
-    bundles[i].average = &averages_[i];
-  }
+  make_bundles();
   read_pass();
   if (pass.unscale || pass.device_grad_scale) {
     for (size_t i = 0; i < params.size(); ++i) {
@@ -251,6 +231,131 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
     }
   }
   check_overlap();
+}
+
+// Most tensors are found to be as usual, on all threads at once. The others, and what is wrong with them, are looked
+// into in their order.
+void Call::make_bundles() {
+  const auto count = static_cast<int64_t>(rule_.lists[kParam].tensors.size());
+  const auto make_all = [&](const auto& make, const auto& find_usual, const auto& fetch, const auto& make_usual,
+                            const auto& finish) {
+    make(0);
+    std::vector<uint8_t> made(count, 0);
+    made[0] = 1;
+    if (count > 1 && find_usual()) {
+      over_tensors(device, count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) {
+          if (i + kAhead < end) fetch(i + kAhead);
+          made[i] = make_usual(i);
+        }
+      });
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (!made[i]) make(i);
+      finish(i);
+    }
+  };
+
+  Usual usual[kMaxOperands], usual_step;
+  const List steps{"state_steps", spec_.state_steps.value_or(at::TensorList())};
+  const bool has_steps = spec_.state_steps.has_value();
+  bundles.resize(count);
+  make_all(
+      [&](int64_t i) {
+        make_bundle(rule_, i, bundles[i] = Bundle{});
+        if (has_steps) add_step(i, bundles[i]);
+      },
+      [&] { return find_usual(rule_, usual) && (!has_steps || find_usual({&steps, 1, 0, 1, 0, 0}, &usual_step)); },
+      [&](int64_t i) { fetch(rule_, i); },
+      [&](int64_t i) {
+        return make_usual_bundle(rule_, usual, i, bundles[i]) &&
+               (!has_steps || add_usual_step(steps.tensors[i], usual_step, bundles[i]));
+      },
+      [&](int64_t i) {
+        for (size_t k = 0; k < spec_.scalars.size(); ++k)
+          add_scalar(i, spec_.scalars.begin()[k], bundles[i], bundles[i].scalars[k]);
+      });
+  for (const PartialList& partial : spec_.partial) check_partial(partial);
+
+  if (spec_.common.averages.empty()) return;
+  Usual usual_pair[rules::Average::kOperands];
+  averages_.resize(count);
+  make_all(
+      [&](int64_t i) {
+        if (bundles[i].layout && bundles[i].layout->rows)
+          refuse("averages", i, "cannot follow within the step where the gradient is sparse");
+        make_bundle(averaging_, i, averages_[i] = Bundle{});
+      },
+      [&] { return find_usual(averaging_, usual_pair); }, [&](int64_t i) { fetch(averaging_, i); },
+      [&](int64_t i) {
+        return bundles[i].layout == nullptr && make_usual_bundle(averaging_, usual_pair, i, averages_[i]);
+      },
+      [&](int64_t i) { bundles[i].average = &averages_[i]; });
+}
+
+// False where the first tensors, which have been checked, are of a kind that is always looked into.
+bool Call::find_usual(const Operands& operands, Usual* usual) const {
+  for (int k = 0; k < operands.count; ++k) {
+    if (!operands.is_used(k)) continue;
+    const at::Tensor& first = operands.lists[k].tensors[0];
+    if (first.layout() != at::kStrided || !first.has_storage()) return false;
+    usual[k] = {first.key_set(), first.dtype(), *storage_of(first.scalar_type()), first.is_complex() ? 2 : 1,
+                first.storage().data_ptr().get_deleter()};
+  }
+  return true;
+}
+
+// Asks for what make_usual_bundle() will look at.
+void Call::fetch(const Operands& operands, int64_t i) const {
+  for (int k = 0; k < operands.count; ++k) {
+    if (!operands.is_used(k)) continue;
+    const char* const tensor = reinterpret_cast<const char*>(operands.lists[k].tensors[i].unsafeGetTensorImpl());
+    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(tensor + at);
+  }
+}
+
+// make_bundle() where there is nothing to say: every tensor is as usual and contiguous. False where it is not so.
+__attribute__((flatten)) bool Call::make_usual_bundle(const Operands& operands, const Usual* usual, int64_t i,
+                                                      Bundle& bundle) const {
+  const c10::TensorImpl* const leader = operands.lists[operands.leader].tensors[i].unsafeGetTensorImpl();
+  if (leader->key_set() != usual[operands.leader].keys) return false;
+  const c10::IntArrayRef sizes = leader->sizes();
+  const int64_t numel = leader->numel();
+  if (numel == 0) return false;
+  bundle = Bundle{};
+  for (int k = 0; k < operands.count; ++k) {
+    if (!operands.is_used(k)) continue;
+    const auto& [keys, dtype, storage, width, deleter] = usual[k];
+    const c10::TensorImpl* const tensor = operands.lists[k].tensors[i].unsafeGetTensorImpl();
+    if (tensor->key_set() != keys || tensor->dtype() != dtype || tensor->device() != device || !tensor->is_contiguous())
+      return false;
+    const c10::IntArrayRef own = tensor->sizes();
+    bool same = own.size() == sizes.size();
+    for (size_t d = 0; same && d < sizes.size(); ++d) same = own[d] == sizes[d];
+    c10::StorageImpl* const memory = tensor->unsafe_storage().unsafeGetStorageImpl();
+    if (!same || memory == nullptr || memory->data_ptr().get_deleter() != deleter) return false;
+    const void* const data = operands.is_written(k) ? memory->mutable_data() : memory->data();
+    bundle.data[k] = static_cast<char*>(const_cast<void*>(data)) + tensor->storage_offset() * width * bytes_of(storage);
+    bundle.storage[k] = storage;
+    bundle.in_double |= storage == Storage::f64;
+  }
+  bundle.numel = numel * usual[operands.leader].width;
+  return true;
+}
+
+// add_step() in the same way, for counts on the host.
+__attribute__((flatten)) bool Call::add_usual_step(const at::Tensor& tensor, const Usual& usual, Bundle& bundle) const {
+  const c10::TensorImpl* const step = tensor.unsafeGetTensorImpl();
+  if (step->key_set() != usual.keys || step->dtype() != usual.dtype || !step->is_cpu() || step->numel() != 1)
+    return false;
+  const c10::StorageImpl* const memory = step->unsafe_storage().unsafeGetStorageImpl();
+  if (memory == nullptr) return false;
+  const void* const data = static_cast<const char*>(memory->data()) + step->storage_offset() * bytes_of(usual.storage);
+  const double count = host_value(data, usual.storage);
+  if (!(count >= 0.0) || std::isinf(count)) return false;
+  bundle.step_storage = usual.storage;
+  if (!spec_.counts) bundle.step = count + 1.0;
+  return true;
 }
 
 void Call::check_partial(const PartialList& partial) const {
@@ -593,23 +698,48 @@ void Call::read_pass() {
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
-void Call::check_overlap() const {
-  std::vector<Interval> written;
-  written.reserve(bundles.size() * (rule_.count + 1 + spec_.scalars.size() + spec_.partial.size()));
+// Calls visit(interval) for the memory of all tensors that are written, until it returns false.
+template <class Visit>
+bool Call::visit_written(const Visit& visit) const {
   for (size_t i = 0; i < bundles.size(); ++i) {
     for (int k = 0; bundles[i].numel != 0 && k < rule_.count; ++k) {
-      if (rule_.is_written(k)) written.push_back(interval_of(bundles[i], k, rule_.lists[k].tensors[i]));
+      if (rule_.is_written(k) && !visit(interval_of(bundles[i], k, rule_.lists[k].tensors[i]))) return false;
     }
-    if (bundles[i].numel != 0 && bundles[i].average)
-      written.push_back(interval_of(averages_[i], kParam, averaging_lists_[kParam].tensors[i]));
-    for (const List& list : spec_.scalars) written.push_back(interval_of(list.tensors[i]));
+    if (bundles[i].numel != 0 && bundles[i].average &&
+        !visit(interval_of(averages_[i], kParam, averaging_lists_[kParam].tensors[i])))
+      return false;
+    for (const List& list : spec_.scalars) {
+      if (!visit(interval_of(list.tensors[i]))) return false;
+    }
     for (const PartialList& partial : spec_.partial) {
       const at::Tensor& tensor = partial.list.tensors[i];
-      if (tensor.defined() && tensor.numel() != 0) written.push_back(interval_of(tensor));
+      if (tensor.defined() && tensor.numel() != 0 && !visit(interval_of(tensor))) return false;
     }
   }
+  return true;
+}
+
+// Sorting thousands of addresses at every step would cost more than a small model's update, so lists found disjoint are
+// remembered by content.
+void Call::check_overlap() const {
+  thread_local std::array<std::vector<Interval>, 8> known;
+  thread_local size_t next = 0;
+  for (const auto& list : known) {
+    auto at = list.begin();
+    if (visit_written([&](const Interval& interval) { return at != list.end() && *at++ == interval; }) &&
+        at == list.end())
+      return;
+  }
+  std::vector<Interval> written;
+  visit_written([&](const Interval& interval) {
+    written.push_back(interval);
+    return true;
+  });
   const at::Tensor* const offender = find_overlap(written);
-  if (offender == nullptr) return;
+  if (offender == nullptr) {
+    known[next++ % known.size()] = std::move(written);
+    return;
+  }
   const auto refuse_if_in = [&](const List& list) {
     const auto found = std::find_if(list.tensors.begin(), list.tensors.end(),
                                     [&](const at::Tensor& tensor) { return &tensor == offender; });
@@ -647,14 +777,22 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
   }
 }
 
+void Call::note_writes() const {
+  over_tensors(device, static_cast<int64_t>(bundles.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int k = 0; k < rule_.count; ++k) {
+        if (rule_.is_updated(k)) note_write(rule_.lists[k].tensors[i]);
+      }
+      if (bundles[i].average) note_write(averaging_lists_[0].tensors[i]);
+      if (spec_.state_steps && spec_.counts) note_write((*spec_.state_steps)[i]);
+    }
+  });
+}
+
+// In order, as a count may serve several parameters.
 void Call::advance(int64_t i) {
-  for (int k = 0; k < rule_.count; ++k) {
-    if (rule_.is_updated(k)) note_write(rule_.lists[k].tensors[i]);
-  }
-  if (bundles[i].average) note_write(averaging_lists_[0].tensors[i]);
   if (!spec_.state_steps || !spec_.counts) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
-  note_write(step);
   if (!step.is_cpu()) return;
   if (bundles[i].step_storage == Storage::f32) {
     bundles[i].step = *step.mutable_data_ptr<float>() += 1.0f;

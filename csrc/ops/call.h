@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <deque>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -81,10 +82,24 @@ struct CallSpec {
   int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
+// Bundles are written first by the threads that fill them in, in whose caches they were at the last step.
+template <class T>
+struct LeftToOthers : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = LeftToOthers<U>;
+  };
+  template <class U>
+  void construct(U* at) noexcept {
+    ::new (static_cast<void*>(at)) U;
+  }
+};
+using Bundles = std::vector<Bundle, LeftToOthers<Bundle>>;
+
 // What a driver is handed: checked memory.
 struct Work {
   at::Device device = at::kCPU;
-  std::vector<Bundle> bundles;
+  Bundles bundles;
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool steps_on_device = false;
@@ -123,7 +138,22 @@ class Call : public Work {
     bool is_written(int k) const { return (written >> k) & 1u; }
   };
 
+  // What the tensors of a list have in common as a rule, by its first one. One that has it too only needs the right
+  // shape.
+  struct Usual {
+    c10::DispatchKeySet keys;  // they say layout, kind of device, lazy views, inference
+    caffe2::TypeMeta dtype;
+    Storage storage;
+    int64_t width;              // numbers in an element: 2 where it is complex
+    c10::DeleterFnPtr deleter;  // not that of memory which is copied before it is written
+  };
+
   void check_lengths() const;
+  void make_bundles();
+  bool find_usual(const Operands& operands, Usual* usual) const;
+  void fetch(const Operands& operands, int64_t i) const;
+  bool make_usual_bundle(const Operands& operands, const Usual* usual, int64_t i, Bundle& bundle) const;
+  bool add_usual_step(const at::Tensor& tensor, const Usual& usual, Bundle& bundle) const;
   void make_bundle(const Operands& operands, int64_t i, Bundle& bundle);
   void check_writable(const char* list, int64_t i, const at::Tensor& tensor) const;
   const Layout* make_layout(const Operands& operands, int64_t i);
@@ -132,9 +162,12 @@ class Call : public Work {
   void check_partial(const PartialList& partial) const;
   void add_step(int64_t i, Bundle& bundle);
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
+  void note_writes() const;
   void advance(int64_t i);
   void store_scalar(int64_t i, int k, double value);
   void check_overlap() const;
+  template <class Visit>
+  bool visit_written(const Visit& visit) const;
   void read_pass();
   void read_average_weight();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
@@ -143,7 +176,7 @@ class Call : public Work {
   const Operands rule_;
   const List averaging_lists_[2];
   const Operands averaging_;  // the operands of rules::Average
-  std::vector<Bundle> averages_;
+  Bundles averages_;
   std::deque<Layout> layouts_;
   std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
@@ -167,6 +200,7 @@ Rule ready_for(const Rule& rule, const Bundle& bundle, rules::Scalar* after = nu
 
 template <class Rule>
 void Call::commit(const Rule& rule) {
+  note_writes();
   for (size_t i = 0; i < bundles.size(); ++i) {
     advance(static_cast<int64_t>(i));
     if constexpr (rules::kScalarsOf<Rule> > 0) {

@@ -1,23 +1,19 @@
 // The loop over tensors on the CPU: one parallel region over the concatenation of all of them.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "../kernels/cpu/kernels.h"
 #include "../kernels/norm_outcome.h"
 #include "call.h"
+#include "parallel.h"
 
 namespace optim_ext::ops {
 
 // What at::get_cpu_capability() allows (ATEN_CPU_CAPABILITY overrides it), read once.
 cpu::Isa current_isa();
 const char* isa_name(cpu::Isa isa);
-
-// True in a child of fork(): its parent's OpenMP threads are gone and waiting for them would hang, so it runs on one.
-bool in_forked_child();
 
 struct CpuDriver {
   // Work is dealt out in tiles. A tensor smaller than one still costs its share of pointer chasing, hence a whole tile.
@@ -172,16 +168,6 @@ struct CpuDriver {
     std::vector<int64_t> first_chunk;
     std::vector<double> value;
   };
-
-  // Calls work(begin, end) for parts of [0, count) on as many threads as that is worth.
-  template <class Body>
-  static void in_parallel(int64_t count, int64_t grain, const Body& work) {
-    if (in_forked_child()) {
-      work(int64_t{0}, count);
-    } else {
-      at::parallel_for(0, count, grain, work);
-    }
-  }
 
   template <class Reduction>
   static Slots fill_slots(const Call& call) {

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <iterator>
 #include <sstream>
 #include <utility>
 #include <vector>
@@ -63,11 +64,37 @@ GradNorm call_grad_norm(TensorList grads, double norm_type, std::optional<double
   return op.call(grads, norm_type, max_norm, skip_nonfinite, skip_above, grad_scale, found_inf, skips);
 }
 
+// All gradients of a group, if they are of one kind, and of one a kernel can read as it is.
+bool take_usual_of(const py::list& params, std::vector<Tensor>& grads) {
+  const auto param = [&](int64_t i) -> const c10::TensorImpl* {
+    return THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).unsafeGetTensorImpl();
+  };
+  const auto count = static_cast<int64_t>(PyList_GET_SIZE(params.ptr()));
+  if (count == 0) return false;
+  const Tensor& first = param(0)->grad();
+  if (!first.defined() || first.is_conj() || first.is_neg() || unsupported(first)) return false;
+  return take_usual(first, count, param, grads);
+}
+
 // The gradients of all groups by device, in order.
 std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& param_groups) {
   std::vector<std::pair<at::Device, std::vector<Tensor>>> found;
   for (size_t g = 0; g < param_groups.size(); ++g) {
     const auto params = py::cast<py::list>(py::cast<py::dict>(param_groups[g])["params"]);
+    const auto place_of = [&](at::Device device) -> std::vector<Tensor>& {
+      auto place = std::find_if(found.begin(), found.end(), [&](const auto& of) { return of.first == device; });
+      if (place == found.end()) place = found.insert(found.end(), {device, {}});
+      return place->second;
+    };
+    if (std::vector<Tensor> usual; take_usual_of(params, usual)) {
+      std::vector<Tensor>& all = place_of(usual[0].device());
+      if (all.empty()) {
+        all = std::move(usual);
+      } else {
+        std::move(usual.begin(), usual.end(), std::back_inserter(all));
+      }
+      continue;
+    }
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
       Tensor grad = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).grad();
       if (!grad.defined()) continue;
@@ -77,9 +104,7 @@ std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& p
         throw std::runtime_error(describe(g, i, param_groups) + ": no native norm of its gradient: " + *problem +
                                  "; torch.nn.utils.clip_grad_norm_ may be able to clip it");
       }
-      auto place = std::find_if(found.begin(), found.end(), [&](const auto& of) { return of.first == grad.device(); });
-      if (place == found.end()) place = found.insert(found.end(), {grad.device(), {}});
-      place->second.push_back(std::move(grad));
+      place_of(grad.device()).push_back(std::move(grad));
     }
   }
   return found;
@@ -90,7 +115,7 @@ GradNorm grad_norm_of(const py::list& param_groups, double norm_type, std::optio
                       bool skip_nonfinite, std::optional<double> skip_above, const py::object& grad_scale,
                       const py::object& found_inf, const py::object& skips) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto grads = gather(param_groups);
+  auto grads = gather(param_groups);
   std::vector<Tensor> norms;
   if (grads.empty()) norms.push_back(at::zeros({}));
   for (size_t d = 0; grads.size() > 1 && d < grads.size(); ++d) {
@@ -101,7 +126,9 @@ GradNorm grad_norm_of(const py::list& param_groups, double norm_type, std::optio
   const auto given = [&](const py::object& value) { return moved_to(all[0].device(), optional_tensor(value)); };
   const OptionalTensor scale = given(grad_scale), found = given(found_inf), count = optional_tensor(skips);
   const py::gil_scoped_release no_gil;
-  return call_grad_norm(all, norm_type, max_norm, skip_nonfinite, skip_above, scale, found, count);
+  auto result = call_grad_norm(all, norm_type, max_norm, skip_nonfinite, skip_above, scale, found, count);
+  for (auto& [device, of_device] : grads) let_go(device, of_device);
+  return result;
 }
 
 }  // namespace

@@ -4,8 +4,13 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "parallel.h"
 
 namespace optim_ext::ops {
 
@@ -19,6 +24,48 @@ std::optional<at::Tensor> optional_tensor(const py::object& value);
 
 // The same value on another device. Nothing waits, unless it goes to the CPU, where it may be read at once.
 std::optional<at::Tensor> moved_to(at::Device device, const std::optional<at::Tensor>& value);
+
+// Takes the gradients of `count` parameters, param(i) or null where that one is to be looked into, if all of them are
+// of the same kind as `first`, one of them. False where they are not, with nothing taken. The caller holds the GIL.
+template <class Param>
+bool take_usual(const at::Tensor& first, int64_t count, const Param& param, std::vector<at::Tensor>& grads) {
+  constexpr int64_t kBlock = 16;
+  const c10::DispatchKeySet keys = first.key_set();
+  const caffe2::TypeMeta dtype = first.dtype();
+  const at::Device device = first.device();
+  std::atomic<bool> usual = true;
+  grads.resize(count);
+  over_tensors(device, count, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += kBlock) {
+      // Where the gradients are is found out ahead of looking at them, so that their cache misses overlap.
+      const c10::TensorImpl* block[kBlock];
+      const int64_t size = std::min(end - begin, kBlock);
+      for (int64_t i = 0; i < size; ++i) {
+        const c10::TensorImpl* const owner = param(begin + i);
+        block[i] = owner ? owner->grad().unsafeGetTensorImpl() : nullptr;
+        __builtin_prefetch(block[i], 1);
+        __builtin_prefetch(block[i] ? reinterpret_cast<const char*>(block[i]) + 128 : nullptr);
+      }
+      for (int64_t i = 0; i < size; ++i) {
+        if (!block[i] || block[i]->key_set() != keys || block[i]->dtype() != dtype || block[i]->device() != device) {
+          usual = false;
+          return;
+        }
+        grads[begin + i] = param(begin + i)->grad();
+      }
+    }
+  });
+  if (!usual) grads.clear();
+  return usual;
+}
+
+// Lets go of them, on the threads that took them. The caller does not hold the GIL, which the last owner of a tensor
+// may need.
+inline void let_go(at::Device device, std::vector<at::Tensor>& grads) {
+  over_tensors(device, static_cast<int64_t>(grads.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) grads[i].reset();
+  });
+}
 
 // A parameter as messages name it: by its name, or by its place.
 std::string describe(size_t group, int64_t index, const py::list& param_groups);

@@ -89,6 +89,8 @@ class Plan {
     // One call checks itself before it writes. Several must all be sound before the first of them writes.
     if (check_only || to_make > 1) run_all(gathered, hypers, common, param_groups, true);
     if (!check_only) run_all(gathered, hypers, common, param_groups, false);
+    const py::gil_scoped_release no_gil;
+    for (size_t c = 0; c < calls_.size(); ++c) let_go(calls_[c].device, gathered[c].grads);
     return true;
   }
 
@@ -225,6 +227,16 @@ class Plan {
   // kind.
   static bool gather(const PlannedCall& call, Gathered& out) {
     const auto& params = call.lists[kParams];
+    const Tensor& first = params[0].grad();
+    if (first.defined() && first.layout() == at::kStrided && !is_intercepted(first) && !first.is_conj() &&
+        !first.is_neg() && !is_intercepted(params[0])) {
+      const c10::DispatchKeySet keys = params[0].key_set();
+      const auto usual = [&](int64_t i) {
+        const c10::TensorImpl* const param = params[i].unsafeGetTensorImpl();
+        return call.ready[i] && param->key_set() == keys && param->device() == call.device ? param : nullptr;
+      };
+      if (take_usual(first, static_cast<int64_t>(params.size()), usual, out.grads)) return true;
+    }
     out.grads.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
       const Tensor& grad = params[i].grad();
