@@ -335,6 +335,7 @@ __attribute__((flatten)) bool Call::make_usual_bundle(const Operands& operands, 
     c10::StorageImpl* const memory = tensor->unsafe_storage().unsafeGetStorageImpl();
     if (!same || memory == nullptr || memory->data_ptr().get_deleter() != deleter) return false;
     const void* const data = operands.is_written(k) ? memory->mutable_data() : memory->data();
+    if (data == nullptr) return false;  // its memory was taken away
     bundle.data[k] = static_cast<char*>(const_cast<void*>(data)) + tensor->storage_offset() * width * bytes_of(storage);
     bundle.storage[k] = storage;
     bundle.in_double |= storage == Storage::f64;
@@ -349,7 +350,7 @@ __attribute__((flatten)) bool Call::add_usual_step(const at::Tensor& tensor, con
   if (step->key_set() != usual.keys || step->dtype() != usual.dtype || !step->is_cpu() || step->numel() != 1)
     return false;
   const c10::StorageImpl* const memory = step->unsafe_storage().unsafeGetStorageImpl();
-  if (memory == nullptr) return false;
+  if (memory == nullptr || memory->data() == nullptr) return false;
   const void* const data = static_cast<const char*>(memory->data()) + step->storage_offset() * bytes_of(usual.storage);
   const double count = host_value(data, usual.storage);
   if (!(count >= 0.0) || std::isinf(count)) return false;
@@ -447,6 +448,8 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
     bundle.storage[k] = *storage;
     bundle.in_double |= *storage == Storage::f64;
     if (sparse) continue;
+    if (tensor.has_storage() && !tensor.unsafeGetTensorImpl()->storage_initialized())
+      refuse(name, i, text("has shape ", tensor.sizes(), " but no memory: its storage was resized to 0"));
     bundle.data[k] = operands.is_written(k) ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
   }
   bundle.numel = leader.numel() * (leader.is_complex() ? 2 : 1);

@@ -83,6 +83,20 @@ def scenes(places=PLACES):
 
 
 @scenes()
+def test_gradient_whose_memory_was_taken_away(spec, place, named, steps):
+    scene = Scene(spec, place, named, steps)
+    memory = scene.param.grad.untyped_storage()
+    size = memory.nbytes()
+    memory.resize_(0)
+    with pytest.raises(RuntimeError, match="no memory") as caught:
+        scene.optimizer.step()
+    assert scene.called in str(caught.value)
+    memory.resize_(size)
+    scene.give(steps)
+    scene.works()
+
+
+@scenes()
 def test_gradient_of_a_wrong_shape(spec, place, named, steps):
     scene = Scene(spec, place, named, steps)
     right = scene.param.grad
