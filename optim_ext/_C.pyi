@@ -15,9 +15,10 @@ class Plan:
         op: str,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
-        calls: list[tuple[int, list[int], tuple[str | None, ...], bool]],
+        calls: list[tuple[int, list[int], tuple[str | None, ...], bool, bool]],
         averages: dict[Tensor, Tensor] = ...,
         partial: set[str] = ...,
+        numbers: set[str] = ...,
     ) -> None: ...
     def step(
         self,

@@ -73,11 +73,15 @@ class FusedStep(Optimizer):
       ``_init_group``, the key in ``state[p]``, or None where this group has no such state.
     * ``_hypers(group)``: the hyper-parameters in the order of the op's schema.
     * ``_partial_state``: the keys among these that only some parameters have; the op's list holds theirs alone.
+    * ``_number_state``: the keys among these under which torch keeps a Python number, a count of steps.
     * ``_takes_sparse(group)``: whether the op takes sparse gradients under these options.
+    * ``_takes_dense``: False where ``_init_group`` refuses dense gradients.
     """
 
     _op: ClassVar[str]
     _partial_state: ClassVar[frozenset[str]] = frozenset()
+    _number_state: ClassVar[frozenset[str]] = frozenset()
+    _takes_dense: ClassVar[bool] = True
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _plan: _C.Plan | None
     _averaging: StepAveraging | None
@@ -323,14 +327,15 @@ class FusedStep(Optimizer):
                     continue
                 for members, values in self._prepare(group):
                     reusable &= len(members) == len(group["params"])
-                    calls.append((index, members, self._state_keys(group), self._takes_sparse(group)))
+                    takes = self._takes_sparse(group), self._takes_dense
+                    calls.append((index, members, self._state_keys(group), *takes))
                     hypers.append(values)
             averages: dict[Tensor, Tensor] = {}
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
-            state = self._planned_state()
-            plan = _C.Plan(self._op, self.param_groups, state, calls, averages, set(self._partial_state))
-            arguments = (state, self.param_groups, hypers, *common, weight)
+            kinds = set(self._partial_state), set(self._number_state)
+            plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
+            arguments = (self.state, self.param_groups, hypers, *common, weight)
             if by_torch:
                 plan.step(*arguments, check_only=True)
                 self._torch_step(by_torch)
@@ -365,10 +370,6 @@ class FusedStep(Optimizer):
         """Let torch create missing state, and return the op calls for the step that is being prepared."""
         self._init_group(group, *([] for _ in range(2 + len(self._state_keys(group)))))
         return [(list(range(len(group["params"]))), self._hypers(group))]
-
-    def _planned_state(self) -> dict[Any, Any]:
-        """The state as a plan is to find it: every entry of ``_state_keys`` a tensor."""
-        return self.state
 
     def _torch_reason(self, group: Group, ahead: bool = False) -> str | None:
         """Why ``group`` takes torch's own code, or None if it runs natively.

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim_ext._fused_step import Common, FusedStep, Group
+from optim_ext._fused_step import FusedStep, Group
 
 
 class SparseAdam(FusedStep, torch.optim.SparseAdam):
     __doc__ = torch.optim.SparseAdam.__doc__
 
     _op = "sparse_adam_"
-    _counters: dict[Tensor, Tensor]  # during a step: the step counts, which torch keeps as Python numbers here
+    _number_state = frozenset({"step"})
+    _takes_dense = False
 
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *_: list[Tensor]) -> None:
         """Check gradients and make missing state, as torch's step does."""
@@ -30,21 +31,6 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            self._counters[p] = torch.tensor(float(state["step"]))
-
-    def _planned_state(self) -> dict[Any, Any]:
-        return {p: {**self.state[p], "step": counter} for p, counter in self._counters.items()}
-
-    def _step_as_told(self, common: Common) -> None:
-        """No plan is kept: tables are few, and their step counts have to be read and written one by one."""
-        self._plan, self._counters = None, {}
-        try:
-            super()._step_as_told(common)
-            for p, counter in self._counters.items():
-                if p in self.state:  # not if a first step was skipped
-                    self.state[p]["step"] = int(counter.item())
-        finally:
-            self._plan, self._counters = None, {}
 
     def _traced_step(self) -> None:
         self._refuse_controls("compiled steps on sparse gradients")

@@ -24,9 +24,12 @@ OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8
 // dimension 0 is the outermost, dimension ndim - 1 the fastest.
 //
 // A sparse gradient has some rows only: dimension 0 counts these, and `rows` says which row of the other operands each
-// of them is.
+// of them is. On the CPU a row of it may be the sum of several in memory, added up in order where it is read: row n is
+// those numbered sources[firsts[n]] to sources[firsts[n + 1] - 1].
 struct Layout {
-  const int64_t* rows;  // null: dense
+  const int64_t* rows;    // null: dense
+  const int64_t* firsts;  // null: row n of the gradient is its row n in memory
+  const int64_t* sources;
   int32_t ndim;
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxOperands][kMaxDims];

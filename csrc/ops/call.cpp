@@ -1,8 +1,7 @@
 #include "call.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sort.h>
+#include <ATen/SparseTensorImpl.h>
 #include <c10/util/hash.h>
 
 #include <algorithm>
@@ -18,6 +17,17 @@
 namespace optim_ext::ops {
 
 namespace {
+
+const at::SparseTensorImpl& sparse_parts(const at::Tensor& tensor) {
+  return *static_cast<const at::SparseTensorImpl*>(tensor.unsafeGetTensorImpl());
+}
+
+// Of the gradient of a parameter of these sizes.
+SparseIndices indices_of(const at::Tensor& grad, at::IntArrayRef sizes) {
+  const at::Tensor indices = sparse_parts(grad).indices();
+  return {indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1), indices.size(0), indices.size(1),
+          sizes.data()};
+}
 
 constexpr int kParam = 0, kGrad = 1;
 constexpr int64_t kAhead = 8;                      // tensors
@@ -113,68 +123,6 @@ const at::Tensor* find_overlap(std::vector<Interval> intervals) {
     open.push_back(interval);
   }
   return nullptr;
-}
-
-// Adds `size` values, in the precision they are stored in.
-void add_values(void* to, const void* from, Storage storage, int64_t size) {
-  const auto add = [=](auto* sums, const auto* values) {
-    for (int64_t i = 0; i < size; ++i) sums[i] += values[i];
-  };
-  if (storage == Storage::f32) return add(static_cast<float*>(to), static_cast<const float*>(from));
-  if (storage == Storage::f64) return add(static_cast<double*>(to), static_cast<const double*>(from));
-  for (int64_t i = 0; i < size; ++i)
-    store_element(to, storage, i, load_element<float>(to, storage, i) + load_element<float>(from, storage, i));
-}
-
-// Adds up the values of rows that occur more than once, on the CPU and with the bits of coalesce(). The rows stay in
-// the order in which they first occur, which is nothing to an update of each of them; where none is there twice,
-// nothing is copied.
-void add_up_rows(at::Tensor& rows, at::Tensor& values) {
-  const int64_t count = rows.numel();
-  if (count == 0) return;
-  const int64_t* const given = rows.const_data_ptr<int64_t>();
-  int bits = 1;
-  while ((int64_t{1} << bits) < 2 * count) ++bits;
-  std::vector<int64_t> table(size_t{1} << bits, -1);  // a row's hash -> its place among the distinct rows
-  std::vector<int64_t> place(count), distinct;
-  std::vector<uint8_t> seen;  // how often, up to 3
-  for (int64_t n = 0; n < count; ++n) {
-    auto slot = static_cast<size_t>((static_cast<uint64_t>(given[n]) * 0x9e3779b97f4a7c15ull) >> (64 - bits));
-    while (table[slot] >= 0 && distinct[table[slot]] != given[n]) slot = (slot + 1) & (table.size() - 1);
-    if (table[slot] < 0) {
-      table[slot] = static_cast<int64_t>(distinct.size());
-      distinct.push_back(given[n]);
-      seen.push_back(0);
-    }
-    place[n] = table[slot];
-    seen[place[n]] = std::min<uint8_t>(seen[place[n]] + 1, 3);
-  }
-  const auto kept = static_cast<int64_t>(distinct.size());
-  if (kept == count) return;
-  // Two values may be added either way round. More are added in the order coalesce()'s sort leaves them in, which is
-  // not the one they came in.
-  const bool order_matters = *std::max_element(seen.begin(), seen.end()) > 2;
-  const at::Tensor order = order_matters ? std::get<1>(at::sort(rows)).contiguous() : at::Tensor();
-  const int64_t* const sorted = order_matters ? order.const_data_ptr<int64_t>() : nullptr;
-  const Storage storage = *storage_of(values.scalar_type());
-  const int64_t width = values.numel() / count, bytes = width * bytes_of(storage);
-  auto sizes = values.sizes().vec();
-  sizes[0] = kept;
-  const at::Tensor sums = at::empty(sizes, values.options());
-  char* const to = static_cast<char*>(sums.mutable_data_ptr());
-  std::fill(seen.begin(), seen.end(), 0);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = sorted ? sorted[i] : i;
-    const char* const from = static_cast<const char*>(values.const_data_ptr()) + n * bytes;
-    if (std::exchange(seen[place[n]], 1)) {
-      add_values(to + place[n] * bytes, from, storage, width);
-    } else {
-      std::memcpy(to + place[n] * bytes, from, bytes);
-    }
-  }
-  rows = at::empty({kept}, rows.options());
-  std::copy(distinct.begin(), distinct.end(), rows.mutable_data_ptr<int64_t>());
-  values = sums;
 }
 
 }  // namespace
@@ -475,27 +423,20 @@ at::Tensor Call::sparse_gradient(int64_t i) {
     refuse("grads", i, text("has shape ", grad.sizes(), ", expected its parameter's shape ", param.sizes()));
   if (grad.is_complex()) refuse("grads", i, "is sparse and complex; make it dense");
   if (spec_.common.grad_scale) refuse("grads", i, "is sparse, so it cannot be unscaled in place");
-  const at::Tensor indices = grad._indices();
-  for (int64_t d = 0; d < grad.sparse_dim() && indices.size(1) > 0; ++d) {
-    const at::Tensor in_dim = indices.select(0, d);
-    int64_t least = 0, most = 0;
-    if (in_dim.is_cpu()) {
-      const int64_t* const at = in_dim.const_data_ptr<int64_t>();
-      least = most = at[0];
-      for (int64_t n = 0; n < in_dim.numel(); ++n) {
-        const int64_t index = at[n * in_dim.stride(0)];
-        least = std::min(least, index);
-        most = std::max(most, index);
-      }
-    } else {
-      least = in_dim.min().item<int64_t>();
-      most = in_dim.max().item<int64_t>();
+  std::optional<SparseIndices::Outside> outside;
+  if (grad.is_cpu()) {
+    outside = indices_of(grad, param.sizes()).outside();
+  } else {
+    const at::Tensor indices = grad._indices();
+    for (int64_t d = 0; d < grad.sparse_dim() && indices.size(1) > 0 && !outside; ++d) {
+      const auto least = indices.select(0, d).min().item<int64_t>(), most = indices.select(0, d).max().item<int64_t>();
+      if (least < 0 || most >= param.size(d)) outside = {d, least < 0 ? least : most};
     }
-    if (least < 0 || most >= param.size(d)) {
-      refuse("grads", i,
-             text("has index ", least < 0 ? least : most, " in dimension ", d, " of its parameter's shape ",
-                  param.sizes()));
-    }
+  }
+  if (outside) {
+    refuse("grads", i,
+           text("has index ", outside->index, " in dimension ", outside->dim, " of its parameter's shape ",
+                param.sizes()));
   }
   return grad.is_cpu() ? grad : grad.coalesce();
 }
@@ -508,21 +449,27 @@ void Call::use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
     if (k != kGrad && rule_.is_used(k) && !rule_.lists[k].tensors[i].is_contiguous())
       refuse(rule_.lists[k].name, i, "is not contiguous, which a sparse gradient asks for");
   }
-  const at::Tensor indices = grad._indices();
-  at::Tensor rows = indices.select(0, 0);
-  for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
-  at::Tensor once = grad._values().contiguous();
-  rows = rows.contiguous();
-  if (!grad.is_coalesced()) add_up_rows(rows, once);
-  const at::Tensor &kept_rows = held_.emplace_back(std::move(rows)), &values = held_.emplace_back(std::move(once));
+  const at::Tensor& values = held_.emplace_back(sparse_parts(grad).values().contiguous());
   bundle.data[kGrad] = const_cast<void*>(values.const_data_ptr());
   bundle.numel = values.numel();
   if (bundle.numel == 0) return;
   Layout& layout = layouts_.emplace_back();
-  layout.rows = kept_rows.const_data_ptr<int64_t>();
+  if (grad.is_cpu()) {
+    const SparseRows& rows = rows_.emplace_back(indices_of(grad, param.sizes()), sparse_parts(grad).coalesced());
+    layout.rows = rows.rows;
+    layout.firsts = rows.firsts;
+    layout.sources = rows.sources;
+    layout.sizes[0] = rows.count;
+  } else {
+    const at::Tensor indices = grad._indices();
+    at::Tensor rows = indices.select(0, 0);
+    for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
+    layout.rows = held_.emplace_back(rows.contiguous()).const_data_ptr<int64_t>();
+    layout.sizes[0] = rows.numel();
+  }
   layout.ndim = 2;
-  layout.sizes[0] = kept_rows.numel();
-  layout.sizes[1] = values.numel() / kept_rows.numel();
+  layout.sizes[1] = values.numel() / values.size(0);
+  bundle.numel = layout.sizes[0] * layout.sizes[1];
   for (int k = 0; k < rule_.count; ++k) {
     layout.strides[k][0] = layout.sizes[1];
     layout.strides[k][1] = 1;

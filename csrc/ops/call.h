@@ -15,6 +15,7 @@
 #include "../kernels/operand.h"
 #include "../rules/rule.h"
 #include "../rules/average.h"
+#include "sparse_rows.h"
 
 namespace optim_ext::ops {
 
@@ -178,6 +179,7 @@ class Call : public Work {
   const Operands averaging_;  // the operands of rules::Average
   Bundles averages_;
   std::deque<Layout> layouts_;
+  std::deque<SparseRows> rows_;  // what these say of sparse gradients
   std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
 };

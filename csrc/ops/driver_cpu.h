@@ -31,42 +31,6 @@ struct CpuDriver {
     return same;
   }
 
-  // A row of a sparse gradient that is worth a call of its own is swept as a tensor of its own.
-  static constexpr int64_t kOwnSweep = 16;
-
-  template <class Rule>
-  static void sweep_rows(cpu::Sweep<Rule> sweep, const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end,
-                         const Pass& pass) {
-    const Layout* const layout = bundle.layout;
-    if (layout == nullptr || layout->rows == nullptr || layout->sizes[1] < kOwnSweep)
-      return sweep(rule, bundle, begin, end, pass);
-    const int64_t width = layout->sizes[1];
-    Bundle row = bundle;
-    row.layout = nullptr;
-    for (int64_t n = begin / width; n * width < end; ++n) {
-      fetch_row<Rule>(bundle, std::min(n + kRowsAhead, layout->sizes[0] - 1));
-      for (int k = 0; k < Rule::kOperands; ++k) {
-        row.data[k] = static_cast<char*>(bundle.data[k]) +
-                      layout->place(k, 0, n) * layout->strides[k][0] * bytes_of(bundle.storage[k]);
-      }
-      sweep(rule, row, std::max<int64_t>(begin - n * width, 0), std::min(end - n * width, width), pass);
-    }
-  }
-
-  // Rows lie anywhere in a table larger than the caches: they are asked for before it is their turn.
-  static constexpr int64_t kRowsAhead = 8, kLine = 64, kLinesAhead = 8;
-
-  template <class Rule>
-  static void fetch_row(const Bundle& bundle, int64_t n) {
-    const Layout& layout = *bundle.layout;
-    for (int k = 0; k < Rule::kOperands; ++k) {
-      if (!((Rule::kUsed >> k) & 1u)) continue;
-      const int64_t bytes = layout.strides[k][0] * bytes_of(bundle.storage[k]);
-      const char* const row = static_cast<const char*>(bundle.data[k]) + layout.place(k, 0, n) * bytes;
-      for (int64_t at = 0; at < std::min(bytes, kLinesAhead * kLine); at += kLine) __builtin_prefetch(row + at, 1);
-    }
-  }
-
   template <class Rule>
   static void run(const Rule& rule, const Work& call) {
     std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
@@ -90,7 +54,7 @@ struct CpuDriver {
         if (bundle.average && !averages_in_loop(bundle)) {
           sweep_averaged(sweep, ready, bundle, from, to, call.pass, isa);
         } else if (from < to) {
-          sweep_rows(sweep, ready, bundle, from, to, call.pass);
+          sweep(ready, bundle, from, to, call.pass);
         }
         begin = stop;
       }

@@ -6,6 +6,7 @@
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -52,13 +53,14 @@ namespace {
 // replaced.
 class Plan {
  public:
-  // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse) each; a key of
-  // None leaves that list empty.
+  // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse, whether they may
+  // be dense) each; a key of None leaves that list empty.
   // partial: keys of state that only some parameters have; the op is given a list of these.
   // averages: running averages by parameter, to be brought up to date with it.
+  // numbers: keys of state that are Python numbers; the op is given tensors that hold these during the step.
   Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls,
-       const py::dict& averages, const py::set& partial)
-      : op_(std::move(op)), groups_(py::len(param_groups)), partial_(partial) {
+       const py::dict& averages, const py::set& partial, const py::set& numbers)
+      : op_(std::move(op)), groups_(py::len(param_groups)), partial_(partial), number_keys_(numbers) {
     for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state, averages);
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (const auto& param : params_of(param_groups, g)) groups_[g].push_back(param.ptr());
@@ -86,9 +88,13 @@ class Plan {
       to_make += !gathered[c].grads.empty();
       to_make += common.average_weight && calls_[c].is_averaged() && !gathered[c].all;
     }
+    read_numbers();
     // One call checks itself before it writes. Several must all be sound before the first of them writes.
     if (check_only || to_make > 1) run_all(gathered, hypers, common, param_groups, true);
-    if (!check_only) run_all(gathered, hypers, common, param_groups, false);
+    if (!check_only) {
+      run_all(gathered, hypers, common, param_groups, false);
+      write_numbers();
+    }
     const py::gil_scoped_release no_gil;
     for (size_t c = 0; c < calls_.size(); ++c) let_go(calls_[c].device, gathered[c].grads);
     return true;
@@ -100,7 +106,7 @@ class Plan {
     c10::Device device;
     std::vector<int64_t> indices;            // into group["params"], for messages
     std::vector<std::vector<Tensor>> lists;  // params, (grads: empty), state...; an absent list is empty
-    bool takes_sparse;
+    bool takes_sparse, takes_dense;
     std::vector<uint8_t> ready;    // whether the state of a parameter is there
     std::vector<Tensor> averages;  // of the parameters; empty where they are not averaged
     std::set<size_t> partial;      // lists with undefined tensors, which the op is not given
@@ -120,6 +126,13 @@ class Plan {
     PyObject* key;
     PyObject* value;
     std::vector<Item> items;
+  };
+
+  // A Python number of state, such as a step count, and the tensor an op sees in its place.
+  struct Number {
+    py::object key;
+    Tensor tensor;
+    double value = 0.0;  // when the step began
   };
 
   static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
@@ -154,6 +167,7 @@ class Plan {
                           {},
                           std::vector<std::vector<Tensor>>(op_->lists()),
                           py::cast<bool>(spec[3]),
+                          py::cast<bool>(spec[4]),
                           {},
                           {}});
         source_.push_back(spec_count_);
@@ -170,9 +184,12 @@ class Plan {
         PyObject* const value =
             entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-        const bool there = value != nullptr && THPVariable_Check(value);
-        call.lists[kFirstState + k].push_back(there ? THPVariable_Unpack(value) : Tensor());
-        if (there) ours_.emplace(value, true);
+        const bool is_number = value != nullptr && number_keys_.contains(keys[k]);
+        const bool there = value != nullptr && (is_number || THPVariable_Check(value));
+        call.lists[kFirstState + k].push_back(is_number ? tensor_of_number(entry, k, keys[k])
+                                              : there   ? THPVariable_Unpack(value)
+                                                        : Tensor());
+        if (there && !is_number) ours_.emplace(value, true);
         const bool may_lack = partial_.contains(keys[k]);
         if (may_lack) call.partial.insert(kFirstState + k);
         ready &= there || may_lack;
@@ -180,6 +197,31 @@ class Plan {
       call.ready.push_back(ready);
     }
     ++spec_count_;
+  }
+
+  // The same one wherever a parameter occurs more than once.
+  const Tensor& tensor_of_number(PyObject* entry, size_t k, const py::object& key) {
+    Number& number = numbers_[{entry, k}];
+    if (!number.tensor.defined()) number = {key, at::zeros({}, at::kDouble)};
+    return number.tensor;
+  }
+
+  void read_numbers() {
+    for (auto& [place, number] : numbers_) {
+      PyObject* const value = PyDict_GetItemWithError(place.first, number.key.ptr());
+      const py::object as_float = py::reinterpret_steal<py::object>(value ? PyNumber_Float(value) : nullptr);
+      if (!as_float) throw py::error_already_set();
+      number.value = *number.tensor.mutable_data_ptr<double>() = PyFloat_AS_DOUBLE(as_float.ptr());
+    }
+  }
+
+  void write_numbers() {
+    for (const auto& [place, number] : numbers_) {
+      const double value = *number.tensor.const_data_ptr<double>();
+      if (value == number.value) continue;
+      const py::object as_int = py::reinterpret_steal<py::object>(PyLong_FromDouble(value));
+      if (!as_int || PyDict_SetItem(place.first, number.key.ptr(), as_int.ptr()) < 0) throw py::error_already_set();
+    }
   }
 
   void remember_state(const py::dict& state) {
@@ -250,7 +292,7 @@ class Plan {
       }
       const bool sparse = call.takes_sparse && grad.is_sparse() && !grad.is_complex() && params[i].is_contiguous();
       if (sparse && call.is_averaged()) return false;  // only some rows are stepped, but all are averaged
-      if (!call.ready[i] || (grad.layout() != at::kStrided && !sparse) || is_intercepted(grad) ||
+      if (!call.ready[i] || !(sparse || (call.takes_dense && grad.layout() == at::kStrided)) || is_intercepted(grad) ||
           params[i].device() != call.device || is_intercepted(params[i]))
         return false;
       out.grads.push_back(grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad);
@@ -335,7 +377,8 @@ class Plan {
   std::shared_ptr<PlannedOp> op_;
   std::vector<std::vector<PyObject*>>
       groups_;  // identities; the tensors behind them are held by calls_ or by their group
-  const py::set partial_;
+  const py::set partial_, number_keys_;
+  std::map<std::pair<PyObject*, size_t>, Number> numbers_;  // by the state's dict they are in, and the op's list
   std::vector<PlannedCall> calls_;
   std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
@@ -348,11 +391,12 @@ class Plan {
 void bind_plan(py::module_& m, PlannedOps ops) {
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
       .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
-                          const py::list& calls, const py::dict& averages, const py::set& partial) {
-             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls, averages, partial);
+                          const py::list& calls, const py::dict& averages, const py::set& partial,
+                          const py::set& numbers) {
+             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls, averages, partial, numbers);
            }),
            py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict(),
-           py::arg("partial") = py::set())
+           py::arg("partial") = py::set(), py::arg("numbers") = py::set())
       .def(
           "step",
           [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers,

@@ -159,6 +159,7 @@ struct TileOperand {
 
   OPTIM_EXT_SHARED void load(int64_t start, int64_t n, V* buffer) const {
     if (layout == nullptr) return widen(at(start), storage, 1, buffer, n);
+    if (layout->firsts != nullptr && operand == kGrad) return load_sums(start, n, buffer);
     walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
       widen(at(offset), storage, stride, buffer + i, count);
     });
@@ -169,6 +170,23 @@ struct TileOperand {
     walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
       narrow(buffer + i, at(offset), storage, stride, count);
     });
+  }
+
+  // The same for rows of a sparse gradient that lie anywhere in memory, or in several places.
+  OPTIM_EXT_INLINE void load_sums(int64_t start, int64_t n, V* buffer) const {
+    V term[kTile];
+    const int64_t width = layout->sizes[1];
+    int64_t row = start / width, column = start - row * width;
+    for (int64_t i = 0, count; i < n; i += count, ++row, column = 0) {
+      count = width - column < n - i ? width - column : n - i;
+      int64_t source = layout->firsts[row];
+      widen(at(layout->sources[source] * width + column), storage, 1, buffer + i, count);
+      while (++source < layout->firsts[row + 1]) {
+        widen(at(layout->sources[source] * width + column), storage, 1, term, count);
+        V* const sum = buffer + i;
+        OPTIM_EXT_FOR(e, count) sum[e] = sum[e] + term[e];
+      }
+    }
   }
 
   // Visits n elements from `start` in runs of one stride: those of the fastest dimension, or all where memory is dense.
@@ -235,6 +253,61 @@ OPTIM_EXT_INLINE void apply_to_bf16(const Rule& given, void* const* data, int64_
   }
 }
 
+// Rows lie anywhere in a table larger than the caches: they are asked for before it is their turn.
+constexpr int64_t kRowsAhead = 8, kLine = 64, kLinesAhead = 8;
+
+template <class Rule>
+OPTIM_EXT_INLINE void fetch_row(const Bundle& bundle, int64_t n) {
+  const Layout& layout = *bundle.layout;
+  for (int k = 0; k < Rule::kOperands; ++k) {
+    if (!((Rule::kUsed >> k) & 1u)) continue;
+    const int64_t bytes = layout.sizes[1] * bytes_of(bundle.storage[k]);
+    const int64_t place = k != kGrad               ? layout.rows[n]
+                          : layout.firsts != nullptr ? layout.sources[layout.firsts[n]]
+                                                     : n;
+    const char* const row = static_cast<const char*>(bundle.data[k]) + place * bytes;
+    for (int64_t at = 0; at < bytes && at < kLinesAhead * kLine; at += kLine) __builtin_prefetch(row + at, 1);
+  }
+}
+
+// A row of a sparse gradient that is worth a loop of its own.
+constexpr int64_t kOwnRow = 16;
+
+// Elements [begin, end) of such rows, where nothing needs converting.
+template <class Rule, class V>
+OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_t begin, int64_t end, V grad_factor) {
+  constexpr typename MakeIndices<Rule::kOperands>::type kAll;
+  const Rule rule = given;
+  const Layout layout = *bundle.layout;
+  const int64_t width = layout.sizes[1], last = layout.sizes[0] - 1;
+  const TileOperand<V> grads{bundle.data[kGrad], bundle.storage[kGrad], bundle.layout, kGrad};
+  alignas(64) V buffer[kTile];
+  V* data[Rule::kOperands];
+  for (int k = 0; k < Rule::kOperands; ++k) data[k] = static_cast<V*>(bundle.data[k]);
+  int64_t row = begin / width, column = begin - row * width;
+  for (int64_t start = begin, n; start < end; start += n) {
+    if (column == 0) fetch_row<Rule>(bundle, row + kRowsAhead < last ? row + kRowsAhead : last);
+    n = width - column < end - start ? width - column : end - start;
+    V* tile[Rule::kOperands];
+    for (int k = 0; k < Rule::kOperands; ++k) tile[k] = data[k] + layout.rows[row] * width + column;
+    if (layout.firsts == nullptr) {
+      tile[kGrad] = data[kGrad] + start;
+    } else if (layout.firsts[row + 1] == layout.firsts[row] + 1) {
+      tile[kGrad] = data[kGrad] + layout.sources[layout.firsts[row]] * width + column;
+    } else {
+      n = n < kTile ? n : kTile;
+      grads.load(start, n, buffer);
+      tile[kGrad] = buffer;
+    }
+    apply<Rule, V>(rule, tile, n, grad_factor, [](int64_t) __attribute__((always_inline)) {}, kAll);
+    column += n;
+    if (column == width) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
 }  // namespace
 
 // Applies `rule` to elements [begin, end) of one parameter, and brings its average up to date where the same loop can.
@@ -252,6 +325,11 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
   constexpr typename MakeIndices<Rule::kOperands>::type kAll;
   if constexpr (sizeof(V) == sizeof(float) && OPTIM_EXT_REGISTER_BYTES > 16) {
     if (all_bf16) return apply_to_bf16(rule, bundle.data, begin, end - begin, float(pass.grad_factor), kAll);
+  }
+  if (bundle.layout != nullptr && bundle.layout->rows != nullptr && bundle.layout->sizes[1] >= kOwnRow) {
+    bool native = !pass.unscale;
+    for (int k = 0; k < Rule::kOperands; ++k) native &= !((Rule::kUsed >> k) & 1u) || bundle.storage[k] == kNative<V>;
+    if (native) return sweep_rows<Rule, V>(rule, bundle, begin, end, V(pass.grad_factor));
   }
   const bool averages = bundle.average != nullptr && averages_in_loop(bundle);
   const int64_t length = all_in_place ? end - begin : kTile;
