@@ -126,6 +126,57 @@ def test_sparse_adam_refuses_dense_gradients_in_torchs_words():
     assert not optimizer.state and not params[0].any()
 
 
+def test_sparse_adam_refuses_a_dense_gradient_at_a_later_step():
+    params = [torch.zeros(3, 2), torch.zeros(3, 2)]
+    optimizer = optim_ext.SparseAdam(params)
+    for step in range(3):
+        params[0].grad = sparse((3, 2), 1, 2, torch.float32, step)
+        params[1].grad = torch.ones(3, 2) if step == 2 else params[0].grad
+        if step < 2:
+            optimizer.step()
+    before = [bits(p) for p in params]
+    with pytest.raises(RuntimeError, match="does not support dense gradients"):
+        optimizer.step()
+    assert [bits(p) for p in params] == before
+    assert [optimizer.state[p]["step"] for p in params] == [2, 2]
+
+
+def test_sparse_adam_counts_its_steps_in_the_state():
+    """As Python numbers, one for each parameter; what is put there counts from then on."""
+    params = [torch.zeros(3, 2, dtype=torch.float64) for _ in range(2)]
+    ours, theirs, twins = pair("SparseAdam", {"lr": 0.1}, params)
+    for step in range(6):
+        for own, one in ((params, ours), (twins, theirs)):
+            for i, p in enumerate(own):
+                p.grad = sparse((3, 2), 1, 2, torch.float64, step) if i == 0 or step % 2 else None
+            if step == 4:
+                one.state[own[0]]["step"] = 1000
+            one.step()
+        torch.testing.assert_close(params, twins)
+        same_state(ours, theirs)
+    assert [ours.state[p]["step"] for p in params] == [1002, 3]
+    for wrong, error in ((-1, RuntimeError), ("three", ValueError), (None, TypeError)):
+        ours.state[params[0]]["step"] = wrong
+        before = [bits(p) for p in params]
+        with pytest.raises(error):
+            ours.step()
+        assert [bits(p) for p in params] == before
+        assert [ours.state[p]["step"] for p in params] == [wrong, 3]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_sparse_adam_steps_a_parameter_as_often_as_it_occurs():
+    params = [torch.randn(4, 3, dtype=torch.float64)]
+    twins = [params[0].clone()]
+    ours, theirs = optim_ext.SparseAdam(params * 2, lr=0.1), torch.optim.SparseAdam(twins * 2, lr=0.1)
+    for step in range(3):
+        for own, one in ((params, ours), (twins, theirs)):
+            own[0].grad = sparse((4, 3), 1, 3, torch.float64, step)
+            one.step()
+        torch.testing.assert_close(params, twins)
+        assert ours.state[params[0]]["step"] == theirs.state[twins[0]]["step"]
+
+
 @pytest.mark.parametrize(
     ("params", "options"),
     [
@@ -177,21 +228,56 @@ def test_strided_tables_take_torchs_path():
     torch.testing.assert_close(params, twins)
 
 
+def added_up(grad, dtype):
+    """The coalesced gradient, each row the sum of its values in the order they come in, computed in ``dtype``."""
+    sums = {}
+    for place, value in zip(zip(*grad._indices().tolist(), strict=True), grad._values().to(dtype), strict=True):
+        sums[place] = sums[place] + value if place in sums else value.clone()
+    places = sorted(sums)
+    indices, values = torch.tensor(places).T, torch.stack([sums[place] for place in places])
+    return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True, check_invariants=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sparse_dim", [1, 2])
-@pytest.mark.parametrize("count", [1, 40, 3000])
-def test_repeated_rows_are_added_up_as_by_coalesce(count, sparse_dim, dtype):
-    """The same bits, also where most rows are there many times, as the order of additions is the same."""
-    shape = (37, 5, 7)
+@pytest.mark.parametrize(("shape", "sparse_dim"), [((37, 5, 7), 1), ((37, 5, 7), 2), ((185,), 1), ((9, 300), 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 40, 3000])
+def test_repeated_rows_are_added_up_in_order(count, shape, sparse_dim, dtype):
+    """The same bits as the sums taken one after the other, for halves in float32, and torch's result."""
     grad = sparse(shape, sparse_dim, count, dtype, seed=count)
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
     for name, options in EVERY:
-        params = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(2)]
-        for param, own in zip(params, (grad, grad.coalesce()), strict=True):
+        params = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(3)]
+        params[1].grad_dtype = computed_in
+        for param, own in zip(params, (grad, added_up(grad, computed_in), grad.coalesce()), strict=True):
             optimizer = getattr(optim_ext, name)([param], **options)
             for _ in range(2):
                 param.grad = own
                 optimizer.step()
-        assert torch.equal(*params), name
+            assert optim_ext.explain(optimizer)[0].native
+        assert torch.equal(params[0], params[1]), name
+        if dtype.itemsize >= 4:
+            torch.testing.assert_close(params[0], params[2])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 2000, 70_000])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "all the same"])
+def test_rows_in_any_order(rows, order):
+    """Tables of sizes that take different numbers of passes to sort, with fewer and with more values than rows."""
+    for count in (1, 5, 300):
+        index = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(rows))
+        index = {
+            "random": index,
+            "ascending": index.unique(),
+            "descending": index.sort(descending=True).values,
+            "all the same": index[:1].expand(count),
+        }[order]
+        values = torch.randn(len(index), 3, dtype=torch.float64)
+        params = [torch.zeros(rows, 3, dtype=torch.float64) for _ in range(2)]
+        ours, theirs = optim_ext.SGD(params[:1], lr=1.0), torch.optim.SGD(params[1:], lr=1.0)
+        for param, optimizer in zip(params, (ours, theirs), strict=True):
+            param.grad = torch.sparse_coo_tensor(index[None], values, (rows, 3), check_invariants=False)
+            optimizer.step()
+        torch.testing.assert_close(*params)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -205,8 +291,8 @@ def test_bits_do_not_depend_on_threads(threads):
             torch.manual_seed(0)
             param = torch.randn(3000, 40)
             optimizer = optim_ext.SparseAdam([param], lr=0.1)
-            for step in range(2):
-                param.grad = sparse((3000, 40), 1, 2500, torch.float32, step)
+            for step in range(3):
+                param.grad = sparse((3000, 40), 1, 2500 if step < 2 else 20_000, torch.float32, step)
                 optimizer.step()
             results.append(param)
     finally:

@@ -270,10 +270,7 @@ OPTIM_EXT_INLINE void fetch_row(const Bundle& bundle, int64_t n) {
   }
 }
 
-// A row of a sparse gradient that is worth a loop of its own.
-constexpr int64_t kOwnRow = 16;
-
-// Elements [begin, end) of such rows, where nothing needs converting.
+// Elements [begin, end) of the rows of a sparse gradient, one row after the other, where nothing needs converting.
 template <class Rule, class V>
 OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_t begin, int64_t end, V grad_factor) {
   constexpr typename MakeIndices<Rule::kOperands>::type kAll;
@@ -326,7 +323,7 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
   if constexpr (sizeof(V) == sizeof(float) && OPTIM_EXT_REGISTER_BYTES > 16) {
     if (all_bf16) return apply_to_bf16(rule, bundle.data, begin, end - begin, float(pass.grad_factor), kAll);
   }
-  if (bundle.layout != nullptr && bundle.layout->rows != nullptr && bundle.layout->sizes[1] >= kOwnRow) {
+  if (bundle.layout != nullptr && bundle.layout->rows != nullptr) {
     bool native = !pass.unscale;
     for (int k = 0; k < Rule::kOperands; ++k) native &= !((Rule::kUsed >> k) & 1u) || bundle.storage[k] == kNative<V>;
     if (native) return sweep_rows<Rule, V>(rule, bundle, begin, end, V(pass.grad_factor));
