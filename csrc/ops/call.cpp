@@ -25,7 +25,11 @@ const at::SparseTensorImpl& sparse_parts(const at::Tensor& tensor) {
 // Of the gradient of a parameter of these sizes.
 SparseIndices indices_of(const at::Tensor& grad, at::IntArrayRef sizes) {
   const at::Tensor indices = sparse_parts(grad).indices();
-  return {indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1), indices.size(0), indices.size(1),
+  return {indices.const_data_ptr<int64_t>(),
+          indices.stride(0),
+          indices.stride(1),
+          indices.size(0),
+          indices.size(1),
           sizes.data()};
 }
 

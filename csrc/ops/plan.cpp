@@ -53,10 +53,9 @@ namespace {
 // replaced.
 class Plan {
  public:
-  // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse, whether they may
-  // be dense) each; a key of None leaves that list empty.
-  // partial: keys of state that only some parameters have; the op is given a list of these.
-  // averages: running averages by parameter, to be brought up to date with it.
+  // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse, whether they
+  // may be dense) each; a key of None leaves that list empty. partial: keys of state that only some parameters have;
+  // the op is given a list of these. averages: running averages by parameter, to be brought up to date with it.
   // numbers: keys of state that are Python numbers; the op is given tensors that hold these during the step.
   Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls,
        const py::dict& averages, const py::set& partial, const py::set& numbers)

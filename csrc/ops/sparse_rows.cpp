@@ -19,8 +19,8 @@ struct Place {
 
 constexpr int kLeastDigit = 4, kMostDigit = 11;  // bits a pass looks at: as many as there are places, within reason
 
-// Sorts by row, all of them below `limit`; places in the same row stay in order. `spare` is as long as `places`; returns
-// which of the two holds the result.
+// Sorts by row, all of them below `limit`; places in the same row stay in order. `spare` is as long as `places`;
+// returns which of the two holds the result.
 Place* sort_by_row(Place* places, Place* spare, int64_t count, uint64_t limit) {
   const int bits = std::bit_width(limit - 1);
   const int most = std::clamp<int>(std::bit_width(static_cast<uint64_t>(count)), kLeastDigit, kMostDigit);

@@ -239,7 +239,9 @@ def added_up(grad, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("shape", "sparse_dim"), [((37, 5, 7), 1), ((37, 5, 7), 2), ((185,), 1), ((9, 300), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "sparse_dim"), [((37, 5, 7), 1), ((37, 5, 7), 2), ((185,), 1), ((9, 300), 1)], ids=str
+)
 @pytest.mark.parametrize("count", [1, 2, 40, 3000])
 def test_repeated_rows_are_added_up_in_order(count, shape, sparse_dim, dtype):
     """The same bits as the sums taken one after the other, for halves in float32, and torch's result."""

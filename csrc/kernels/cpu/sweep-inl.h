@@ -262,9 +262,7 @@ OPTIM_EXT_INLINE void fetch_row(const Bundle& bundle, int64_t n) {
   for (int k = 0; k < Rule::kOperands; ++k) {
     if (!((Rule::kUsed >> k) & 1u)) continue;
     const int64_t bytes = layout.sizes[1] * bytes_of(bundle.storage[k]);
-    const int64_t place = k != kGrad               ? layout.rows[n]
-                          : layout.firsts != nullptr ? layout.sources[layout.firsts[n]]
-                                                     : n;
+    const int64_t place = k != kGrad ? layout.rows[n] : layout.firsts != nullptr ? layout.sources[layout.firsts[n]] : n;
     const char* const row = static_cast<const char*>(bundle.data[k]) + place * bytes;
     for (int64_t at = 0; at < bytes && at < kLinesAhead * kLine; at += kLine) __builtin_prefetch(row + at, 1);
   }
