@@ -36,15 +36,28 @@ def python():
 
 
 @pytest.fixture(scope="session")
-def cpp_build():
-    """The CMake build of the torch-free rooms, in the folder `make cpp-test` uses; brought up to date first."""
+def kernel_objects():
+    """The folder with the kernels' objects of the module under test, which a build in place leaves; None where the sources
+    have changed since, or where it was built elsewhere."""
+    info = optim_ext.build_info()
+    name = f"torch-{info['torch']}-{'cuda' if info['cuda'] else 'cpu'}-{sys.implementation.cache_tag}"
+    folder = ROOT / "build" / name / "objects/csrc/kernels/cpu"
+    made = [path.stat().st_mtime for path in folder.glob("*.o")]
+    sources = [path for room in ("rules", "kernels") for path in (ROOT / "csrc" / room).rglob("*.*")]
+    return folder if made and min(made) > max(path.stat().st_mtime for path in sources) else None
+
+
+@pytest.fixture(scope="session")
+def cpp_build(kernel_objects):
+    """The CMake build of the C++ tests, with the kernels of the module under test where they are at hand."""
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=tools)
     assert cmake, "cmake is missing: pip install cmake"
-    folder = ROOT / "build/cpp-test"
+    folder = ROOT / "build/tests-cpp"
     folder.mkdir(parents=True, exist_ok=True)
+    option = f"-DOPTIM_EXT_KERNELS={kernel_objects or ''}"
     with FileLock(folder / "tests.lock"):
-        for command in (["-S", ROOT, "-B", folder], ["--build", folder, "-j", "2"]):
+        for command in (["-S", ROOT, "-B", folder, option], ["--build", folder, "-j", "2"]):
             done = subprocess.run([cmake, *command], capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
     return folder
