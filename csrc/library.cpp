@@ -8,6 +8,7 @@
 #include "ops/drivers.h"
 #include "ops/gradients.h"
 #include "ops/lbfgs_op.h"
+#include "ops/lbfgs_params.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -183,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
   bind_plan(m, {FOR_EACH_STEP_OP(PLAN_ENTRY)});
   bind_average_plan(m);
   bind_gradients(m);
+  bind_lbfgs_params(m);
 #define NAME(op, function, schema) #op,
   m.def(
       "step_ops", [] { return std::vector<std::string>{FOR_EACH_STEP_OP(NAME)}; }, "The ops an optimizer steps with.");

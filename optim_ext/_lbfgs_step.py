@@ -144,19 +144,18 @@ class Workspace:
         self.rows.disown()
 
     def read(self, into: Tensor) -> None:
-        _OPS.lbfgs_gather_(into, self.params, self.offsets)
+        _C.lbfgs_read(into, self.params, self.offsets)
 
     def gather(self, into: Tensor, negate: bool) -> None:
         """The gradients as one vector; zeros for parameters without."""
-        grads, offsets = [p.grad for p in self.params], self.offsets
-        if not all(grad is not None and grad.layout is torch.strided for grad in grads):
-            there = [(offset, grad) for offset, grad in zip(offsets, grads, strict=True) if grad is not None]
-            offsets = [offset for offset, _ in there]
-            grads = [grad if grad.layout is torch.strided else grad.to_dense() for _, grad in there]
-        _OPS.lbfgs_gather_(into, grads, offsets, negate=negate)
+        if _C.lbfgs_read_grads(into, self.params, self.offsets, negate):
+            return
+        there = [(offset, p.grad) for offset, p in zip(self.offsets, self.params, strict=True) if p.grad is not None]
+        grads = [grad if grad.layout is torch.strided else grad.to_dense() for _, grad in there]
+        _OPS.lbfgs_gather_(into, grads, [offset for offset, _ in there], negate=negate)
 
     def move(self, d: Tensor, t: float, origin: Tensor | None = None) -> None:
-        _OPS.lbfgs_displace_(self.params, d, origin=origin, t=t)
+        _C.lbfgs_move(self.params, d, t, origin)
 
     def norms(self, vector: Tensor, other: Tensor | None = None) -> tuple[float, float, float]:
         """Largest magnitude, sum of magnitudes, product with another vector."""

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "drivers.h"
+#include "parallel.h"
 
 namespace optim_ext::ops {
 
@@ -96,16 +97,32 @@ Storage moved_storage(const Tensor& tensor, const char* op, const char* name, si
   return *storage;
 }
 
-void add_bundle(Work& work, std::initializer_list<std::pair<void*, Storage>> operands, int64_t numel) {
-  Bundle bundle{};
-  int k = 0;
-  for (const auto& [data, storage] : operands) {
-    bundle.data[k] = data;
-    bundle.storage[k++] = storage;
-    bundle.in_double |= data != nullptr && storage == Storage::f64;
-  }
-  bundle.numel = numel;
-  work.bundles.push_back(bundle);
+// The tensors of a move as the operand `k` of bundles, looked at on all threads. Operand data stays empty where a
+// tensor is not dense.
+Work moved_tensors(const char* op, const char* name, TensorList tensors, int k, bool is_written, at::Device device) {
+  Work work;
+  work.device = device;
+  work.bundles.resize(tensors.size());
+  over_tensors(device, static_cast<int64_t>(tensors.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Tensor& tensor = tensors[i];
+      Bundle& bundle = work.bundles[i] = Bundle{};
+      bundle.storage[k] = moved_storage(tensor, op, name, i, device);
+      bundle.in_double = bundle.storage[k] == Storage::f64;
+      bundle.numel = real_numel(tensor);
+      if (tensor.is_contiguous())
+        bundle.data[k] = is_written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    }
+  });
+  return work;
+}
+
+// A part of one of the flat vectors.
+void set_operand(Bundle& bundle, int k, const void* data, int64_t offset, Storage storage) {
+  bundle.storage[k] = storage;
+  if (data == nullptr) return;
+  bundle.data[k] = static_cast<char*>(const_cast<void*>(data)) + offset * bytes_of(storage);
+  bundle.in_double |= storage == Storage::f64;
 }
 
 // To 45 bits, so that a product with one of the 8 bits of bf16 is exact.
@@ -113,10 +130,6 @@ double rounded_for_bf16(double value) {
   const uint64_t dropped = (uint64_t{1} << 8) - 1;
   return std::isfinite(value) ? std::bit_cast<double>((std::bit_cast<uint64_t>(value) + (dropped + 1) / 2) & ~dropped)
                               : value;
-}
-
-char* at_element(const void* data, int64_t element, Storage storage) {
-  return static_cast<char*>(const_cast<void*>(data)) + element * bytes_of(storage);
 }
 
 }  // namespace
@@ -127,23 +140,19 @@ void lbfgs_gather_(const Tensor& flat, TensorList tensors, at::IntArrayRef offse
   const Vectors vectors(op, flat, "flat");
   TORCH_CHECK_VALUE(tensors.size() == offsets.size(), "optim_ext::", op, ": tensors has ", tensors.size(),
                     " tensors but offsets has ", offsets.size(), " numbers; the lists must be equally long");
-  Work work;
-  work.device = flat.device();
-  work.bundles.reserve(tensors.size());
+  Work work = moved_tensors(op, "tensors", tensors, 1, false, flat.device());
   std::vector<Tensor> dense;
+  void* const to = flat.mutable_data_ptr();
   int64_t end = 0, covered = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Storage storage = moved_storage(tensors[i], op, "tensors", i, flat.device());
-    const int64_t numel = real_numel(tensors[i]);
-    TORCH_CHECK_VALUE(offsets[i] >= end && numel <= flat.numel() - offsets[i], "optim_ext::", op, ": tensors[", i,
-                      "] with ", numel, " elements has no room at ", offsets[i], " of ", flat.numel());
-    end = offsets[i] + numel;
-    covered += numel;
-    const Tensor& source = tensors[i].is_contiguous() ? tensors[i] : dense.emplace_back(tensors[i].contiguous());
-    add_bundle(work,
-               {{at_element(flat.mutable_data_ptr(), offsets[i], vectors.storage()), vectors.storage()},
-                {const_cast<void*>(source.const_data_ptr()), storage}},
-               numel);
+    Bundle& bundle = work.bundles[i];
+    TORCH_CHECK_VALUE(offsets[i] >= end && bundle.numel <= flat.numel() - offsets[i], "optim_ext::", op, ": tensors[",
+                      i, "] with ", bundle.numel, " elements has no room at ", offsets[i], " of ", flat.numel());
+    end = offsets[i] + bundle.numel;
+    covered += bundle.numel;
+    set_operand(bundle, 0, to, offsets[i], vectors.storage());
+    if (bundle.data[1] == nullptr && bundle.numel > 0)
+      bundle.data[1] = const_cast<void*>(dense.emplace_back(tensors[i].contiguous()).const_data_ptr());
   }
   note_write(flat);
   if (covered != flat.numel()) flat.zero_();  // what belongs to tensors that are not there
@@ -157,27 +166,24 @@ void lbfgs_displace_(TensorList params, const Tensor& d, const OptionalTensor& o
   const char* const op = "lbfgs_displace_";
   const Vectors vectors(op, d, "d");
   const void* const from = vectors.in(origin, "origin");
-  Work work;
-  work.device = d.device();
-  work.bundles.reserve(params.size());
+  Work work = moved_tensors(op, "params", params, 0, true, d.device());
   std::vector<std::pair<const Tensor&, Tensor>> copies;  // of parameters that are not dense
+  const void* const direction = d.const_data_ptr();
   int64_t offset = 0;
   for (size_t i = 0; i < params.size(); ++i) {
-    const Storage storage = moved_storage(params[i], op, "params", i, d.device());
-    const int64_t numel = real_numel(params[i]);
-    TORCH_CHECK_VALUE(numel <= d.numel() - offset, "optim_ext::", op, ": params have more elements than d, which has ",
-                      d.numel());
-    const Tensor& target =
-        params[i].is_contiguous() ? params[i] : copies.emplace_back(params[i], params[i].contiguous()).second;
-    add_bundle(work,
-               {{target.mutable_data_ptr(), storage},
-                {at_element(d.const_data_ptr(), offset, vectors.storage()), vectors.storage()},
-                {from ? at_element(from, offset, vectors.storage()) : nullptr, vectors.storage()}},
-               numel);
-    offset += numel;
+    Bundle& bundle = work.bundles[i];
+    TORCH_CHECK_VALUE(bundle.numel <= d.numel() - offset, "optim_ext::", op,
+                      ": params have more elements than d, which has ", d.numel());
+    set_operand(bundle, 1, direction, offset, vectors.storage());
+    set_operand(bundle, 2, from, offset, vectors.storage());
+    if (bundle.data[0] == nullptr && bundle.numel > 0)
+      bundle.data[0] = copies.emplace_back(params[i], params[i].contiguous()).second.mutable_data_ptr();
+    offset += bundle.numel;
   }
   TORCH_CHECK_VALUE(offset == d.numel(), "optim_ext::", op, ": params have ", offset, " elements, d has ", d.numel());
-  for (const Tensor& param : params) note_write(param);
+  over_tensors(d.device(), static_cast<int64_t>(params.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) note_write(params[i]);
+  });
   if (from != nullptr) {
     Driver::run(rules::Displace<true>{t}, work);
   } else {

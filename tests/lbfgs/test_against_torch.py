@@ -1,8 +1,10 @@
 """optim_ext.LBFGS beside torch.optim.LBFGS: directions, evaluations, values reached, state."""
 
 import copy
+import gc
 import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -264,3 +266,33 @@ def test_the_native_step_runs():
     names = {event.name for event in profile.events()}
     assert "Optimizer.step#LBFGS.step" in names
     assert {"optim_ext::lbfgs_pair_", "optim_ext::lbfgs_combine_", "optim_ext::lbfgs_displace_"} <= names
+
+
+@pytest.mark.parametrize("missing", [(), (0,), (5, 599)], ids=["all", "first", "some"])
+def test_many_parameters_follow_torch_and_are_let_go(missing):
+    """Enough of them to be looked at by several threads, from Python without a copy; some without a gradient."""
+
+    def run(cls):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64)) for _ in range(600)]
+        optimizer = cls(params, lr=0.3, max_iter=5, history_size=3)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(
+                (p.square().sum() * (1 + i % 7) for i, p in enumerate(params) if i not in missing), torch.zeros(())
+            )
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return params
+
+    ours, theirs = run(optim_ext.LBFGS), run(torch.optim.LBFGS)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    gc.collect()
+    tensors = [weakref.ref(p) for p in ours] + [weakref.ref(p.grad) for p in ours if p.grad is not None]
+    del ours
+    gc.collect()
+    assert all(ref() is None for ref in tensors)
