@@ -103,6 +103,29 @@ class Spec:
         return "differentiable" in inspect.signature(self.torch).parameters
 
     @property
+    def scales_in_step(self) -> bool:
+        """Whether torch's class, when fused, tells GradScaler to leave unscaling to the step."""
+        if not self.fused:
+            return False
+        fused = self.torch([torch.zeros(1, requires_grad=True)], fused=True)
+        return getattr(fused, "_step_supports_amp_scaling", False)
+
+    @property
+    def takes_late_params(self) -> bool:
+        """Whether torch's class makes state for parameters that come after its constructor (all do in 2.13)."""
+        if self.name != "Adagrad":
+            return True
+        optimizer = torch.optim.Adagrad([torch.zeros(1, requires_grad=True)])
+        late = torch.zeros(1, requires_grad=True)
+        late.grad = torch.ones(1)
+        optimizer.add_param_group({"params": [late]})
+        try:
+            optimizer.step()
+        except KeyError:
+            return False
+        return True
+
+    @property
     def in_torch(self) -> bool:
         return hasattr(torch.optim, self.name)
 

@@ -452,7 +452,7 @@ def test_every_way_to_clip_under_a_scaler(spec):
     reference, norms, scale = mixed_precision_run(spec, options, by_torch)
     assert scale == 64.0 and max(norms) > 0.1
     runs = [(options, by_call), (options, by_policy)]
-    if spec.fused:
+    if spec.scales_in_step:
         fused = {**options, "fused": True}
         runs += [(fused, by_torch), (fused, by_call), (fused, by_call_in_fused_mode), (fused, by_policy)]
     for given, control in runs:

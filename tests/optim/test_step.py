@@ -362,7 +362,17 @@ def test_state_replaced_between_steps(variant):
 
 
 def test_state_removed_between_steps(spec):
-    """State made empty is made anew where torch makes it lazily."""
+    """State made empty is made anew where torch makes it lazily, and is torch's KeyError where it does not."""
+    if not spec.takes_late_params:
+        params = make_params()
+        optimizer = spec.ours(params, **spec.typical)
+        give_grads(params, 0)
+        before = [p.detach().clone() for p in params]
+        optimizer.state.clear()
+        with pytest.raises(KeyError):
+            optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        return
     lockstep = Lockstep(spec, dtype=torch.float64).step(2)
     for optimizer in lockstep.both:
         del optimizer.state[optimizer.param_groups[0]["params"][4]]
