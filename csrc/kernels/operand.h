@@ -70,6 +70,15 @@ struct Layout {
     return at;
   }
 
+  // Lets an operand be dense, in the order the others are walked in.
+  void make_dense(int operand) {
+    int64_t stride = 1;
+    for (int d = ndim - 1; d >= 0; --d) {
+      strides[operand][d] = stride;
+      stride *= sizes[d];
+    }
+  }
+
   // Where index `i` of dimension `d` is to be found in `operand`.
   OPTIM_EXT_HOST_DEVICE int64_t place(int operand, int d, int64_t i) const {
     return rows != nullptr && d == 0 && operand != kGradOperand ? rows[i] : i;

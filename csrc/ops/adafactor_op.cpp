@@ -223,21 +223,27 @@ struct AdafactorStep {
     Tensor rms = rms_before_clipping<kFactored>(part, first, second);
     if (grad_scale) rms = rms.div(*grad_scale);
     if (common.grad_factor) rms = rms.mul(*common.grad_factor);
-    const std::vector<Tensor> of_params = root_mean_squares<Driver>(part.params).unbind(), of_updates = rms.unbind();
-    rules::AdafactorUpdate<kFactored> rule{};
+    const Tensor of_params = root_mean_squares<Driver>(part.params);
+    using Rule = rules::AdafactorUpdate<kFactored>;
+    Rule rule{};
     rule.maximize = maximize;
     const Common last{common.op,          grad_scale,    common.found_inf,
                       common.grad_factor, part.averages, common.average_weight};
-    run<Driver>(rule,
-                {.common = last,
-                 .operands = {{"params", part.params}, {"grads", part.grads}, {"first", first}, {"second", second}},
-                 .state_steps = TensorList(part.state_steps),
-                 .scalars = {{"param_rms", of_params}, {"update_rms", of_updates}}},
-                {{"lr", rule.lr, lr},
-                 {"eps1", rule.eps1, eps1},
-                 {"eps2", rule.eps2, eps2},
-                 {"d", rule.d, d},
-                 {"weight_decay", rule.weight_decay, weight_decay}});
+    const CallSpec spec{
+        .common = last,
+        .operands = {{"params", part.params}, {"grads", part.grads}, {"first", first}, {"second", second}},
+        .state_steps = TensorList(part.state_steps)};
+    Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
+    call.set({{"lr", rule.lr, lr},
+              {"eps1", rule.eps1, eps1},
+              {"eps2", rule.eps2, eps2},
+              {"d", rule.d, d},
+              {"weight_decay", rule.weight_decay, weight_decay}},
+             &rule, sizeof rule);
+    call.commit();
+    call.use_scalars(0, of_params.const_data_ptr<double>());
+    call.use_scalars(1, rms.const_data_ptr<double>());
+    Driver::run(rule, call);
   }
 
   template <bool kFactored>

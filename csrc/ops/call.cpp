@@ -743,6 +743,11 @@ void Call::note_writes() const {
   });
 }
 
+void Call::commit() {
+  note_writes();
+  for (size_t i = 0; i < bundles.size(); ++i) advance(static_cast<int64_t>(i));
+}
+
 // In order, as a count may serve several parameters.
 void Call::advance(int64_t i) {
   if (!spec_.state_steps || !spec_.counts) return;
@@ -759,6 +764,34 @@ void Call::store_scalar(int64_t i, int k, double value) {
   const at::Tensor& tensor = spec_.scalars.begin()[k].tensors[i];
   note_write(tensor);
   if (tensor.is_cpu()) store_element<double>(tensor.mutable_data_ptr(), bundles[i].scalars[k].storage, 0, value);
+}
+
+void Work::begin_second_rule() {
+  pass.unscale = false;
+  pass.device_grad_scale = nullptr;
+  steps_on_device = false;
+}
+
+void Work::use_scalars(int k, const double* values) {
+  for (Bundle& bundle : bundles) {
+    ScalarState& scalar = bundle.scalars[k];
+    scalar = {device.is_cpu() ? *values : 0.0, device.is_cpu() ? nullptr : const_cast<double*>(values), Storage::f64};
+    ++values;
+  }
+}
+
+OneOperand::OneOperand(const Work& call, int operand) {
+  device = call.device;
+  for (const Bundle& from : call.bundles) {
+    Bundle& bundle = bundles.emplace_back(Bundle{});
+    bundle.data[0] = from.data[operand];
+    bundle.storage[0] = from.storage[operand];
+    bundle.numel = from.numel;
+    if (!from.layout) continue;
+    Layout& layout = layouts_.emplace_back(*from.layout);
+    std::copy_n(from.layout->strides[operand], kMaxDims, layout.strides[0]);
+    bundle.layout = &layout;
+  }
 }
 
 void check_average_weight(const char* op, const char* name, double weight) {

@@ -104,6 +104,22 @@ struct Work {
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool steps_on_device = false;
+
+  // For another rule over the same memory: gradients are unscaled by now, and steps are counted on the device, too.
+  void begin_second_rule();
+
+  // Gives every parameter's rule a number that was computed for it, in place of scalar state: those at `values`, which
+  // are on the device.
+  void use_scalars(int k, const double* values);
+};
+
+// One operand of a call, as a reduction takes it.
+class OneOperand : public Work {
+ public:
+  OneOperand(const Work& call, int operand);
+
+ private:
+  std::deque<Layout> layouts_;
 };
 
 class Call : public Work {
@@ -121,8 +137,9 @@ class Call : public Work {
   void require_real_matrices() const;
 
   bool empty() const { return bundles.empty(); }
-  // Advances step counts and scalar state that live on the host, and tells autograd that parameters and state are
-  // about to change.
+  // Advances step counts that live on the host, and tells autograd that parameters and state are about to change.
+  void commit();
+  // The same, and advances scalar state on the host.
   template <class Rule>
   void commit(const Rule& rule);
 
@@ -202,16 +219,16 @@ Rule ready_for(const Rule& rule, const Bundle& bundle, rules::Scalar* after = nu
 
 template <class Rule>
 void Call::commit(const Rule& rule) {
-  note_writes();
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    advance(static_cast<int64_t>(i));
-    if constexpr (rules::kScalarsOf<Rule> > 0) {
+  commit();
+  if constexpr (rules::kStoresScalars<Rule>) {
+    for (size_t i = 0; i < bundles.size(); ++i) {
       rules::Scalar after[kMaxScalars] = {};
       if (host_scalars_) ready_for(rule, bundles[i], after);
       for (int k = 0; k < Rule::kScalars; ++k) store_scalar(static_cast<int64_t>(i), k, after[k].value);
     }
   }
 }
+
 // Throws unless `weight`, of the newest in a running average, is a number in [0, 1].
 void check_average_weight(const char* op, const char* name, double weight);
 std::optional<Storage> storage_of(at::ScalarType dtype);

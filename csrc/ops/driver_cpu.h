@@ -69,7 +69,7 @@ struct CpuDriver {
 
   // One result for all tensors of the call.
   template <class Reduction>
-  static void reduce_all(const Call& call, const NormOutcome& outcome) {
+  static void reduce_all(const Work& call, const NormOutcome& outcome) {
     const Slots slots = fill_slots<Reduction>(call);
     double count = 0.0;
     for (const Bundle& bundle : call.bundles) count += static_cast<double>(bundle.numel);
@@ -78,13 +78,50 @@ struct CpuDriver {
 
   // One result per tensor.
   template <class Reduction>
-  static void reduce_each(const Call& call, double* results) {
-    const Slots slots = fill_slots<Reduction>(call);
-    for (size_t i = 0; i < call.bundles.size(); ++i) {
-      const int64_t begin = slots.first_chunk[i] * kReduceSlots, end = slots.first_chunk[i + 1] * kReduceSlots;
-      results[i] = Reduction::finish(reduce_slots<Reduction>(slots.value.data() + begin, end - begin),
-                                     static_cast<double>(call.bundles[i].numel));
-    }
+  static void reduce_each(const Work& call, double* results) {
+    finish_each<Reduction>(call, fill_slots<Reduction>(call), results);
+  }
+
+  // Runs a rule whose last operand is not in the call: it is computed for its norm alone, and forgotten. Gives, tensor
+  // by tensor, the norms of the parameter and of that operand.
+  template <class Rule>
+  static void run_for_norms(const Rule& rule, const Work& call, double* param_norms, double* last_norms) {
+    using rules::L2Norm;
+    constexpr int kLast = Rule::kOperands - 1;
+    const cpu::Isa isa = current_isa();
+    const auto in_float = cpu::sweep_for<Rule, float>(isa), in_double = cpu::sweep_for<Rule, double>(isa);
+    const cpu::Reduce reduce = cpu::reduce_for<L2Norm>(isa);
+    Slots of_params(call), of_last(call);
+    over_tiles(call, of_params, [&](auto& next_tile) {
+      alignas(64) double buffer[kReduceTile];
+      Rule ready = rule;
+      Bundle work{}, last{};
+      Layout layout;
+      const Bundle* ready_at = nullptr;
+      for (Tile tile; next_tile(tile);) {
+        if (tile.bundle != ready_at) {
+          if (ready_at == nullptr || !same_point<Rule>(*ready_at, *tile.bundle)) ready = ready_for(rule, *tile.bundle);
+          ready_at = tile.bundle;
+          work = *tile.bundle;
+          work.average = nullptr;
+          work.storage[kLast] = last.storage[0] = work.in_double ? Storage::f64 : Storage::f32;
+          if (work.layout) {
+            layout = *work.layout;
+            layout.make_dense(kLast);
+            work.layout = &layout;
+          }
+        }
+        // Where the operand would begin, were there memory for all of it.
+        const int64_t before = tile.begin * bytes_of(work.storage[kLast]);
+        work.data[kLast] = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(buffer) - before);
+        last.data[0] = buffer;
+        (work.in_double ? in_double : in_float)(ready, work, tile.begin, tile.end, call.pass);
+        of_params.value[tile.slot] = reduce(work, tile.begin, tile.end);
+        of_last.value[tile.slot] = reduce(last, 0, tile.end - tile.begin);
+      }
+    });
+    finish_each<L2Norm>(call, of_params, param_norms);
+    finish_each<L2Norm>(call, of_last, last_norms);
   }
 
   // The pieces of all fibers.
@@ -129,33 +166,63 @@ struct CpuDriver {
 
   // What the tiles of all tensors come to (see kernels/reduce.h).
   struct Slots {
+    explicit Slots(const Work& call) : first_chunk(call.bundles.size() + 1, 0) {
+      for (size_t i = 0; i < call.bundles.size(); ++i) {
+        first_chunk[i + 1] = first_chunk[i] + reduce_chunks(call.bundles[i].numel);
+      }
+      value.resize(first_chunk.back() * kReduceSlots, 0.0);
+    }
     std::vector<int64_t> first_chunk;
     std::vector<double> value;
   };
 
-  template <class Reduction>
-  static Slots fill_slots(const Call& call) {
-    Slots slots;
-    slots.first_chunk.resize(call.bundles.size() + 1, 0);
-    for (size_t i = 0; i < call.bundles.size(); ++i) {
-      slots.first_chunk[i + 1] = slots.first_chunk[i] + reduce_chunks(call.bundles[i].numel);
-    }
-    slots.value.resize(slots.first_chunk.back() * kReduceSlots, 0.0);
-    const cpu::Reduce reduce = cpu::reduce_for<Reduction>(current_isa());
-    in_parallel(slots.first_chunk.back(), kReduceGrain, [&](int64_t begin, int64_t end) {
-      const auto& first = slots.first_chunk;
-      size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-      for (; begin < end; ++begin) {
-        while (first[i + 1] <= begin) ++i;
-        const int64_t numel = call.bundles[i].numel;
-        double* value = slots.value.data() + begin * kReduceSlots;
-        const int64_t chunk = (begin - first[i]) * kReduceChunk, chunk_end = std::min(numel, chunk + kReduceChunk);
-        for (int64_t from = chunk; from < chunk_end; from += kReduceTile) {
-          *value++ = reduce(call.bundles[i], from, std::min(chunk_end, from + kReduceTile));
+  // Elements [begin, end) of a tensor, and the number of their slot.
+  struct Tile {
+    const Bundle* bundle;
+    int64_t begin, end, slot;
+  };
+
+  // Calls work(next_tile) on every thread; next_tile(tile) gives it one of its tiles after the other, until it is
+  // false.
+  template <class WorkOnTiles>
+  static void over_tiles(const Work& call, const Slots& slots, const WorkOnTiles& work) {
+    const auto& first = slots.first_chunk;
+    in_parallel(first.back(), kReduceGrain, [&](int64_t chunk, int64_t end) {
+      size_t i = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
+      int64_t in_chunk = 0;  // tiles
+      auto next_tile = [&](Tile& tile) {
+        if (chunk == end) return false;
+        while (first[i + 1] <= chunk) ++i;
+        const Bundle& bundle = call.bundles[i];
+        const int64_t begin = (chunk - first[i]) * kReduceChunk + in_chunk * kReduceTile;
+        tile = {&bundle, begin, std::min(bundle.numel, begin + kReduceTile), chunk * kReduceSlots + in_chunk};
+        if (++in_chunk == kReduceSlots || tile.end == bundle.numel) {
+          in_chunk = 0;
+          ++chunk;
         }
-      }
+        return true;
+      };
+      work(next_tile);
+    });
+  }
+
+  template <class Reduction>
+  static Slots fill_slots(const Work& call) {
+    Slots slots(call);
+    const cpu::Reduce reduce = cpu::reduce_for<Reduction>(current_isa());
+    over_tiles(call, slots, [&](auto& next_tile) {
+      for (Tile tile; next_tile(tile);) slots.value[tile.slot] = reduce(*tile.bundle, tile.begin, tile.end);
     });
     return slots;
+  }
+
+  template <class Reduction>
+  static void finish_each(const Work& call, const Slots& slots, double* results) {
+    for (size_t i = 0; i < call.bundles.size(); ++i) {
+      const int64_t begin = slots.first_chunk[i] * kReduceSlots, end = slots.first_chunk[i + 1] * kReduceSlots;
+      results[i] = Reduction::finish(reduce_slots<Reduction>(slots.value.data() + begin, end - begin),
+                                     static_cast<double>(call.bundles[i].numel));
+    }
   }
 };
 

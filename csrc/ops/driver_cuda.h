@@ -3,6 +3,7 @@
 
 #include <c10/core/DeviceGuard.h>
 
+#include <deque>
 #include <vector>
 
 #include "../kernels/cuda/history.h"
@@ -81,7 +82,7 @@ struct CudaDriver {
 
   // One result for all tensors of the call: a launch, unless a graph is captured and the table is long.
   template <class Reduction>
-  static void reduce_all(const Call& call, const NormOutcome& outcome) {
+  static void reduce_all(const Work& call, const NormOutcome& outcome) {
     const c10::DeviceGuard guard(call.device);
     const CudaPlace place(call.device);
     std::vector<const Bundle*> bundles;
@@ -113,7 +114,7 @@ struct CudaDriver {
 
   // One result per tensor.
   template <class Reduction>
-  static void reduce_each(const Call& call, double* results) {
+  static void reduce_each(const Work& call, double* results) {
     if (call.device.is_cpu()) return CpuDriver::reduce_each<Reduction>(call, results);
     const c10::DeviceGuard guard(call.device);
     const CudaPlace place(call.device);
@@ -136,6 +137,35 @@ struct CudaDriver {
       slots += of_table * kReduceSlots;
       results += args.batch.count;
     });
+  }
+
+  // As CpuDriver's. Here the last operand is in memory, until its norms are known.
+  template <class Rule>
+  static void run_for_norms(const Rule& rule, const Work& call, double* param_norms, double* last_norms) {
+    if (call.device.is_cpu()) return CpuDriver::run_for_norms(rule, call, param_norms, last_norms);
+    constexpr int kLast = Rule::kOperands - 1;
+    const c10::DeviceGuard guard(call.device);
+    Work work = call;
+    std::deque<Layout> layouts;
+    int64_t bytes = 0;
+    for (Bundle& bundle : work.bundles) {
+      bundle.average = nullptr;
+      bundle.storage[kLast] = bundle.in_double ? Storage::f64 : Storage::f32;
+      bytes += bytes_for(bundle.numel, bundle.storage[kLast]);
+      if (!bundle.layout) continue;
+      Layout& layout = layouts.emplace_back(*bundle.layout);
+      layout.make_dense(kLast);
+      bundle.layout = &layout;
+    }
+    const CudaScratch scratch(bytes);
+    auto* memory = static_cast<unsigned char*>(scratch.data());
+    for (Bundle& bundle : work.bundles) {
+      bundle.data[kLast] = memory;
+      memory += bytes_for(bundle.numel, bundle.storage[kLast]);
+    }
+    run(rule, work);
+    reduce_each<rules::L2Norm>(work, param_norms);
+    reduce_each<rules::L2Norm>(OneOperand(work, kLast), last_norms);
   }
 
   // The pieces of all fibers.
@@ -167,6 +197,9 @@ struct CudaDriver {
   static void norms(at::Device device, const NormsOf& task, Norms* out);
 
  private:
+  // Of a tensor, so that the next one is aligned as any vector access asks for.
+  static int64_t bytes_for(int64_t numel, Storage storage) { return (numel * bytes_of(storage) + 255) / 256 * 256; }
+
   template <class V, class Rule>
   static void sweep(cuda::Batch<Rule> batch, const Work& call, const CudaPlace& place) {
     std::vector<const Bundle*> bundles;
@@ -174,7 +207,7 @@ struct CudaDriver {
     int64_t elements = 0;
     for (size_t i = 0; i < call.bundles.size(); ++i) {
       if (call.bundles[i].in_double != (sizeof(V) == sizeof(double)) ||
-          (call.bundles[i].numel == 0 && rules::kScalarsOf<Rule> == 0))
+          (call.bundles[i].numel == 0 && !rules::kStoresScalars<Rule>))
         continue;
       bundles.push_back(&call.bundles[i]);
       elements += call.bundles[i].numel;

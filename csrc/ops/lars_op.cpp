@@ -1,4 +1,5 @@
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 
 #include "drivers.h"
 #include "ops.h"
@@ -12,24 +13,29 @@ void lars_(const Common& common, TensorList params, TensorList grads, TensorList
   rules::Lars rule{};
   rule.nesterov = nesterov;
   rule.maximize = maximize;
-  const std::initializer_list<List> operands = {
-      {"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}};
-  {
-    const CallSpec spec{.common = common, .operands = operands};
-    const Call checked(spec, rules::Lars::kOperands, rules::Lars::kUsed, rules::Lars::kUpdates);
-    if (checked.empty() || checked.skip) return;
-  }
-  Tensor grad_norms = norms<Driver>(grads, 2.0);  // of the gradients as the rule will see them
-  if (common.grad_scale) grad_norms = grad_norms.div(*common.grad_scale);
-  if (common.grad_factor) grad_norms = grad_norms.mul(*common.grad_factor);
-  const std::vector<Tensor> by_param = norms<Driver>(params, 2.0).unbind(), by_grad = grad_norms.unbind();
-  run<Driver>(rule,
-              {.common = common, .operands = operands, .scalars = {{"param_norms", by_param}, {"grad_norms", by_grad}}},
-              {{"lr", rule.lr, lr},
-               {"momentum", rule.momentum, momentum},
-               {"weight_decay", rule.weight_decay, weight_decay},
-               {"trust_coefficient", rule.trust_coefficient, trust_coefficient},
-               {"eps", rule.eps, eps}});
+  const CallSpec spec{.common = common,
+                      .operands = {{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}}};
+  Call call(spec, rules::Lars::kOperands, rules::Lars::kUsed, rules::Lars::kUpdates);
+  call.set({{"lr", rule.lr, lr},
+            {"momentum", rule.momentum, momentum},
+            {"weight_decay", rule.weight_decay, weight_decay},
+            {"trust_coefficient", rule.trust_coefficient, trust_coefficient},
+            {"eps", rule.eps, eps}},
+           &rule, sizeof rule);
+  if (CheckOnly::active() || call.empty() || call.skip) return;
+
+  const auto count = static_cast<int64_t>(params.size());
+  const auto doubles = at::TensorOptions().device(call.device).dtype(at::kDouble);
+  const Tensor param_norms = at::empty({count}, doubles), grad_norms = at::empty({count}, doubles);
+  Driver::template reduce_each<rules::L2Norm>(call, param_norms.mutable_data_ptr<double>());
+  Driver::template reduce_each<rules::L2Norm>(OneOperand(call, 1), grad_norms.mutable_data_ptr<double>());
+  // Those of the gradients as the rule will see them.
+  if (common.grad_scale) grad_norms.div_(*common.grad_scale);
+  if (common.grad_factor) grad_norms.mul_(*common.grad_factor);
+  call.use_scalars(0, param_norms.const_data_ptr<double>());
+  call.use_scalars(1, grad_norms.const_data_ptr<double>());
+  call.commit();
+  Driver::run(rule, call);
 }
 
 OPTIM_EXT_INSTANTIATE_OP(lars_)

@@ -75,7 +75,8 @@ struct AdafactorUpdate {
   static constexpr int kOperands = 4;  // param, grad, row factor or variance, column factor
   static constexpr unsigned kUsed = all_operands(3) | operand_bit_if(kFactored, 3);
   static constexpr unsigned kUpdates = operand_bit(0);
-  static constexpr int kScalars = 2;  // root mean squares of param and of the update; both only read
+  static constexpr int kScalars = 2;  // root mean squares of param and of the update
+  static constexpr bool kMeasured = true;
 
   double lr, eps1, eps2, d, weight_decay;
   bool maximize;

@@ -42,7 +42,7 @@
   X(Displace<false>)               \
   X(Displace<true>)                \
   X(Flatten)                       \
-  X(LambMoments)                   \
+  X(LambDirection)                 \
   X(LambUpdate)                    \
   X(Lars)                          \
   X(Lion)                          \

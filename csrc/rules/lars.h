@@ -10,7 +10,8 @@ struct Lars {
   static constexpr int kOperands = 3;  // param, grad, momentum_buffer
   static constexpr unsigned kUsed = all_operands(3);
   static constexpr unsigned kUpdates = kUsed & ~operand_bit(1);
-  static constexpr int kScalars = 2;  // norm of param, norm of grad; both only read
+  static constexpr int kScalars = 2;  // norm of param, norm of grad
+  static constexpr bool kMeasured = true;
 
   double lr, momentum, weight_decay, trust_coefficient, eps;
   bool nesterov, maximize;

@@ -20,6 +20,7 @@ namespace optim_ext::rules {
 //   at_step    the same rule with what depends on the step count (bias corrections, decayed rates) filled in;
 //   kScalars   only where the state of a parameter has numbers besides its step count: how many. at_step then takes
 //              them as a second argument, and leaves in them what they are after the step;
+//   kMeasured  true where these numbers are no state but were measured before, such as norms: at_step only reads them;
 //   operator() the update of one element, V being float or double.
 constexpr unsigned operand_bit(int i) { return 1u << i; }
 constexpr unsigned operand_bit_if(bool present, int i) { return present ? operand_bit(i) : 0u; }
@@ -44,6 +45,10 @@ constexpr int kScalarsOf = [] {
     return 0;
   }
 }();
+
+// Whether they are to be stored after the step.
+template <class Rule>
+constexpr bool kStoresScalars = kScalarsOf<Rule> > 0 && !requires { requires Rule::kMeasured; };
 
 // Square root, correctly rounded on every target.
 OPTIM_EXT_RULE float root(float x) { return __builtin_sqrtf(x); }

@@ -26,7 +26,7 @@ template <class Rule, class V>
     cuda::open_average(batch, table, block, average);
     for (int thread = 0; !average.skip && thread < cuda::kThreads; ++thread) cuda::average_thread(average, thread);
   }
-  if constexpr (rules::kScalarsOf<Rule> != 0) {
+  if constexpr (rules::kStoresScalars<Rule>) {
     for (int32_t index = 0; index < batch.count; ++index) cuda::store_scalars(batch, table, index);
   }
 }

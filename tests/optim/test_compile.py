@@ -83,7 +83,8 @@ def set_lr(optimizer, value):
 def test_a_schedule_recompiles_nothing(spec, options, backend):
     """A learning rate in a tensor is compiled once, a number once more when it is first seen to change; 100 more steps
     under 100 more learning rates run what is there."""
-    # For Rprop Dynamo reports one recompilation too, yet this backend is called once more; why is not known.
+    # Rprop's step does not use its learning rate: a number that has become a symbol and does not reach the graph makes
+    # Dynamo start its one recompilation over, after it called this backend (TensorifyScalarRestartAnalysis).
     expected = 1 if options else 3 if (spec.name, backend) == ("Rprop", "aot_eager") else 2
     options = {**spec.typical, **options}
     params = make_params(SHAPES)

@@ -53,7 +53,7 @@ cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStr
     if (args.batch.averaged) kernel = &sweep<Rule, V, kBytes, true>;
   }
   cudaError_t error = launch_blocks(kernel, args, chunks, stream);
-  if constexpr (rules::kScalarsOf<Rule> > 0) {
+  if constexpr (rules::kStoresScalars<Rule>) {
     const int64_t blocks = (args.batch.count + kThreads - 1) / kThreads;
     if (error == cudaSuccess) error = launch_blocks(&advance_scalars<Rule, kBytes>, args, blocks, stream);
   }
