@@ -334,11 +334,13 @@ class FusedStep(Optimizer):
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
             kinds = set(self._partial_state), set(self._number_state)
-            plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             arguments = (self.state, self.param_groups, hypers, *common, weight)
+            plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             if by_torch:
                 plan.step(*arguments, check_only=True)
                 self._torch_step(by_torch)
+                # Torch's step may have made state, which a plan made before it takes for a change of its own.
+                plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             elif averaging is not None:
                 plan.besides = averaging.besides(averages)
                 if weight is not None:
@@ -438,24 +440,35 @@ class FusedStep(Optimizer):
     def _traced_step(self) -> None:
         """The step as torch.compile sees it: torch's gathering (which Dynamo knows) and the op itself."""
         op = getattr(torch.ops.optim_ext, self._op)
+        recorded = [group for group in self.param_groups if group.get("differentiable")]
+        if recorded:
+            self._refuse_controls("differentiable=True: the step itself is recorded by autograd")
+            self._torch_step(recorded)
         verdict = self._traced_verdict()
         for group in self.param_groups:
-            lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
-            self._init_group(group, *lists)
+            if group.get("differentiable"):
+                continue
+            lists = self._traced_lists(group)
             if lists[0]:
                 op(
                     *([tensor for tensor in one if tensor is not None] for one in lists),
                     **self._named_hypers(group),
+                    grad_scale=verdict.grad_scale,
                     found_inf=verdict.found_inf,
                     grad_factor=verdict.grad_factor,
                 )
         verdict.record()
 
+    def _traced_lists(self, group: Group) -> list[list[Any]]:
+        """The lists of the op, as torch gathers them."""
+        lists: list[list[Any]] = [[] for _ in range(2 + len(self._state_keys(group)))]
+        self._init_group(group, *lists)
+        return lists
+
     def _traced_verdict(self) -> Verdict:
         if self.__dict__.get("_armed") is not None:
             raise RuntimeError(_NOT_COMPILED)
-        policy = self.__dict__.get("_grad_policy")
-        return Verdict() if policy is None else _grad_control.judge(self, None, policy, None, None)
+        return self._verdict()
 
     def _named_hypers(self, group: Group) -> dict[str, Any]:
         """The hyper-parameters as the op's schema wants them. A number becomes a tensor by a product: that is how a

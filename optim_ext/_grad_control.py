@@ -128,6 +128,7 @@ class Verdict(NamedTuple):
     policy: GradPolicy | None = None
     norm: Tensor | None = None
     skip: Tensor | None = None
+    armed: ArmedClip | None = None
 
     @property
     def common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -137,6 +138,8 @@ class Verdict(NamedTuple):
     def record(self) -> None:
         if self.policy is not None:
             self.policy.last_norm, self.policy._last_skip = self.norm, self.skip
+        if self.armed is not None and self.norm is not None:  # of unscaled gradients, now that it is known
+            self.armed.norm.copy_(self.norm)
 
     def take_back(self) -> None:
         """The step has failed: it was not skipped, then."""
@@ -175,8 +178,6 @@ def judge(
         # The norm of one number is that number. GradScaler hands its scale to step() alone, so a norm taken before was
         # that of scaled gradients.
         norm, grad_factor, skip = torch.ops.optim_ext.grad_norm([armed.norm], norm_type=math.inf, **rules)
-        if grad_scale is not None:
-            armed.norm.copy_(norm)
     elif torch.compiler.is_compiling():
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=norm_type, **rules)
@@ -186,7 +187,7 @@ def judge(
         policy is not None and (policy.skip_nonfinite or policy.skip_above is not None)
     )
     clips = rules["max_norm"] is not None
-    return Verdict(grad_scale, skip if may_skip else None, grad_factor if clips else None, policy, norm, skip)
+    return Verdict(grad_scale, skip if may_skip else None, grad_factor if clips else None, policy, norm, skip, armed)
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

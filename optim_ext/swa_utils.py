@@ -373,15 +373,12 @@ class _Pairing:
         copied = list(_matched(module, model, "buffers"))
         if use_buffers:
             matched, copied = matched + copied, []
-        native = [_is_native(average, current) for _, average, current in matched]
-        self.native = list(itertools.compress(matched, native))
-        self.others = [
-            (average, current) for (_, average, current), is_ in zip(matched, native, strict=True) if not is_
-        ]
+        native = [entry for entry in matched if _is_native(*entry[1:])]
+        self.others = [(average, current) for _, average, current in matched if not _is_native(average, current)]
         self.copied = [average for _, average, _ in copied], [current for _, _, current in copied]
         trees = [list(module.modules()), list(model.modules())]
         walked_as_usual = all(_has_usual_walk(*tree) for tree in trees)
-        self.plan = _plan(self.native, trees if walked_as_usual else [])
+        self.plan = _plan(native, trees if walked_as_usual else [])
 
     def is_current(self, module: Module, model: Module) -> bool:
         return self.plan.is_current(module, model)
@@ -411,6 +408,12 @@ class StepAveraging:
     def pairing(self) -> _Pairing:
         return self.averaged._pairing(self.model)
 
+    def native(self) -> list[tuple[str, Tensor, Tensor]]:
+        """What a kernel averages. Looked up where it is needed: nothing here keeps replaced tensors alive."""
+        kinds = ("parameters", "buffers") if self.averaged.use_buffers else ("parameters",)
+        matched = itertools.chain.from_iterable(_matched(self.averaged.module, self.model, kind) for kind in kinds)
+        return [entry for entry in matched if _is_native(*entry[1:])]
+
     def weight(self, found_inf: Tensor | None) -> float | Tensor | None:
         """What average_ is to be given at this step; None where it is not this step's turn."""
         if not self.averaged._is_due():
@@ -426,10 +429,10 @@ class StepAveraging:
         times: dict[Tensor, int] = {}
         for p in params:
             times[p] = times.get(p, 0) + (2 if p.grad is not None and p.grad.is_sparse else 1)
-        return {current: average for _, average, current in self.pairing().native if times.get(current) == 1}
+        return {current: average for _, average, current in self.native() if times.get(current) == 1}
 
     def besides(self, in_step: dict[Tensor, Tensor]) -> _C.AveragePlan:
-        return _plan([entry for entry in self.pairing().native if entry[2] not in in_step])
+        return _plan([entry for entry in self.native() if entry[2] not in in_step])
 
     @torch.no_grad()
     def finish(
@@ -475,7 +478,7 @@ def step_averaging(averaged: Any, model: Module | None, optimizer: Any) -> StepA
             raise ValueError("the model behind this average is not known any more; pass it as model=")
     averaging = StepAveraging(averaged, model)
     params = {p for group in optimizer.param_groups for p in group["params"]}
-    for name, average, current in averaging.pairing().native:
+    for name, average, current in averaging.native():
         if current in params and average.device != current.device:
             raise ValueError(
                 f"parameter '{name}' is on {current.device} and its average on {average.device}: a step can average on "

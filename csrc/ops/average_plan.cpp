@@ -11,40 +11,32 @@
 #include "drivers.h"
 #include "gradients.h"
 #include "plan.h"
+#include "python_tensors.h"
 
 namespace optim_ext::ops {
 
-void AveragePairs::add(const Tensor& average, const Tensor& param) {
-  if (averages_.empty()) device_ = average.device();
-  averages_.push_back(average);
-  params_.push_back(param);
-}
-
-bool AveragePairs::is_in_place() const {
-  return std::all_of(averages_.begin(), averages_.end(), [&](const Tensor& t) { return t.device() == device_; });
-}
-
-void AveragePairs::run(const Tensor& weight, const OptionalTensor& found_inf, bool check_only) const {
+void run_average(TensorList averages, TensorList params, const Tensor& weight, const OptionalTensor& found_inf,
+                 bool check_only) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto elsewhere = [&](const Tensor& t) { return t.device() != device_; };
+  const at::Device device = averages[0].device();
   std::vector<Tensor> copies;
-  if (std::any_of(params_.begin(), params_.end(), elsewhere)) {
-    for (const Tensor& param : params_) copies.push_back(*moved_to(device_, param));
+  if (std::any_of(params.begin(), params.end(), [&](const Tensor& t) { return t.device() != device; })) {
+    for (const Tensor& param : params) copies.push_back(*moved_to(device, param));
+    params = copies;
   }
-  const TensorList params = copies.empty() ? params_ : copies;
-  const Tensor here = weight_for(device_, weight);
-  const OptionalTensor found = moved_to(device_, found_inf);
+  const Tensor here = weight_for(device, weight);
+  const OptionalTensor found = moved_to(device, found_inf);
   if (check_only) {
     const CheckOnly guard;
 #if defined(OPTIM_EXT_WITH_CUDA)
-    if (device_.is_cuda()) return average_<CudaDriver>("average_", averages_, params, here, found);
+    if (device.is_cuda()) return average_<CudaDriver>("average_", averages, params, here, found);
 #endif
-    return average_<CpuDriver>("average_", averages_, params, here, found);
+    return average_<CpuDriver>("average_", averages, params, here, found);
   }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("optim_ext::average_", "")
                              .typed<void(TensorList, TensorList, const Tensor&, const OptionalTensor&)>();
-  op.call(averages_, params, here, found);
+  op.call(averages, params, here, found);
 }
 
 namespace {
@@ -64,7 +56,6 @@ class ModuleTree {
         PyObject *key, *value;
         for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
           node.values[k].push_back(value);
-          if (k != kModules) tensors_.push_back(py::reinterpret_borrow<py::object>(value));
         }
       }
       nodes_.push_back(std::move(node));
@@ -113,7 +104,6 @@ class ModuleTree {
   }
 
   std::vector<Node> nodes_;
-  std::vector<py::object> tensors_;  // kept alive, so that no other tensor can come to have the same identity
 };
 
 // A cache of what an averaged model hands to average_. The truth stays in the modules.
@@ -124,11 +114,12 @@ class AveragePlan {
               const py::list& params)
       : trees_(trees.begin(), trees.end()), names_(std::move(names)) {
     for (size_t i = 0; i < names_.size(); ++i) {
-      const Tensor& average = THPVariable_Unpack(py::object(averages[i]).ptr());
-      auto call = std::find_if(calls_.begin(), calls_.end(),
-                               [&](const PlannedCall& c) { return c.pairs.device() == average.device(); });
-      if (call == calls_.end()) call = calls_.insert(calls_.end(), PlannedCall{});
-      call->pairs.add(average, THPVariable_Unpack(py::object(params[i]).ptr()));
+      PyObject* const average = py::object(averages[i]).ptr();
+      const c10::Device device = THPVariable_Unpack(average).device();
+      auto call = std::find_if(calls_.begin(), calls_.end(), [&](const PlannedCall& c) { return c.device == device; });
+      if (call == calls_.end()) call = calls_.insert(calls_.end(), PlannedCall{device, {}, {}, {}});
+      call->averages.add(average);
+      call->params.add(py::object(params[i]).ptr());
       call->indices.push_back(i);
     }
   }
@@ -138,31 +129,44 @@ class AveragePlan {
     for (size_t t = 0; t < trees_.size(); ++t) {
       if (!trees_[t].is_current(roots[t])) return false;
     }
-    return std::all_of(calls_.begin(), calls_.end(), [](const PlannedCall& c) { return c.pairs.is_in_place(); });
+    return std::all_of(calls_.begin(), calls_.end(), [](const PlannedCall& call) {
+      const auto is_there = [&](const Tensor& average) { return average.device() == call.device; };
+      return call.averages.are_all(is_there) && call.params.are_all([](const Tensor&) { return true; });
+    });
   }
 
   // Brings all averages up to date, or, having written nothing, raises an error that names the parameter.
   void run(const py::object& weight, const py::object& found_inf, bool check_only) const {
     const Tensor number = from_python<Tensor>(weight.ptr());
     const OptionalTensor found = optional_tensor(found_inf);
+    std::vector<Taken> taken(calls_.size());
+    for (size_t c = 0; c < calls_.size(); ++c) {
+      TORCH_CHECK(taken[c].averages.take(calls_[c].averages) && taken[c].params.take(calls_[c].params),
+                  "optim_ext: the averaged model changed while it was being updated");
+    }
     const py::gil_scoped_release no_gil;
-    if (check_only || calls_.size() > 1) run_all(number, found, true);
-    if (!check_only) run_all(number, found, false);
+    if (check_only || calls_.size() > 1) run_all(taken, number, found, true);
+    if (!check_only) run_all(taken, number, found, false);
   }
 
  private:
   struct PlannedCall {
-    AveragePairs pairs;
+    c10::Device device;  // of the averages
+    PythonTensors averages, params;
     std::vector<size_t> indices;  // into names_
   };
+  struct Taken {
+    TakenTensors averages, params;
+  };
 
-  void run_all(const Tensor& weight, const OptionalTensor& found_inf, bool check_only) const {
-    for (const PlannedCall& call : calls_) {
+  void run_all(const std::vector<Taken>& taken, const Tensor& weight, const OptionalTensor& found_inf,
+               bool check_only) const {
+    for (size_t c = 0; c < calls_.size(); ++c) {
       try {
-        call.pairs.run(weight, found_inf, check_only);
+        run_average(taken[c].averages.get(), taken[c].params.get(), weight, found_inf, check_only);
       } catch (const BadInput& bad) {
         if (bad.index < 0) throw;
-        throw std::runtime_error("'" + names_[call.indices[bad.index]] + "': " + bad.list + " " + bad.problem);
+        throw std::runtime_error("'" + names_[calls_[c].indices[bad.index]] + "': " + bad.list + " " + bad.problem);
       }
     }
   }

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_norm(TensorList grads, double norm_type,
         with_call(kName, "grads", zero, false,
                   [&](const Call& of_zero) { Driver::template reduce_all<decltype(rule)>(of_zero, outcome); });
       }
-      if (outcome.skips) skips->unsafeGetTensorImpl()->bump_version();
+      if (outcome.skips) note_write(*skips);
     });
   });
   return results;

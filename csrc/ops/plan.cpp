@@ -2,6 +2,7 @@
 
 #include "average_plan.h"
 #include "gradients.h"
+#include "python_tensors.h"
 
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -48,9 +49,9 @@ Tensor weight_for(c10::Device device, const Tensor& weight) {
 
 namespace {
 
-// A cache of what one optimizer hands to its op: parameters and state tensors as vectors. The truth stays in Python:
+// A cache of what one optimizer hands to its op: where its parameters and state tensors are. The truth stays in Python:
 // every step first walks param_groups and state and compares identities, and reports itself stale where anything was
-// replaced.
+// replaced. Between steps no tensor is held.
 class Plan {
  public:
   // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse, whether they
@@ -94,8 +95,10 @@ class Plan {
       run_all(gathered, hypers, common, param_groups, false);
       write_numbers();
     }
-    const py::gil_scoped_release no_gil;
-    for (size_t c = 0; c < calls_.size(); ++c) let_go(calls_[c].device, gathered[c].grads);
+    {
+      const py::gil_scoped_release no_gil;
+      for (size_t c = 0; c < calls_.size(); ++c) let_go(calls_[c].device, gathered[c].grads);
+    }
     return true;
   }
 
@@ -103,18 +106,21 @@ class Plan {
   struct PlannedCall {
     size_t group;
     c10::Device device;
-    std::vector<int64_t> indices;            // into group["params"], for messages
-    std::vector<std::vector<Tensor>> lists;  // params, (grads: empty), state...; an absent list is empty
+    std::vector<int64_t> indices;      // into group["params"], for messages
+    std::vector<PythonTensors> lists;  // params, (grads: empty), state...; an absent list is empty
     bool takes_sparse, takes_dense;
-    std::vector<uint8_t> ready;    // whether the state of a parameter is there
-    std::vector<Tensor> averages;  // of the parameters; empty where they are not averaged
-    std::set<size_t> partial;      // lists with undefined tensors, which the op is not given
-    bool is_averaged() const { return !averages.empty(); }
+    std::vector<uint8_t> ready;  // whether the state of a parameter is there
+    PythonTensors averages;      // of the parameters; empty where they are not averaged
+    std::set<size_t> partial;    // lists with undefined tensors, which the op is not given
+    bool is_averaged() const { return averages.size() > 0; }
   };
+  // A call's tensors for one step.
   struct Gathered {
-    bool all = true;  // every parameter takes part: the plan's own lists serve
+    std::vector<TakenTensors> lists;
+    TakenTensors averages;
+    bool all = true;  // every parameter takes part: the lists serve as they are
     std::vector<Tensor> grads;
-    std::vector<int64_t> members;  // into the call's lists, where not all take part
+    std::vector<int64_t> members;  // into the lists, where not all take part
     std::vector<int64_t> idle;     // the others: without a gradient there is nothing to do but to average
   };
   struct Item {
@@ -164,7 +170,7 @@ class Plan {
         calls_.push_back({group,
                           tensor.device(),
                           {},
-                          std::vector<std::vector<Tensor>>(op_->lists()),
+                          std::vector<PythonTensors>(op_->lists()),
                           py::cast<bool>(spec[3]),
                           py::cast<bool>(spec[4]),
                           {},
@@ -173,8 +179,8 @@ class Plan {
       }
       PlannedCall& call = calls_[found->second];
       call.indices.push_back(i);
-      call.lists[kParams].push_back(tensor);
-      if (averaged) call.averages.push_back(THPVariable_Unpack(py::object(averages[param]).ptr()));
+      call.lists[kParams].add(param.ptr());
+      if (averaged) call.averages.add(py::object(averages[param]).ptr());
       PyObject* const entry = PyDict_GetItemWithError(state.ptr(), param.ptr());
       if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
       bool ready = true;
@@ -185,9 +191,11 @@ class Plan {
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         const bool is_number = value != nullptr && number_keys_.contains(keys[k]);
         const bool there = value != nullptr && (is_number || THPVariable_Check(value));
-        call.lists[kFirstState + k].push_back(is_number ? tensor_of_number(entry, k, keys[k])
-                                              : there   ? THPVariable_Unpack(value)
-                                                        : Tensor());
+        if (is_number) {
+          call.lists[kFirstState + k].add_own(tensor_of_number(entry, k, keys[k]));
+        } else {
+          call.lists[kFirstState + k].add(there ? value : nullptr);
+        }
         if (there && !is_number) ours_.emplace(value, true);
         const bool may_lack = partial_.contains(keys[k]);
         if (may_lack) call.partial.insert(kFirstState + k);
@@ -264,10 +272,15 @@ class Plan {
     return true;
   }
 
-  // Reads the gradients. False where a plan cannot serve: state still to be made, a gradient or parameter of another
-  // kind.
+  // Takes the tensors and their gradients. False where a plan cannot serve: state still to be made, a gradient or
+  // parameter of another kind.
   static bool gather(const PlannedCall& call, Gathered& out) {
-    const auto& params = call.lists[kParams];
+    out.lists.resize(call.lists.size());
+    for (size_t k = 0; k < call.lists.size(); ++k) {
+      if (!out.lists[k].take(call.lists[k])) return false;
+    }
+    if (!out.averages.take(call.averages)) return false;
+    const TensorList params = out.lists[kParams].get();
     const Tensor& first = params[0].grad();
     if (first.defined() && first.layout() == at::kStrided && !is_intercepted(first) && !first.is_conj() &&
         !first.is_neg() && !is_intercepted(params[0])) {
@@ -314,9 +327,13 @@ class Plan {
   // Parameters without a gradient stay as they are, but their averages still move towards them.
   static void average_idle(const PlannedCall& call, const Gathered& gathered, const CommonTensors& common,
                            const py::list& param_groups, bool check_only) {
-    AveragePairs pairs;
-    for (const int64_t i : gathered.idle) pairs.add(call.averages[i], call.lists[kParams][i]);
-    naming(call, gathered.idle, param_groups, [&] { pairs.run(*common.average_weight, common.found_inf, check_only); });
+    std::vector<Tensor> averages, params;
+    for (const int64_t i : gathered.idle) {
+      averages.push_back(gathered.averages.get()[i]);
+      params.push_back(gathered.lists[kParams].get()[i]);
+    }
+    naming(call, gathered.idle, param_groups,
+           [&] { run_average(averages, params, *common.average_weight, common.found_inf, check_only); });
   }
 
   void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const CommonTensors& common,
@@ -325,23 +342,24 @@ class Plan {
                 "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
     std::vector<TensorList> lists(op_->lists());
     std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : op_->lists());
-    const auto taking_part = [&](const std::vector<Tensor>& all) {
+    const auto taking_part = [&](TensorList all) {
       std::vector<Tensor> subset;
       for (const int64_t member : gathered.members) subset.push_back(all[member]);
       return subset;
     };
     for (size_t k = 0; k < lists.size(); ++k) {
+      const TensorList all = gathered.lists[k].get();
       if (call.partial.contains(k)) {
         subsets.resize(lists.size());
-        subsets[k] = gathered.all ? call.lists[k] : taking_part(call.lists[k]);
+        subsets[k] = gathered.all ? all.vec() : taking_part(all);
         std::erase_if(subsets[k], [](const Tensor& tensor) { return !tensor.defined(); });
         lists[k] = subsets[k];
       } else if (k == kGrads) {
         lists[k] = gathered.grads;
       } else if (gathered.all) {
-        lists[k] = call.lists[k];
+        lists[k] = all;
       } else {
-        if (!call.lists[k].empty()) subsets[k] = taking_part(call.lists[k]);
+        if (!all.empty()) subsets[k] = taking_part(all);
         lists[k] = subsets[k];
       }
     }
@@ -352,8 +370,9 @@ class Plan {
                        std::nullopt};
     std::vector<Tensor> averages;
     if (common.average_weight && call.is_averaged()) {
-      if (!gathered.all) averages = taking_part(call.averages);
-      here.averages = gathered.all ? call.averages : averages;
+      const TensorList all = gathered.averages.get();
+      if (!gathered.all) averages = taking_part(all);
+      here.averages = gathered.all ? all : averages;
       here.average_weight = weight_for(call.device, *common.average_weight);
     }
     naming(call, gathered.members, param_groups, [&] { op_->run(lists, hypers, here, check_only); });
@@ -374,8 +393,7 @@ class Plan {
   }
 
   std::shared_ptr<PlannedOp> op_;
-  std::vector<std::vector<PyObject*>>
-      groups_;  // identities; the tensors behind them are held by calls_ or by their group
+  std::vector<std::vector<PyObject*>> groups_;  // identities
   const py::set partial_, number_keys_;
   std::map<std::pair<PyObject*, size_t>, Number> numbers_;  // by the state's dict they are in, and the op's list
   std::vector<PlannedCall> calls_;

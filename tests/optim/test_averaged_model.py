@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -410,7 +411,6 @@ def test_modules_that_list_their_parameters_themselves():
 
 def test_the_model_is_not_kept_alive():
     import gc
-    import weakref
 
     model, averaged = single("default")
     averaged.update_parameters(model)
@@ -418,6 +418,19 @@ def test_the_model_is_not_kept_alive():
     del model
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_replaced_tensors_are_not_kept_alive():
+    model, averaged = single("default")
+    averaged.update_parameters(model)
+    gone = [weakref.ref(own) for root in (model, averaged.module) for own in root.parameters()]
+    for root in (model, averaged.module):
+        for module in root.modules():
+            for name, own in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(own.detach().clone()))
+    del own
+    assert [ref() for ref in gone] == [None] * len(gone)
+    averaged.update_parameters(model)
 
 
 def test_a_wrapped_model_is_averaged_by_order():

@@ -169,3 +169,42 @@ def test_eager_after_compiled_and_back(spec):
         run()
         reference.step()
     assert all(torch.equal(mine, other) for mine, other in zip(params, others, strict=True))
+
+
+def test_differentiable_takes_torchs_code(spec):
+    if not spec.differentiable:
+        pytest.skip("torch's class does not have the flag")
+    results: list[object] = []
+    for cls in (spec.torch, spec.ours):
+        leaf = torch.arange(1.0, 4.0, dtype=torch.float64, requires_grad=True)
+        grad = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        param = leaf.clone()
+        param.grad = grad * 1.0
+        optimizer = cls([param], **{**spec.typical, "differentiable": True})
+        torch.compile(optimizer.step, backend="eager")()
+        try:
+            param.sum().backward()
+        except RuntimeError as error:  # ASGD writes what backward needs, in torch too
+            results.append(str(error))
+        else:
+            results.append(None if grad.grad is None else grad.grad.tolist())
+    assert results[0] == results[1]
+    assert spec.name in ("SGD", "ASGD") or isinstance(results[0], list)
+
+
+def test_scaler_of_a_fused_optimizer():
+    """What GradScaler leaves on it counts in a compiled step too."""
+    params = make_params(SHAPES)
+    others = twin(params)
+    ours, eager = (optim_ext.Adam(own, lr=0.1, fused=True) for own in (params, others))
+    step, _ = compiled(ours)
+    for i, found in enumerate((0.0, 1.0, 0.0)):
+        for optimizer, own, run in ((ours, params, step), (eager, others, eager.step)):
+            give_grads(own, i)
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(found)
+            before = [p.detach().clone() for p in own]
+            run()
+            assert all(torch.equal(p, b) for p, b in zip(own, before, strict=True)) == bool(found)
+    for mine, other in zip(params, others, strict=True):
+        assert torch.equal(mine, other) and torch.equal(mine.grad, other.grad)
+        assert ours.state[mine]["step"] == eager.state[other]["step"] == 2

@@ -1,5 +1,6 @@
 """Names, signatures, validation and parameter formats are torch's own."""
 
+import importlib
 import inspect
 import warnings
 
@@ -25,6 +26,14 @@ def test_every_public_name_is_there_and_listed():
 
 
 @pytest.mark.torchs
+def test_modules_are_found_by_name():
+    """``from optim_ext.lr_scheduler import ...`` is what replacing the package's name gives."""
+    for name in ("lr_scheduler", "optimizer"):
+        ours = importlib.import_module(f"optim_ext.{name}")
+        assert ours is importlib.import_module(f"torch.optim.{name}")
+    assert importlib.import_module("optim_ext.swa_utils") is optim_ext.swa_utils
+
+
 def test_subclass_of_torchs_class(spec):
     assert issubclass(spec.ours, spec.base) and spec.ours is not spec.base
     assert spec.ours.__name__ == spec.name

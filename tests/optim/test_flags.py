@@ -298,3 +298,19 @@ def test_tensor_subclass_takes_torchs_path(spec):
     report = optim_ext.explain(optimizer)[0]
     assert not report.native and report.reason
     assert native_ops(optimizer.step) == []
+
+
+def test_groups_on_both_paths(spec):
+    """One group takes torch's code and makes its state there, the other is native, from the first step on."""
+
+    def groups(params):
+        return [{"params": [params[0].detach().as_subclass(Tagged)]}, {"params": params[1:]}]
+
+    if not spec.in_torch:
+        pytest.skip("runs natively only")
+    lockstep = Lockstep(spec, dtype=torch.float64, groups=groups)
+    for i in range(3):
+        for optimizer in lockstep.both:
+            give_grads([p for group in optimizer.param_groups for p in group["params"]], i)
+            optimizer.step()
+    lockstep.check()

@@ -362,6 +362,25 @@ def test_a_failing_step_counts_nothing():
     assert policy.skipped_steps == 1 and optimizer.state[params[4]]["step"] == 2
 
 
+def test_a_failing_step_leaves_the_armed_norm():
+    """It was that of scaled gradients, and is turned into that of unscaled ones once."""
+    params = make_params()
+    optimizer = optim_ext.AdamW(params, fused=True)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    norm = optimizer.clip_grad_norm(0.5)
+    scaled = norm.clone()
+    good = optimizer.state[params[4]].pop("exp_avg")
+    optimizer.state[params[4]]["exp_avg"] = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="exp_avg"):
+        optimizer.step()
+    assert norm == scaled
+    optimizer.state[params[4]]["exp_avg"] = good
+    optimizer.step()
+    assert norm == scaled / 4
+
+
 def test_closure(spec):
     """Gradients made by the closure count; what it arms serves this step."""
     params, twins = make_params(), make_params()

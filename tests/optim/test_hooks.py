@@ -342,25 +342,49 @@ def test_no_reference_cycles(spec):
 
 
 def test_dropped_state_is_freed(spec):
-    """The plan behind step() keeps nothing alive that its optimizer has let go of, beyond the next step."""
-    if not spec.takes_late_params:
-        pytest.skip("this torch's class makes state in its constructor only")
+    """Nothing is kept alive that its optimizer has let go of: state that is moved to the CPU leaves the GPU at once."""
     params = make_params()
     optimizer = spec.ours(params, **spec.typical)
-    give_grads(params, 0)
+    for _ in range(2):
+        give_grads(params, 0)
+        optimizer.step()
+    watched = [weakref.ref(v) for entries in optimizer.state.values() for v in entries.values() if torch.is_tensor(v)]
+    assert watched or not spec.state(spec.typical)
+    for entries in optimizer.state.values():
+        for key, value in entries.items():
+            entries[key] = value.clone() if torch.is_tensor(value) else value
+    del entries, value
+    assert [ref for ref in watched if ref() is not None] == []
     optimizer.step()
-    watched = [weakref.ref(v) for entries in optimizer.state.values() for v in entries.values()]
-    optimizer.state.clear()
-    optimizer.step()
-    gc.collect()
+    watched = [weakref.ref(v) for entries in optimizer.state.values() for v in entries.values() if torch.is_tensor(v)]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert [ref for ref in watched if ref() is not None] == []
     dropped = weakref.ref(params[-1])
     optimizer.state.pop(params[-1], None)
     optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][:-1]
     params.pop()
-    optimizer.step()
-    gc.collect()
     assert dropped() is None
+    optimizer.step()
+
+
+def test_parameters_swapped_in_place(spec):
+    """torch.utils.swap_tensors, which modules use to change the type of their parameters, refuses shared tensors."""
+    params = make_params(((3, 4), (5,)))
+    optimizer = spec.ours(params, **spec.typical)
+    for _ in range(2):
+        give_grads(params, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    others = [torch.nn.Parameter(p.detach().clone() * 2) for p in params]
+    expected = [torch.nn.Parameter(p.detach().clone()) for p in others]
+    reference = spec.ours(expected, **spec.typical)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, other in zip(params, others, strict=True):
+        torch.utils.swap_tensors(p, other)
+    for own, stepped in ((params, optimizer), (expected, reference)):
+        give_grads(own, 3)
+        stepped.step()
+    assert all(torch.equal(p, e) for p, e in zip(params, expected, strict=True))
 
 
 def test_scheduler_dies_with_its_scope(spec):
