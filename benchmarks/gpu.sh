@@ -44,6 +44,10 @@ if [ -n "$missing" ]; then
   # shellcheck disable=SC2086
   "$PYTHON" -m pip install --quiet $missing || stop "install these first: $missing"
 fi
+# Only the table's rows for Lion, LAMB and LARS need this one.
+"$PYTHON" -c 'import pytorch_optimizer' 2> /dev/null ||
+  timeout 60 "$PYTHON" -m pip install --quiet --retries 1 'pytorch_optimizer>=3.5' ||
+  echo "benchmarks/gpu.sh: pytorch_optimizer cannot be installed: without Lion, LAMB and LARS"
 
 failed=()
 cores=$(nproc)

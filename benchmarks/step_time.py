@@ -1,6 +1,6 @@
 """Time of one optimizer step: optim_ext against every mode of torch.optim, and against the memory limit.
 
-    python benchmarks/step_time.py                                   # everything, about eight minutes on two cores
+    python benchmarks/step_time.py                                   # everything, 18 to 20 minutes on two cores
     python benchmarks/step_time.py --case resnet50 --algorithm adamw rmsprop
     python benchmarks/step_time.py --quick                           # few repeats, for a first look
     python benchmarks/step_time.py --device cuda                     # on a GPU, about three minutes
@@ -248,10 +248,8 @@ def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[
     ours = getattr(optim_ext, algorithm.class_name)(tensors.parameters(), **algorithm.options)
     optimizers = {OURS: ours}
     if not hasattr(torch.optim, algorithm.class_name):
-        try:
-            import pytorch_optimizer
-        except ImportError as error:
-            raise SystemExit("This needs pytorch_optimizer: pip install -r benchmarks/requirements.txt") from error
+        import pytorch_optimizer
+
         theirs = getattr(pytorch_optimizer, algorithm.peer_class or algorithm.class_name)
         for mode, flags in PEER_MODES.items():
             if flags.keys() <= inspect.signature(theirs).parameters.keys():
@@ -295,10 +293,26 @@ def find_deepspeed() -> dict[str, Any]:
         for peer in (DeepSpeedCPUAdam, DeepSpeedCPUAdagrad):
             peer([nn.Parameter(torch.zeros(1))])
     except Exception as error:  # whatever its import or its compiler raises, the benchmark goes on without it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        print(f"Without DeepSpeed (pip install -r benchmarks/requirements.txt): {reason}", file=sys.stderr)
+        say_without("DeepSpeed", error)
         return {}
     return {"adam": DeepSpeedCPUAdam, "adagrad": DeepSpeedCPUAdagrad}
+
+
+def without_peer(algorithm_keys: list[str]) -> list[str]:
+    """The algorithms among these that cannot be measured, as only pytorch_optimizer has them and it is not there."""
+    wanted = [key for key in algorithm_keys if not hasattr(torch.optim, ALGORITHMS[key].class_name)]
+    try:
+        if wanted:
+            import pytorch_optimizer  # noqa: F401
+    except Exception as error:  # as for DeepSpeed
+        say_without(f"{PEER}, so without {', '.join(ALGORITHMS[key].title for key in wanted)}", error)
+        return wanted
+    return []
+
+
+def say_without(what: str, error: Exception) -> None:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    print(f"Without {what} (pip install -r benchmarks/requirements.txt): {reason}", file=sys.stderr)
 
 
 DEEPSPEED_OPTIMIZERS: dict[str, Any] = {}
@@ -508,10 +522,13 @@ def main(arguments: list[str] | None = None) -> int:
     started = environment(place)
     if isinstance(place, Cpu):
         DEEPSPEED_OPTIMIZERS.update(find_deepspeed())
+    unmeasured = without_peer(options.algorithm)
     planned = [
-        (case, [key for key in options.algorithm if key in CASES[case].required])
+        (case, [key for key in options.algorithm if key in CASES[case].required and key not in unmeasured])
         for case in options.case  # one case at a time, to have the memory of one only
     ]
+    if not any(algorithm_keys for _, algorithm_keys in planned):
+        parser.error("none of these algorithms can be measured on these cases")
     cells = []
     for case_key, algorithm_keys in planned:
         tensors = Tensors(CASES[case_key], place.device)

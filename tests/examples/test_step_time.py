@@ -66,6 +66,20 @@ def test_one_small_run(tmp_path):
     assert "| AdamW |" in done.stdout
 
 
+def test_without_pytorch_optimizer(tmp_path, monkeypatch):
+    (tmp_path / "pytorch_optimizer.py").write_text("raise ImportError('hidden')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ("--quick", "--threads", "1", "--case", "small-vectors", "--output-dir", tmp_path, "--algorithm")
+    done = run("benchmarks/step_time.py", *arguments, "lion", "sgd", "lamb", "lars")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("Without pytorch_optimizer, so without Lion, LAMB, LARS") == 1
+    document = json.loads((tmp_path / "step_time.json").read_text())
+    assert [cell["algorithm"] for cell in document["cells"]] == ["sgd"]
+    assert (tmp_path / "step_time.png").exists()
+    done = run("benchmarks/step_time.py", *arguments, "lion")
+    assert done.returncode == 2 and "none of these algorithms can be measured" in done.stderr
+
+
 def test_verdicts():
     def cell(**given):
         return SimpleNamespace(**{"met": False, "ratio": 1.2, "cold_ratio": None, "of_limit": None} | given)
