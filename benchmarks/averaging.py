@@ -1,6 +1,6 @@
 """Time of one update of an averaged model on the CPU: optim_ext.swa_utils against torch.optim.swa_utils.
 
-    python benchmarks/averaging.py                     # everything, about four minutes on two cores
+    python benchmarks/averaging.py                     # everything, about a minute on two cores
     python benchmarks/averaging.py --case gpt2 --quick
 
 Measured as step_time.py does, whose helpers this uses: modes in shuffled rounds in one process, on the same memory,
