@@ -11,6 +11,9 @@ namespace optim_ext {
 // the result is the same for any number of threads, instruction set or launch shape.
 constexpr int64_t kHistoryTile = 1024;
 
+// A sum over a tile is kept in so many parts, which are added up last: ((0+4)+(2+6))+((1+5)+(3+7)).
+constexpr int kHistoryLanes = 8;
+
 inline int64_t history_tiles(int64_t numel) { return (numel + kHistoryTile - 1) / kHistoryTile; }
 
 // The history: differences of gradients (old_dirs) and steps (old_stps), in the storage of the rows.

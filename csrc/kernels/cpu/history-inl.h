@@ -6,9 +6,8 @@ namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
 namespace {
 
-constexpr int kLanes = 8;
 constexpr int kPack = OPTIM_EXT_REGISTER_BYTES / 8;  // lanes in one register
-constexpr int kPacks = kLanes / kPack;
+constexpr int kPacks = kHistoryLanes / kPack;
 
 typedef double Doubles __attribute__((vector_size(8 * kPack)));
 
@@ -163,7 +162,7 @@ struct Lanes {
   }
 };
 
-constexpr int kUnroll = 2 * kLanes;  // elements at a time
+constexpr int kUnroll = 2 * kHistoryLanes;  // elements at a time
 
 // Elements of a tile that do not fill the lanes, in a buffer that does, padded with zeros.
 template <class T>
@@ -384,14 +383,14 @@ OPTIM_EXT_INLINE Norms norms_of(const V* vector, const V* other, int64_t n) {
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(vector, other, i);
+  for (; i + kHistoryLanes <= n; i += kHistoryLanes) add(vector, other, i);
   if (i < n) {
     V rest[kUnroll], other_rest[kUnroll];
     const V* const with = other == nullptr ? nullptr : padded(other + i, n - i, other_rest);
     add(padded(vector + i, n - i, rest), with, 0);
   }
   double most = 0.0;
-  for (int l = 0; l < kLanes; ++l) most = rules::larger(most, largest.lane(l));
+  for (int l = 0; l < kHistoryLanes; ++l) most = rules::larger(most, largest.lane(l));
   return {most, sum.sum(), product.sum()};
 }
 

@@ -1,5 +1,6 @@
-// The L-BFGS kernels. A group of kLanes threads sums one row over one tile, thread l taking elements l, l + kLanes,
-// ...: the lanes of the CPU's vectors, added up in the same order, so the bits are the same.
+// The L-BFGS kernels. A group of kHistoryLanes threads sums one row over one tile, thread l taking elements l,
+// l + kHistoryLanes, ...: the lanes of the CPU's vectors, added up in the same order, so the bits are the same. Not
+// so for dot products of bf16 rows: the CPU gives element i of sixteen to lane i / 2, and the last bits may differ.
 #include "history.h"
 
 #include <cuda_runtime.h>
@@ -10,9 +11,8 @@ namespace optim_ext::cuda {
 
 namespace {
 
-constexpr int kLanes = 8;
 constexpr int kBlock = 256;
-constexpr int kGroups = kBlock / kLanes;  // rows or tiles that a block works on side by side
+constexpr int kGroups = kBlock / kHistoryLanes;  // rows or tiles that a block works on side by side
 
 struct Bf16 {
   uint16_t bits;
@@ -28,15 +28,15 @@ __device__ void store(T* to, double value) {
 }
 __device__ void store(Bf16* to, double value) { to->bits = narrow_bf16(static_cast<float>(value)); }
 
-// The sum over a group, in lane 0: ((0+4)+(2+6))+((1+5)+(3+7)).
+// The sum over a group, in lane 0.
 __device__ double group_sum(double lane) {
-  for (int apart = kLanes / 2; apart > 0; apart /= 2) lane += __shfl_down_sync(~0u, lane, apart, kLanes);
+  for (int apart = kHistoryLanes / 2; apart > 0; apart /= 2) lane += __shfl_down_sync(~0u, lane, apart, kHistoryLanes);
   return lane;
 }
 
 __device__ double group_largest(double lane) {
-  for (int apart = kLanes / 2; apart > 0; apart /= 2) {
-    lane = rules::larger(lane, __shfl_down_sync(~0u, lane, apart, kLanes));
+  for (int apart = kHistoryLanes / 2; apart > 0; apart /= 2) {
+    lane = rules::larger(lane, __shfl_down_sync(~0u, lane, apart, kHistoryLanes));
   }
   return lane;
 }
@@ -73,13 +73,13 @@ __global__ void __launch_bounds__(kBlock) dot_rows(const HistoryDots task, doubl
     }
   }
   __syncthreads();
-  const int lane = threadIdx.x % kLanes;
-  const int64_t r = (blockIdx.y - (of_steps ? row_blocks : 0)) * kGroups + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kHistoryLanes;
+  const int64_t r = (blockIdx.y - (of_steps ? row_blocks : 0)) * kGroups + threadIdx.x / kHistoryLanes;
   double lanes[kColumns] = {};
   if (r < history.count) {
     const Row* const row = static_cast<const Row*>((of_steps ? history.old_stps : history.old_dirs)[r]) + start;
 #pragma unroll 8
-    for (int i = lane; i < n; i += kLanes) {
+    for (int i = lane; i < n; i += kHistoryLanes) {
       const double value = as_double(row[i]);
       for (int c = 0; c < kColumns; ++c) lanes[c] += value * vectors[c][i];
     }
@@ -121,13 +121,13 @@ __global__ void __launch_bounds__(kBlock) combine(const HistoryCombination task)
 // One group of threads for each tile.
 template <class V>
 __global__ void __launch_bounds__(kBlock) norms_of_tiles(const NormsOf task, Norms* norms) {
-  const int64_t tile = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.x / kLanes;
+  const int64_t tile = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.x / kHistoryLanes;
   const int64_t start = tile * kHistoryTile;
-  const int lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kHistoryLanes;
   const int n = start < task.numel ? tile_size(task.numel, start) : 0;
   double largest = 0.0, sum = 0.0, product = 0.0;
 #pragma unroll 4
-  for (int i = lane; i < n; i += kLanes) {
+  for (int i = lane; i < n; i += kHistoryLanes) {
     const double value = as_double(static_cast<const V*>(task.vector)[start + i]);
     const double magnitude = fabs(value);
     largest = rules::larger(largest, magnitude);

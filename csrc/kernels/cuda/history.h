@@ -1,5 +1,5 @@
 // The way into the L-BFGS kernels. Pointers inside a task, to rows and to coefficients, are device memory themselves,
-// as are the scratch space and the results. The sums are those of the CPU, in its order.
+// as are the scratch space and the results. Sums are taken in the CPU's order, dot products of bf16 rows excepted.
 #pragma once
 
 #include <cuda_runtime_api.h>
