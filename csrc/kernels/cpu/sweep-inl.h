@@ -1,19 +1,17 @@
 // The CPU loop, compiled once per instruction set inside the namespace OPTIM_EXT_ISA. No include guard, no torch, and
-// nothing emitted but the sweeps themselves: everything else is inlined, so no code built for AVX-512 can be linked
-// into a baseline caller.
+// nothing for other files to link with but what kernels.h declares: everything else is inlined or in the unnamed
+// namespace, so no code built for AVX-512 can be linked into a baseline caller.
 
 namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
 namespace {
 
 #define OPTIM_EXT_INLINE inline __attribute__((always_inline))
-// What every sweep calls and none needs a copy of. In the unnamed namespace, so it stays within its instruction set.
+// What every sweep calls and none needs a copy of: not inlined, but in the unnamed namespace.
 #define OPTIM_EXT_SHARED __attribute__((noinline))
 
 // Elements converted at a time where memory and arithmetic differ in type: small enough that the buffers stay in L1.
 constexpr int64_t kTile = 256;
-
-constexpr int kGrad = 1;
 
 template <class V>
 constexpr Storage kNative = sizeof(V) == 8 ? Storage::f64 : Storage::f32;
@@ -159,7 +157,7 @@ struct TileOperand {
 
   OPTIM_EXT_SHARED void load(int64_t start, int64_t n, V* buffer) const {
     if (layout == nullptr) return widen(at(start), storage, 1, buffer, n);
-    if (layout->firsts != nullptr && operand == kGrad) return load_sums(start, n, buffer);
+    if (layout->firsts != nullptr && operand == kGradOperand) return load_sums(start, n, buffer);
     walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
       widen(at(offset), storage, stride, buffer + i, count);
     });
@@ -215,7 +213,7 @@ struct TileOperand {
 // have a scratch value.
 template <class Rule, class V, int I>
 OPTIM_EXT_INLINE decltype(auto) element(V* const* tile, int64_t i, V& scratch, V grad_factor) {
-  if constexpr (I == kGrad) {
+  if constexpr (I == kGradOperand) {
     return tile[I][i] * grad_factor;
   } else if constexpr ((Rule::kUsed >> I) & 1u) {
     return (tile[I][i]);
@@ -247,7 +245,7 @@ OPTIM_EXT_INLINE void apply_to_bf16(const Rule& given, void* const* data, int64_
   uint16_t* const tile[] = {((Rule::kUsed >> I) & 1u ? static_cast<uint16_t*>(data[I]) + start : nullptr)...};
   OPTIM_EXT_FOR(i, n) {
     float value[] = {((Rule::kUsed >> I) & 1u ? widen_bf16(tile[I][i]) : 0.0f)...};
-    value[kGrad] *= grad_factor;
+    value[kGradOperand] *= grad_factor;
     rule(value[I]...);
     ((((Rule::kUpdates >> I) & 1u) ? static_cast<void>(tile[I][i] = narrow_bf16(value[I])) : void()), ...);
   }
@@ -262,7 +260,9 @@ OPTIM_EXT_INLINE void fetch_row(const Bundle& bundle, int64_t n) {
   for (int k = 0; k < Rule::kOperands; ++k) {
     if (!((Rule::kUsed >> k) & 1u)) continue;
     const int64_t bytes = layout.sizes[1] * bytes_of(bundle.storage[k]);
-    const int64_t place = k != kGrad ? layout.rows[n] : layout.firsts != nullptr ? layout.sources[layout.firsts[n]] : n;
+    const int64_t place = k != kGradOperand          ? layout.rows[n]
+                          : layout.firsts != nullptr ? layout.sources[layout.firsts[n]]
+                                                     : n;
     const char* const row = static_cast<const char*>(bundle.data[k]) + place * bytes;
     for (int64_t at = 0; at < bytes && at < kLinesAhead * kLine; at += kLine) __builtin_prefetch(row + at, 1);
   }
@@ -275,7 +275,7 @@ OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_
   const Rule rule = given;
   const Layout layout = *bundle.layout;
   const int64_t width = layout.sizes[1], last = layout.sizes[0] - 1;
-  const TileOperand<V> grads{bundle.data[kGrad], bundle.storage[kGrad], bundle.layout, kGrad};
+  const TileOperand<V> grads{bundle.data[kGradOperand], bundle.storage[kGradOperand], bundle.layout, kGradOperand};
   alignas(64) V buffer[kTile];
   V* data[Rule::kOperands];
   for (int k = 0; k < Rule::kOperands; ++k) data[k] = static_cast<V*>(bundle.data[k]);
@@ -286,13 +286,13 @@ OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_
     V* tile[Rule::kOperands];
     for (int k = 0; k < Rule::kOperands; ++k) tile[k] = data[k] + layout.rows[row] * width + column;
     if (layout.firsts == nullptr) {
-      tile[kGrad] = data[kGrad] + start;
+      tile[kGradOperand] = data[kGradOperand] + start;
     } else if (layout.firsts[row + 1] == layout.firsts[row] + 1) {
-      tile[kGrad] = data[kGrad] + layout.sources[layout.firsts[row]] * width + column;
+      tile[kGradOperand] = data[kGradOperand] + layout.sources[layout.firsts[row]] * width + column;
     } else {
       n = n < kTile ? n : kTile;
       grads.load(start, n, buffer);
-      tile[kGrad] = buffer;
+      tile[kGradOperand] = buffer;
     }
     apply<Rule, V>(rule, tile, n, grad_factor, [](int64_t) __attribute__((always_inline)) {}, kAll);
     column += n;
@@ -335,10 +335,10 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
       if ((Rule::kUsed >> k) & 1u) tile[k] = operands[k].open(start, n, buffer[k]);
     }
     if (pass.unscale) {
-      V* const grad = tile[kGrad];
+      V* const grad = tile[kGradOperand];
       const V scale = V(pass.grad_scale);
       OPTIM_EXT_FOR(i, n) grad[i] = grad[i] / scale;
-      operands[kGrad].close(start, n, grad);
+      operands[kGradOperand].close(start, n, grad);
     }
     if (averages) {
       const rules::Average rule_of_average{pass.average_weight};

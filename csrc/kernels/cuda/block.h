@@ -20,7 +20,7 @@
 
 namespace optim_ext::cuda {
 
-constexpr int kGradSlot = 1;
+constexpr int kGradSlot = kGradOperand;  // parameter and gradient are in every rule, so no operand before is missing
 
 // What the threads of a block share: their piece of one tensor, and the rule as it stands at that tensor's step.
 template <class Rule>
@@ -246,8 +246,8 @@ OPTIM_EXT_HOST_DEVICE constexpr bool is_updated(int slot) {
 // have a scratch value.
 template <class Rule, class V, int K>
 OPTIM_EXT_HOST_DEVICE decltype(auto) operand_in(V* slots, V& scratch, V grad_factor) {
-  if constexpr (K == kGradSlot) {
-    return slots[K] * grad_factor;
+  if constexpr (K == kGradOperand) {
+    return slots[kGradSlot] * grad_factor;
   } else if constexpr ((Rule::kUsed >> K) & 1u) {
     return (slots[slot_of<Rule>(K)]);
   } else {
