@@ -10,8 +10,6 @@ namespace optim_ext::ops {
 
 namespace {
 
-const OptionalTensor kNone;
-
 // Elements of row_vars and col_vars that are worked on at a time, so that the memory this needs besides stays small.
 // Only tensors of many small matrices, as convolutions are, come near it.
 constexpr int64_t kMostAverages = 1 << 20;

@@ -6,11 +6,10 @@ namespace optim_ext::ops {
 template <class Driver>
 void average_(const char* op, TensorList averages, TensorList params, const Tensor& weight,
               const OptionalTensor& found_inf) {
-  const OptionalTensor none;
   if (weight.defined() && weight.is_cpu() && weight.numel() == 1)
     check_average_weight(op, "weight", weight.item().toDouble());
   rules::Average rule{};
-  const Common common{op, none, found_inf, none, {}, none};
+  const Common common{op, kNone, found_inf, kNone, {}, kNone};
   const CallSpec spec{.common = common, .operands = {{"averages", averages}, {"params", params}}, .leader = 1};
   run<Driver>(rule, spec, {{"weight", rule.weight, weight}});
 }

@@ -7,8 +7,7 @@ namespace optim_ext::ops {
 
 template <class Driver>
 void clip_(TensorList tensors, std::optional<double> limit, const OptionalTensor& factor) {
-  const OptionalTensor none;
-  const Common common{"clip_", none, none, factor, {}, none};
+  const Common common{"clip_", kNone, kNone, factor, {}, kNone};
   const CallSpec spec{common, {{"tensors", tensors}, {"tensors", tensors}}};
   rules::Clip rule{};
   run<Driver>(rule, spec, {{"limit", rule.limit, limit.value_or(INFINITY)}});

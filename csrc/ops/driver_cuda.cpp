@@ -80,10 +80,6 @@ const unsigned char* send(CudaTable& table, std::initializer_list<std::pair<cons
   return table.send();
 }
 
-at::DataPtr scratch(int64_t bytes) {
-  return c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
-}
-
 void* const* rows_at(const unsigned char* table, int64_t index) {
   return reinterpret_cast<void* const*>(table + 8 * index);
 }
@@ -99,8 +95,8 @@ void CudaDriver::history_dots(at::Device device, const HistoryDots& given, doubl
   const unsigned char* const sent = send(table, {{task.history.old_dirs, count}, {task.history.old_stps, count}});
   task.history.old_dirs = rows_at(sent, 0);
   task.history.old_stps = rows_at(sent, count);
-  const at::DataPtr sums = scratch(8 * task.sums() * history_tiles(task.numel));
-  check_cuda(cuda::launch_history_dots(task, static_cast<double*>(sums.get()), out, place.stream));
+  const CudaScratch sums(8 * task.sums() * history_tiles(task.numel));
+  check_cuda(cuda::launch_history_dots(task, static_cast<double*>(sums.data()), out, place.stream));
 }
 
 void CudaDriver::history_combine(at::Device device, const HistoryCombination& given, Norms* out) {
@@ -117,15 +113,15 @@ void CudaDriver::history_combine(at::Device device, const HistoryCombination& gi
   task.history.old_stps = rows_at(sent, count);
   task.y_coefficient = reinterpret_cast<const double*>(sent) + 2 * count;
   task.s_coefficient = reinterpret_cast<const double*>(sent) + 3 * count;
-  const at::DataPtr norms = scratch(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
-  check_cuda(cuda::launch_history_combine(task, static_cast<Norms*>(norms.get()), out, place.stream));
+  const CudaScratch norms(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
+  check_cuda(cuda::launch_history_combine(task, static_cast<Norms*>(norms.data()), out, place.stream));
 }
 
 void CudaDriver::norms(at::Device device, const NormsOf& task, Norms* out) {
   const c10::DeviceGuard guard(device);
   const CudaPlace place(device);
-  const at::DataPtr norms = scratch(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
-  check_cuda(cuda::launch_norms(task, static_cast<Norms*>(norms.get()), out, place.stream));
+  const CudaScratch norms(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
+  check_cuda(cuda::launch_norms(task, static_cast<Norms*>(norms.data()), out, place.stream));
 }
 
 }  // namespace optim_ext::ops

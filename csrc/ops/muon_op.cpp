@@ -14,8 +14,6 @@ namespace optim_ext::ops {
 
 namespace {
 
-const OptionalTensor kNone;
-
 // Matrices of one shape are orthogonalized in one batch, up to this many elements: larger ones keep a device busy
 // alone, and the batch needs memory of its own.
 constexpr int64_t kBatchElements = 1 << 24;

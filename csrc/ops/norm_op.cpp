@@ -12,8 +12,6 @@ namespace optim_ext::ops {
 
 namespace {
 
-const OptionalTensor kNone;
-
 // Calls use(rule) with the reduction for a norm type.
 template <class Use>
 void with_norm(const char* op, double norm_type, const Use& use) {

@@ -15,6 +15,7 @@ namespace optim_ext::ops {
 using at::Tensor;
 using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
+inline const OptionalTensor kNone;
 
 // A name as a template argument.
 template <size_t kLength>

@@ -119,7 +119,7 @@ std::shared_ptr<PlannedOp> planned(const char* name) {
 
 using PlannedOps = std::map<std::string, std::shared_ptr<PlannedOp>>;
 
-// Adds the class Plan and the function unsupported() to the module.
+// Adds the class Plan to the module.
 void bind_plan(py::module_& m, PlannedOps ops);
 
 }  // namespace optim_ext::ops
