@@ -125,6 +125,13 @@ class Spec:
             return False
         return True
 
+    def fused_writes_all(self, dtype: torch.dtype) -> bool:
+        """Whether torch's fused step updates every element on the CPU (2.13's SGD does not in half precision)."""
+        param = torch.ones(100, dtype=dtype, requires_grad=True)
+        param.grad = torch.ones_like(param)
+        self.torch([param], lr=0.5, fused=True).step()
+        return bool((param != 1).all())
+
     @property
     def in_torch(self) -> bool:
         return hasattr(torch.optim, self.name)

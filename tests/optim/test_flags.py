@@ -52,10 +52,8 @@ def test_explain_an_optimizer_that_is_not_ours():
 @pytest.mark.parametrize("fused_spec", FUSED, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fused_equals_torchs(fused_spec, dtype):
-    if fused_spec.name == "SGD" and dtype in (torch.bfloat16, torch.float16):
-        pytest.skip(
-            "torch 2.13's fused SGD skips most elements of half-precision parameters on the CPU (pytorch#191763)"
-        )
+    if not fused_spec.fused_writes_all(dtype):
+        pytest.skip("this torch's fused step leaves most of such a parameter as it was (pytorch#191763)")
     options = {**fused_spec.typical, **fused_spec.half_options, "fused": True}
     lockstep = Lockstep(fused_spec, options, dtype=dtype).step(5).check()
     assert getattr(lockstep.ours, "_step_supports_amp_scaling", False) == fused_spec.scales_in_step
@@ -106,7 +104,7 @@ def test_meta_parameters_take_torchs_path(spec):
 def test_capturable_on_cpu_is_torchs_error(spec):
     params = make_params(((3,),))
     if "capturable" not in spec.torch(params).defaults:
-        return
+        pytest.skip("torch's class does not have the flag")
     messages = []
     for make in (spec.torch, spec.ours):
         optimizer = make(params, capturable=True)
