@@ -219,7 +219,7 @@ class AveragedModel(swa_utils.AveragedModel):
             are averaged with the result truncated at each update.
         dtype: storage of the average where the model's parameters are floating point or complex (then the complex type
             of that precision), for instance ``torch.float32`` for a bfloat16 model. Default: as in the model.
-        update_every: average at the first call of ``update_parameters`` and at every so manieth after it.
+        update_every: average at the first call of ``update_parameters`` and at every ``update_every``-th call after it.
 
     Raises:
         ValueError: ``dtype`` is not floating point or ``update_every`` not a positive whole number.

@@ -28,6 +28,13 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of all tensors together, viewed as one vector: ``torch.nn.utils.get_total_norm``.
 
+    Args:
+        tensors: one or any number of them, which are only read. Shapes, devices and dtypes (float32, float64, bfloat16,
+            float16, complex) may differ.
+        norm_type: 1, 2 or inf; others go to torch's function.
+        error_if_nonfinite: raise where the norm is infinite or NaN (reads the norm on the host).
+        foreach: passed on where torch's function is called, else without effect.
+
     Returns:
         shape (), in the dtype the tensors promote to, on the device of the first; 0 if there are none.
 
@@ -52,6 +59,15 @@ def clip_grad_norm_(
     foreach: bool | None = None,
 ) -> Tensor:
     """Scale gradients in place so that their norm is at most ``max_norm``: ``torch.nn.utils.clip_grad_norm_``.
+
+    Args:
+        parameters: one or any number of them, whose ``grad`` is scaled; shapes, devices and dtypes as in
+            :func:`get_total_norm`. Those without a gradient are passed over.
+        max_norm: the largest norm allowed, at least 0. The factor is ``max_norm / (norm + 1e-6)``, at most 1.
+        norm_type: 1, 2 or inf; others go to torch's function.
+        error_if_nonfinite: raise where the norm is infinite or NaN (reads the norm on the host), before anything is
+            written.
+        foreach: passed on where torch's function is called, else without effect.
 
     Returns:
         The norm before that, as ``get_total_norm``.
@@ -80,8 +96,15 @@ def clip_grad_norm_(
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
     """Bring every element of the gradients into [-clip_value, clip_value], in place: ``torch.nn.utils.clip_grad_value_``.
 
+    Args:
+        parameters: one or any number of them, whose ``grad`` is changed: real ones of any shape and floating dtype.
+            Those without a gradient are passed over.
+        clip_value: the largest magnitude allowed, at least 0.
+        foreach: passed on where torch's function is called, else without effect.
+
     Raises:
         ValueError: ``clip_value`` is negative or NaN.
+        NotImplementedError: a gradient is complex (torch's error).
     """
     clip_value = checked_limit("clip_value", clip_value)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
