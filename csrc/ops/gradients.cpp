@@ -80,7 +80,7 @@ bool take_usual_of(const py::list& params, std::vector<Tensor>& grads) {
 std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& param_groups) {
   std::vector<std::pair<at::Device, std::vector<Tensor>>> found;
   for (size_t g = 0; g < param_groups.size(); ++g) {
-    const auto params = py::cast<py::list>(py::cast<py::dict>(param_groups[g])["params"]);
+    const py::list params(py::cast<py::dict>(param_groups[g])["params"]);
     const auto place_of = [&](at::Device device) -> std::vector<Tensor>& {
       auto place = std::find_if(found.begin(), found.end(), [&](const auto& of) { return of.first == device; });
       if (place == found.end()) place = found.insert(found.end(), {device, {}});

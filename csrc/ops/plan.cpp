@@ -142,7 +142,7 @@ class Plan {
   static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
 
   static py::list params_of(const py::list& param_groups, size_t g) {
-    return py::cast<py::list>(py::cast<py::dict>(param_groups[g])["params"]);
+    return py::list(py::cast<py::dict>(param_groups[g])["params"]);  // of a tuple, too
   }
 
   void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state, const py::dict& averages) {
@@ -249,10 +249,11 @@ class Plan {
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
       PyObject* const params = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
-      if (!params || !PyList_Check(params) || static_cast<size_t>(PyList_GET_SIZE(params)) != groups_[g].size())
+      if (!params || !(PyList_Check(params) || PyTuple_Check(params)) ||
+          static_cast<size_t>(PySequence_Fast_GET_SIZE(params)) != groups_[g].size())
         return false;
       for (size_t i = 0; i < groups_[g].size(); ++i) {
-        if (PyList_GET_ITEM(params, i) != groups_[g][i]) return false;
+        if (PySequence_Fast_GET_ITEM(params, i) != groups_[g][i]) return false;
       }
     }
     if (static_cast<size_t>(PyDict_Size(state.ptr())) != entries_.size()) return false;

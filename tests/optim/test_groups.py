@@ -134,6 +134,14 @@ def test_params_of_a_group_changed_between_steps(variant):
     lockstep.step(2).check()
 
 
+def test_a_tuple_of_parameters(spec):
+    lockstep = Lockstep(spec, dtype=torch.float64).step(1)
+    for optimizer in lockstep.both:
+        optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
+    lockstep.ours.clip_grad_norm(1e6)
+    lockstep.step(2).check()
+
+
 def test_empty_groups_do_nothing(spec):
     lockstep = Lockstep(spec, groups=lambda p: [{"params": []}, {"params": p}, {"params": []}]).step(3).check()
     lockstep.step(1, frozen=range(len(lockstep.params))).check()
