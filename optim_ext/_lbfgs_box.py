@@ -29,6 +29,8 @@ class Box:
             start += size
             if any(p.is_complex() for p in params):
                 raise ValueError("LBFGS has no bounds for complex parameters")
+            if bounds is None:  # of a group that has none
+                bounds = (None, None)
             if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
                 raise ValueError(f"Invalid bounds: expected (lower, upper), found {bounds!r}")
             given = bounds[side]

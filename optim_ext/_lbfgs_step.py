@@ -38,13 +38,13 @@ class Method:
     tolerance_grad: float
     tolerance_change: float
     history_size: int
-    line_search_fn: str | None
+    line_search_fn: str | None = None
     maximize: bool = False
     strict_max_eval: bool = False
     recover: bool = False
     damping: float | None = None
     history_dtype: torch.dtype | None = None
-    bounds: tuple[Bound, Bound] | None = field(default=None, compare=False)
+    bounded: bool = False
 
 
 class Buffers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ class LBFGS(torch.optim.LBFGS):
         history_dtype: ``torch.bfloat16`` stores the history at 2 bytes an element. Sums are taken in double all the
             same. Directions get the three digits of that format, which costs some iterations more near the solution.
         bounds: ``(lower, upper)``, each None, a number, or one number, tensor or None for each parameter. The parameters
-            stay within them: projected L-BFGS. With ``line_search_fn='strong_wolfe'`` the search then shortens the step
-            along the projected path (Bertsekas 1982) instead.
+            stay within them: projected L-BFGS. Groups may differ in them. With ``line_search_fn='strong_wolfe'`` the
+            search then shortens the step along the projected path (Bertsekas 1982) instead.
 
     Internally parameters form one vector of their common floating point type, float32 at least; complex ones count as
     pairs of real ones. Dot products are summed in double, in one fixed order for every number of threads.
@@ -59,10 +59,8 @@ class LBFGS(torch.optim.LBFGS):
         bounds: tuple[Bound, Bound] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(params, (Tensor, dict)):
-            params = list(params)
-        groups = isinstance(params, list) and len(params) > 1 and all(isinstance(group, dict) for group in params)
-        super().__init__(params[:1] if groups else params, *args, **kwargs)
+        further: list[Group] = []
+        super().__init__(params if isinstance(params, Tensor) else _first_group(params, further), *args, **kwargs)
         own = {
             "strict_max_eval": bool(strict_max_eval),
             "recover": bool(recover),
@@ -71,12 +69,11 @@ class LBFGS(torch.optim.LBFGS):
             "bounds": bounds,
         }
         # Only what was asked for: without these a state_dict has torch's own keys.
-        self.defaults.update({name: value for name, value in own.items() if value not in (False, None)})
+        self.defaults.update({name: value for name, value in own.items() if _is_on(value)})
         for group in self.param_groups:
             self._fill_in(group)
-        if groups:
-            for group in params[1:]:
-                self.add_param_group(group)
+        for group in further:
+            self.add_param_group(group)
         self._method()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,6 +90,7 @@ class LBFGS(torch.optim.LBFGS):
                 group.setdefault(name, self.defaults[name])
 
     def state_dict(self) -> dict[str, Any]:
+        """The state and the options, under torch's keys. Later steps do not write to its tensors."""
         if "_workspace" in self.__dict__:
             self._workspace.disown()  # its tensors may be kept: they are not written again
         return super().state_dict()
@@ -117,10 +115,14 @@ class LBFGS(torch.optim.LBFGS):
 
     def _method(self) -> Method:
         """The options as they stand, checked."""
-        first = self.param_groups[0]
-        for index, group in enumerate(self.param_groups):
+        options = [
+            {name: group[name] for name in (*_COMMON, *_OWN_OPTIONS) if _is_on(group.get(name))}
+            for group in self.param_groups
+        ]
+        bounded = any([group.pop("bounds", None) is not None for group in options])  # each group has its own
+        for index, group in enumerate(options):
             for name in (*_COMMON, *_OWN_OPTIONS):
-                if name != "bounds" and group.get(name) != first.get(name):
+                if group.get(name) != options[0].get(name):
                     raise ValueError(f"all groups of LBFGS need the same {name}: group {index} has {group.get(name)}")
         rates = [float(group["lr"]) for group in self.param_groups]
         if not all(rate >= 0.0 for rate in rates):
@@ -128,18 +130,16 @@ class LBFGS(torch.optim.LBFGS):
         method = Method(
             lr=max(rates),
             scales=tuple(rate / max(rates) if max(rates) > 0 else 1.0 for rate in rates),
-            **{name: first[name] for name in _COMMON if name in first},
-            **{name: first[name] for name in _OWN_OPTIONS if name in first},
+            bounded=bounded,
+            **options[0],
         )
         if method.history_size < 1:
             raise ValueError(f"Invalid history_size: {method.history_size}, at least 1 is needed")
-        if method.line_search_fn not in (None, "strong_wolfe"):
-            raise RuntimeError("only 'strong_wolfe' is supported")
         if method.history_dtype not in (None, torch.bfloat16):
             raise ValueError(f"Invalid history_dtype: {method.history_dtype}, only torch.bfloat16 is supported")
         if method.damping is not None and not 0.0 < method.damping < 1.0:
             raise ValueError(f"Invalid damping: {method.damping}, expected a number between 0 and 1")
-        if method.damping is not None and method.bounds is not None:
+        if method.damping is not None and method.bounded:
             raise ValueError("damping and bounds cannot be combined: a projected step is not the model's own")
         return method
 
@@ -177,6 +177,8 @@ class LBFGS(torch.optim.LBFGS):
         if not callable(closure):
             raise TypeError(f"LBFGS.step needs a closure that re-evaluates the model, found {closure!r}")
         method = self._method()
+        if method.line_search_fn not in (None, "strong_wolfe"):
+            raise RuntimeError("only 'strong_wolfe' is supported")
         params = [p for group in self.param_groups for p in group["params"]]
         if not params:
             with torch.enable_grad():
@@ -185,11 +187,11 @@ class LBFGS(torch.optim.LBFGS):
         if reason is not None:
             return self._torch_step(closure, reason)
         workspace = self._workspace_for(params, method)
-        kind = Step if method.bounds is None else BoxedStep
+        kind = BoxedStep if method.bounded else Step
         return kind(self.state, workspace, method, torch.enable_grad()(closure)).run()
 
     def _torch_step(self, closure: Callable[[], Any], reason: str) -> Any:
-        beyond = [name for name in _OWN_OPTIONS if name in self.param_groups[0]]
+        beyond = [name for name in _OWN_OPTIONS if _is_on(self.param_groups[0].get(name))]
         beyond += ["several groups"] if len(self.param_groups) > 1 else []
         if beyond:
             raise RuntimeError(f"LBFGS has no native step here ({reason}), and torch's has no {', '.join(beyond)}")
@@ -218,6 +220,21 @@ class LBFGS(torch.optim.LBFGS):
                 f"{workspace.numel} on {workspace.device}; optimizer.state.clear() starts anew"
             )
         return workspace
+
+
+def _first_group(params: Iterable[Any], further: list[Group]) -> Iterator[Any]:
+    """What torch's constructor may see, which takes one group only: the others go to `further`. A generator, as torch
+    looks at the options before it looks at params."""
+    given = list(params)
+    if len(given) > 1 and all(isinstance(group, dict) for group in given):
+        further += given[1:]
+        given = given[:1]
+    yield from given
+
+
+def _is_on(value: Any) -> bool:
+    """Whether an option was asked for. Compared by identity: 0 is a number (if not a valid one), bounds may be tensors."""
+    return value is not None and value is not False
 
 
 def _share_memory(params: list[Tensor]) -> bool:

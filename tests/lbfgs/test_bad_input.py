@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,33 @@ from problems import rosenbrock, start
 from optim_ext import LBFGS, explain
 
 WOLFE = {"line_search_fn": "strong_wolfe"}
+
+
+def given_params():
+    """Arguments of the constructor that torch refuses, and some that it takes."""
+    p, q = (torch.nn.Parameter(torch.ones(1, 1)) for _ in range(2))
+    return [
+        p, [p, p], [{"params": p}, {"params": p}], None, [("weight", p), q],
+        [{"params": [p], "lr": 1e-2}, {"params": [("weight", q)]}], (t for t in (p, q)), iter([]), [], {"params": [p]},
+        {p}, [{"params": {p}}], "ab", 3, [3], [p, {"params": q}], [{"params": q}, p], [{"params": [p]}], [{"lr": 1.0}],
+        [{"params": [p]}, {"lr": 0.1}], [[p]], [("a", p), ("b", q)], [p * 2], (g for g in ({"params": [p]},)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": -1}, {"lr": torch.tensor([0.1, 0.2])}, {"typo": 1}], ids=str)
+@pytest.mark.parametrize("index", range(len(given_params())))
+def test_constructors_raise_what_torchs_does(index, options):
+    """Options are looked at before params are."""
+    raised = []
+    for cls in (LBFGS, torch.optim.LBFGS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                cls(given_params()[index], **options)
+                raised.append(None)
+            except Exception as error:
+                raised.append((type(error), str(error)))
+    assert raised[0] == raised[1]
 
 
 def unchanged(run, act, error, words):
@@ -55,6 +83,8 @@ def test_closures(closure, error, words, steps):
         ({"lr": float("nan")}, ValueError, "learning rate"),
         ({"history_dtype": torch.int8}, ValueError, "history_dtype"),
         ({"damping": 2.0}, ValueError, "damping"),
+        ({"damping": 0}, ValueError, "damping"),
+        ({"bounds": 0}, ValueError, "bounds"),
     ],
     ids=str,
 )
@@ -73,11 +103,34 @@ def test_options_edited(edit, error, words, steps):
 
 
 @pytest.mark.parametrize(
-    "options", [{"history_size": 0}, {"damping": -1.0}, {"damping": 0.2, "bounds": (0, 1)}], ids=str
+    "options",
+    [{"history_size": 0}, {"damping": -1.0}, {"damping": 0}, {"damping": 0.0}, {"damping": 0.2, "bounds": (0, 1)}],
+    ids=str,
 )
 def test_options_at_construction(options):
     with pytest.raises(ValueError):
         LBFGS([torch.zeros(2)], **options)
+
+
+def test_bounds_of_a_later_group_exclude_damping():
+    groups = [{"params": [torch.zeros(2)]}, {"params": [torch.zeros(2)], "bounds": (0, 1)}]
+    with pytest.raises(ValueError, match="cannot be combined"):
+        LBFGS(groups, damping=0.2)
+
+
+@pytest.mark.parametrize("bounds", [0, torch.tensor([0.0, 1.0])], ids=["number", "tensor"])
+def test_bounds_that_are_no_pair(bounds):
+    run = start(LBFGS, "rosenbrock-10", bounds=bounds)
+    with pytest.raises(ValueError, match="bounds"):
+        run.steps(1)
+    assert run.calls == 0
+
+
+def test_an_unknown_line_search_is_refused_by_the_step():
+    for cls in (LBFGS, torch.optim.LBFGS):
+        run = start(cls, "rosenbrock-10", line_search_fn="armijo")
+        with pytest.raises(RuntimeError, match="only 'strong_wolfe' is supported"):
+            run.steps(1)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype"])

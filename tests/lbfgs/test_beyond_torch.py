@@ -339,6 +339,17 @@ def test_bounds_per_parameter_and_fixed_steps():
     torch.testing.assert_close(params[1].detach(), torch.tensor(-0.25))
 
 
+@pytest.mark.parametrize("options", [{"lr": 0.1}, WOLFE], ids=["fixed", "wolfe"])
+@pytest.mark.parametrize("bounded", [0, 1])
+def test_bounds_of_one_group(bounded, options):
+    params = [torch.nn.Parameter(torch.full((2,), 3.0)) for _ in range(2)]
+    groups = [{"params": [p]} for p in params]
+    groups[bounded]["bounds"] = (0.5, None)
+    run = Run(LBFGS(groups, max_iter=50, **options), params, lambda ps: sum((p**2).sum() for p in ps)).steps(5)
+    torch.testing.assert_close(run.params[bounded].detach(), torch.full((2,), 0.5))
+    torch.testing.assert_close(run.params[1 - bounded].detach(), torch.zeros(2), atol=1e-3, rtol=0)
+
+
 def test_a_start_outside_is_brought_in():
     run = vector([5.0, -5.0], bounds=(-1.0, 1.0), **WOLFE)(lambda x: ((x - 0.5) ** 2).sum())
     run.steps(3)
