@@ -6,13 +6,13 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim_ext._line_search import Point, strong_wolfe
+from optim_ext._line_search import Length, Point, rounded_to, strong_wolfe
 from optim_ext._load import _C
 
 _OPS = torch.ops.optim_ext
@@ -214,6 +214,9 @@ class Step:
 
     def __init__(self, states: dict[Tensor, Any], work: Workspace, method: Method, closure: Callable[[], Any]) -> None:
         self.states, self.work, self.method, self.closure = states, work, method, closure
+        # For all that torch has tensors of the parameters' dtype for. A search that overflows there can be recovered from.
+        self.rounded = rounded_to(work.dtype, saves_overflow=method.recover)
+        self.tolerance_grad, self.tolerance_change = map(self.rounded, (method.tolerance_grad, method.tolerance_change))
         self.evals = 0
         self.restarts = 0
         self.loss: float
@@ -236,7 +239,7 @@ class Step:
                     return given
             else:
                 self._note_best(anew=True)
-            if not self.largest <= self.method.tolerance_grad:
+            if not self.largest <= self.tolerance_grad:
                 self._iterate()
         finally:
             self._save()
@@ -247,21 +250,19 @@ class Step:
         for iteration in range(1, method.max_iter + 1):
             state["n_iter"] += 1
             last = iteration == method.max_iter
-            is_fresh = state["n_iter"] == 1 or self.d is None or (self.t == 0.0 and not self.old_dirs)
+            is_fresh = state["n_iter"] == 1 or self.d is None or self._was_restarted()
             if is_fresh:
                 self._forget()
             else:
                 self._add_pair()
             self._set_direction()
             self.prev_grad, self.prev_loss = self.grad, self.loss
-            self.t = method.lr
-            if is_fresh:
-                self.t *= 0.1**self.restarts * (min(1.0, 1.0 / self.total) if self.total > 0 else 1.0)
+            self.t = self._first_length() if is_fresh else method.lr
             if method.recover and not (math.isfinite(self.slope) and math.isfinite(self.d_largest)):
                 if self._restart():
                     continue
                 break
-            if self.slope > -method.tolerance_change:
+            if self.slope > -self.tolerance_change:
                 break
             spent = self._just_move(last) if method.line_search_fn is None else self._search()
             if spent is None:
@@ -274,12 +275,23 @@ class Step:
                     continue
                 break
             self._note_best()
-            if is_over or self.largest <= method.tolerance_grad:
+            if is_over or self.largest <= self.tolerance_grad:
                 break
-            if abs(self.t) * self.d_largest <= method.tolerance_change:
+            if self.rounded(abs(self.t) * self.d_largest) <= self.tolerance_change:
                 break
             if abs(self.loss - self.prev_loss) < method.tolerance_change:
                 break
+
+    def _was_restarted(self) -> bool:
+        """Whether the step before ended in a restart (see `_save`)."""
+        return self.method.recover and self.t == 0.0 and not self.old_dirs
+
+    def _first_length(self) -> float:
+        """Of a step without a history: no longer than lr, all magnitudes of it taken together."""
+        rounded, lr = self.rounded, self.method.lr
+        share = rounded(1.0 / rounded(self.total)) if self.total > 0.0 else 1.0
+        length = Length(rounded(share * rounded(lr))) if share < 1.0 else lr
+        return length * 0.1**self.restarts if self.restarts > 0 else length
 
     # Evaluations
 
@@ -328,7 +340,7 @@ class Step:
             alpha = gram.alpha if len(gram.alpha) == count else [0.0] * count
             numbers = [*(1.0 / ys for ys in gram.curvatures), *alpha, gram.h_diag]
             scalars = torch.tensor(numbers, dtype=work.dtype, device=work.device).unbind()
-            state["d"], state["t"] = self.d, self.t
+            state["d"], state["t"] = self.d, float(self.t)
             state["old_dirs"], state["old_stps"] = self.old_dirs, self.old_stps
             state["ro"], state["H_diag"] = list(scalars[:count]), scalars[-1] if count > 0 else 1
             state["prev_flat_grad"], state["prev_loss"] = self.prev_grad, self.prev_loss
@@ -393,7 +405,8 @@ class Step:
 
     def _set_direction(self) -> None:
         self.d = self.work.vectors.take()
-        self.d_largest, _, self.slope = self._combine(self.d, self.grad).tolist()
+        self.d_largest, _, slope = self._combine(self.d, self.grad).tolist()
+        self.slope = self.rounded(slope)
 
     def _combine(self, d: Tensor, grad: Tensor) -> Tensor:
         norms: Tensor = _OPS.lbfgs_combine_(
@@ -441,6 +454,9 @@ class Step:
         except BaseException:
             self._place(origin, 0.0)
             self.t = 0.0
+            if self.state["n_iter"] == 1:  # there has been no first iteration then: the next one is it
+                self.state["n_iter"] = 0
+                self._forget()
             raise
         if at != point.t:
             self._place(origin, point.t)
@@ -452,9 +468,7 @@ class Step:
 
     def _line_search(self, evaluate: Callable[[float], Point], start: Point, max_ls: int) -> tuple[Point, int]:
         method = self.method
-        return strong_wolfe(
-            evaluate, start, self.t, self.d_largest, max_ls, method.tolerance_change, guarded=method.recover
-        )
+        return strong_wolfe(evaluate, start, self.t, self.d_largest, max_ls, self.rounded, guarded=method.recover)
 
     def _place(self, origin: Tensor, t: float) -> float:
         """Move to the point at ``t``; what is known of the slope there."""
@@ -463,7 +477,7 @@ class Step:
         return 0.0
 
     def _slope_at(self, grad: Tensor, known: float) -> float:
-        return self.work.norms(grad, self.d)[2]
+        return self.rounded(self.work.norms(grad, self.d)[2])
 
     def _arrive(self, origin: Tensor) -> None:
         """After the last move of a search."""

@@ -44,6 +44,18 @@ def logistic() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return loss, torch.zeros(features.shape[1] + 1, dtype=torch.float64)
 
 
+def quartic(seed: int, n: int = 20) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A convex quadratic plus fourth powers. Its minimum is some number, at which losses in single precision stall."""
+    generator = torch.Generator().manual_seed(seed)
+    root, linear, start = (torch.randn(size, generator=generator).double() for size in ((n, n), (n,), (n,)))
+    matrix = root @ root.T / n + 0.1 * torch.eye(n)
+
+    def loss(x: Tensor) -> Tensor:
+        return 0.5 * x @ (matrix.to(x.dtype) @ x) - linear.to(x.dtype) @ x + 0.1 * (x**4).sum()
+
+    return loss, start
+
+
 def rosenbrock_start(n: int) -> Tensor:
     return torch.tensor([-1.2, 1.0], dtype=torch.float64).repeat((n + 1) // 2)[:n].clone()
 
@@ -90,6 +102,9 @@ class Run:
 
 
 def start(cls, problem: str, dtype=torch.float64, **options) -> Run:
-    loss, at = PROBLEMS[problem]()
-    param = torch.nn.Parameter(at.to(dtype))
+    return start_at(cls, *PROBLEMS[problem](), dtype, **options)
+
+
+def start_at(cls, loss: Callable[[Tensor], Tensor], at: Tensor, dtype=torch.float64, **options) -> Run:
+    param = torch.nn.Parameter(at.to(dtype, copy=True))
     return Run(cls([param], **options), [param], lambda params: loss(params[0]))

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import pickle
 import sys
 import weakref
@@ -12,9 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from problems import PROBLEMS, Run, rosenbrock, start
+from problems import PROBLEMS, Run, quartic, rosenbrock, rosenbrock_start, start, start_at
 
 import optim_ext
+from optim_ext._line_search import Point, rounded_to, strong_wolfe
 
 BOTH = (optim_ext.LBFGS, torch.optim.LBFGS)
 WOLFE = {"line_search_fn": "strong_wolfe"}
@@ -69,7 +71,7 @@ def test_reaches_what_torch_reaches(problem, dtype):
     """At least as low a value within 1.05 times the evaluations (and two, where there are few)."""
     options = {"tolerance_change": 0.0, "tolerance_grad": 1e-5, **WOLFE}
     theirs = start(torch.optim.LBFGS, problem, dtype, max_iter=1000, max_eval=1250, **options).steps(1)
-    ours = start(optim_ext.LBFGS, problem, dtype, max_iter=1200, max_eval=1500, **options).steps(1)
+    ours = start(optim_ext.LBFGS, problem, dtype, max_iter=1050, max_eval=1312, **options).steps(1)
     allowed = int(1.05 * theirs.calls) + 2
     best = min(theirs.losses)
     # Where torch stops for its tolerance, further digits mean nothing.
@@ -96,6 +98,107 @@ def test_counts_of_evaluations(options):
             }
         losses = zip(ours.losses, theirs.losses, strict=False)
         assert all(a == pytest.approx(b, rel=1e-6, abs=1e-6) for a, b in losses), problem
+
+
+SEARCHED = {
+    "quartic": lambda x: 0.3 * x**4 - 1.7 * x**2 + x + 100,
+    "cos": lambda x: torch.cos(3 * x) + 0.1 * x * x,
+    "exp": lambda x: torch.exp(x) - 5 * x,
+    "ripples": lambda x: torch.sin(20 * x) + x**2,
+    "stalls": lambda x: 1000 + 1e-3 * (x - 2) ** 2,
+    "line": lambda x: -x,
+    "kink": lambda x: 10 * (x - 2).abs(),
+}
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-3)], ids=str)
+@pytest.mark.parametrize("name", SEARCHED)
+def test_searches_ask_for_torchs_points(name, dtype, rtol):
+    """Along one line, where dot products are no sums, so that torch's have the same bits."""
+    theirs = getattr(sys.modules[torch.optim.LBFGS.__module__], "_strong_wolfe", None)
+    if theirs is None:
+        pytest.skip("this torch keeps its line search elsewhere")
+
+    def value(x):
+        x = x.detach().requires_grad_()
+        loss = SEARCHED[name](x).sum()
+        loss.backward()
+        return float(loss.detach()), x.grad
+
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        origin, first = torch.rand(2, generator=generator).to(dtype).mul(3).split(1)
+        loss, grad = value(origin)
+        d, first = -grad, (1.0, first.item())[seed % 2]
+        asked = {0: [], 1: []}
+
+        def at(which, t, origin=origin, d=d, asked=asked):
+            asked[which].append(float(t))
+            return value(origin.add(d, alpha=float(t)))
+
+        def evaluate(t, at=at, d=d):
+            loss, grad = at(1, t)
+            return Point(t, loss, grad.dot(d).item())
+
+        max_ls = (3, 10, 25)[seed % 3]
+        found = theirs(lambda _, t, __, at=at: at(0, t), origin, first, d, loss, grad, grad.dot(d), max_ls=max_ls)
+        start = Point(0.0, loss, grad.dot(d).item())
+        point, spent = strong_wolfe(evaluate, start, first, d.abs().max().item(), max_ls, rounded_to(dtype))
+        assert asked[1] == pytest.approx(asked[0], rel=rtol), seed
+        assert spent == found[3] and point.t == pytest.approx(float(found[2]), rel=rtol)
+
+
+@pytest.mark.parametrize("tolerance_change", [1e-9, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_counts_where_losses_stall(dtype, tolerance_change):
+    """Where losses no longer fall, the last digits decide where a run ends, and sums in another order have others. (In
+    single precision torch's own counts differ by 10 of 25, and by six in a hundred altogether, if the elements are
+    reversed.) In double precision torch's defaults stop before."""
+    counts = []
+    for seed in range(40):
+        options = {"tolerance_change": tolerance_change, "max_iter": 100, **WOLFE}
+        runs = (start_at(cls, *quartic(seed, (5, 20)[seed % 2]), dtype, **options).steps(1) for cls in BOTH)
+        counts.append(tuple(run.calls for run in runs))
+    if dtype == torch.float64 and tolerance_change > 0:
+        assert all(ours == theirs for ours, theirs in counts), counts
+    assert all(abs(ours - theirs) <= 16 for ours, theirs in counts), counts
+    ours, theirs = (sum(column) for column in zip(*counts, strict=True))
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("problem", [*(2, 3, 5, 10, 30, 100, 1000), "beale", "booth", "himmelblau", "logistic"])
+def test_counts_of_a_step_with_torchs_defaults(problem, dtype):
+    given = PROBLEMS[problem]() if isinstance(problem, str) else (rosenbrock, rosenbrock_start(problem))
+    ours, theirs = (start_at(cls, *given, dtype, **WOLFE).steps(1) for cls in BOTH)
+    assert ours.calls == theirs.calls and ours.state["n_iter"] == theirs.state["n_iter"]
+
+
+@pytest.mark.parametrize("tolerance_change", [0.3, 0.03, 0.003])
+def test_searches_have_a_tolerance_of_their_own(tolerance_change):
+    options = {"tolerance_change": tolerance_change, "lr": 4.0, **WOLFE}
+    for problem in PROBLEMS:
+        ours, theirs = (start(cls, problem, **options).steps(2) for cls in BOTH)
+        assert ours.calls == theirs.calls, problem
+
+
+def test_tolerances_are_compared_in_the_dtype_of_the_gradient():
+    """The float32 nearest to 0.1 is above 0.1."""
+    for cls in BOTH:
+        run = start_at(cls, lambda x: (0.1 * x).sum(), torch.zeros(2), torch.float32, tolerance_grad=0.1).steps(1)
+        assert run.calls == 1
+
+
+def test_a_rate_of_zero_is_no_restart():
+    """A run that has not moved is not a new one: the next step has length lr, however steep it is."""
+    losses = []
+    for cls in BOTH:
+        run = start_at(cls, lambda x: 10 * (x**2).sum(), torch.tensor([3.0, 4.0]), lr=0.0, max_iter=1).steps(1)
+        run.optimizer.param_groups[0]["lr"] = 0.01
+        losses.append(run.steps(3).losses)
+        kink = start_at(cls, lambda x: 10 * x.abs().sum(), torch.tensor([0.3]), max_iter=1, max_eval=2, **WOLFE)
+        losses[-1] += kink.steps(5).losses
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 def test_six_evaluations():
@@ -208,7 +311,10 @@ def test_state_is_torchs(options):
     mine, other = ours.optimizer.state_dict(), theirs.optimizer.state_dict()
     assert mine["param_groups"] == other["param_groups"]
     assert list(mine["param_groups"][0]) == list(other["param_groups"][0])
-    mine, other = mine["state"][0], other["state"][0]
+    file = io.BytesIO()
+    torch.save(mine, file)
+    file.seek(0)
+    mine, other = torch.load(file, weights_only=True)["state"][0], other["state"][0]
     assert mine.keys() == other.keys()
     for key, value in other.items():
         if isinstance(value, list):

@@ -181,6 +181,14 @@ def test_a_closure_that_raises(options, fails_at):
     assert run.losses[-1] < at
 
 
+def test_a_first_search_that_fails_is_made_up_for():
+    run, whole = (start(LBFGS, "rosenbrock-10", **WOLFE) for _ in range(2))
+    closures = iter([run.closure])
+    with pytest.raises(StopIteration):
+        run.optimizer.step(lambda: next(closures)())
+    assert run.steps(1).losses[1:] == whole.steps(1).losses
+
+
 def test_no_gradient_and_sparse_gradients():
     dense, idle = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(3))
     other = torch.nn.Parameter(torch.ones(4, 2))

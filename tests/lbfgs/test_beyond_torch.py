@@ -186,6 +186,38 @@ def test_recover_from_a_step_that_was_not_evaluated():
     assert run.loss(run.params) < run.losses[0]
 
 
+def test_a_restart_survives_a_checkpoint_of_torch():
+    """After it the next step begins as short as a first one."""
+
+    def loss(x):
+        return 10 * (-torch.log(x) + x).sum()
+
+    run = vector([1e-4, 8.0], recover=True, max_iter=2, max_eval=2)(loss)
+    with pytest.warns(UserWarning, match="not finite"):
+        while "t" not in run.state or run.state["t"] != 0.0:
+            run.steps(1)
+    through = torch.optim.LBFGS([run.params[0].detach().clone()])
+    through.load_state_dict(run.optimizer.state_dict())
+    param = torch.nn.Parameter(run.params[0].detach().clone())
+    again = Run(LBFGS([param], recover=True), [param], run.loss)
+    again.optimizer.load_state_dict(through.state_dict())
+    before = param.detach().clone()
+    grad = 10 * (1 - 1 / before)
+    tried = before - grad / grad.abs().sum()
+    assert grad.abs().sum() > 1
+    again.steps(1)
+    assert again.losses[1] == pytest.approx(loss(tried).item(), rel=1e-12)
+
+
+def test_recover_from_slopes_beyond_single_precision():
+    param = torch.nn.Parameter(torch.tensor([1e5, -3e4]))
+    run = Run(LBFGS([param], recover=True, **WOLFE), [param], lambda ps: 1e15 * (ps[0] ** 2).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.steps(3)
+    assert run.losses[-1] < 1e-6 * run.losses[0]
+
+
 def test_recover_from_a_bad_start_leaves_everything():
     run = vector([-1.0], recover=True)(lambda x: torch.log(x).sum())
     with pytest.warns(UserWarning, match="where it began"):
@@ -237,7 +269,8 @@ def test_bfloat16_history(dtype):
     assert run.state["d"].dtype == dtype
     exact = start(LBFGS, "rosenbrock-100", dtype, max_iter=400, max_eval=500, **WOLFE).steps(3)
     assert run.losses[-1] < 20 and min(run.losses) < run.losses[0] / 1000
-    assert exact.losses[-1] <= run.losses[-1]
+    noise = 1e-8 if dtype == torch.float32 else 0.0
+    assert exact.losses[-1] <= run.losses[-1] + noise
 
 
 def test_bfloat16_history_survives_a_checkpoint():
