@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim_ext._lbfgs_step import Step, Workspace
+from optim_ext._lbfgs_step import Norms, Step, Workspace
 from optim_ext._line_search import Point, backtrack
 
 
@@ -83,7 +83,7 @@ class BoxedStep(Step):
         finally:
             work.vectors.give(before)
 
-    def _measure(self) -> None:
+    def _measure(self, norms: Norms) -> None:
         point = self.work.vectors.take()
         self.work.read(point)
         box = self._box()
@@ -110,9 +110,9 @@ class BoxedStep(Step):
         assert self.d is not None
         self.target = self._box().clamp(torch.add(origin, self.d, alpha=t))
         self.work.move(self.target, 0.0, self.target)
-        return self.work.norms(self.target - origin, self.grad)[2]
+        return self.work.norms(self.target - origin, self.grad).product
 
-    def _slope_at(self, grad: Tensor, known: float) -> float:
+    def _slope_at(self, norms: Norms, known: float) -> float:
         return known
 
     def _line_search(self, evaluate: Callable[[float], Point], start: Point, max_ls: int) -> tuple[Point, int]:
@@ -130,4 +130,4 @@ class BoxedStep(Step):
         assert self.d is not None
         torch.sub(self.target, origin, out=self.d)
         self.t = 1.0
-        self.d_largest = self.work.norms(self.d)[0]
+        self.d_largest = self.work.norms(self.d).largest

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Method:
     damping: float | None = None
     history_dtype: torch.dtype | None = None
     bounded: bool = False
+
+
+class Norms(NamedTuple):
+    """Of a vector: its largest magnitude, the sum of its magnitudes, its product with another one."""
+
+    largest: float
+    total: float
+    product: float
 
 
 class Buffers:
@@ -157,10 +165,14 @@ class Workspace:
     def move(self, d: Tensor, t: float, origin: Tensor | None = None) -> None:
         _C.lbfgs_move(self.params, d, t, origin)
 
-    def norms(self, vector: Tensor, other: Tensor | None = None) -> tuple[float, float, float]:
-        """Largest magnitude, sum of magnitudes, product with another vector."""
-        largest, total, product = _OPS.lbfgs_norms(vector, other).tolist()
-        return largest, total, product
+    def norms(self, vector: Tensor, other: Tensor | None = None) -> Norms:
+        return Norms(*_OPS.lbfgs_norms(vector, other).tolist())
+
+    def loss_and_norms(self, loss: Tensor, vector: Tensor, other: Tensor | None) -> tuple[float, Norms]:
+        """The same and a loss on the same device, which is waited for once."""
+        norms = _OPS.lbfgs_norms(vector, other)
+        number, *of_vector = torch.cat([loss.detach().reshape(1).to(norms.dtype), norms]).tolist()
+        return number, Norms(*of_vector)
 
     def gram_of(self, old_dirs: list[Tensor], old_stps: list[Tensor]) -> _C.LbfgsGram:
         """The dot products of a history: those at hand, or, where it came from elsewhere, computed anew."""
@@ -194,11 +206,11 @@ class Best:
 
 
 class _Lease:
-    """A vector that goes back to its buffers when the last reference to it goes."""
+    """A vector, with its norms, that goes back to its buffers when the last reference to it goes."""
 
-    def __init__(self, buffers: Buffers, tensor: Tensor) -> None:
+    def __init__(self, buffers: Buffers, tensor: Tensor, norms: Norms) -> None:
         self.buffers: Buffers | None = buffers
-        self.tensor = tensor
+        self.tensor, self.norms = tensor, norms
 
     def keep(self) -> Tensor:
         self.buffers = None
@@ -226,14 +238,14 @@ class Step:
         self.t: float
 
     def run(self) -> Any:
-        given, self.loss, self.grad = self._evaluate()
+        given, self.loss, self.grad, norms = self._evaluate()
         self.evals = 1
         self.state: dict[str, Any] = self.states[self.work.params[0]]  # torch keeps it under the first parameter
         self.state["func_evals"] = self.state.get("func_evals", 0) + 1
         self.state.setdefault("n_iter", 0)
         self._load()
         try:
-            self._measure()
+            self._measure(norms)
             if self.method.recover and not self._is_finite():
                 if not self._restart():
                     return given
@@ -295,19 +307,32 @@ class Step:
 
     # Evaluations
 
-    def _evaluate(self) -> tuple[Any, float, Tensor]:
-        """The loss as the closure gives it and as the number to minimise, and the gradient."""
-        given = self.closure()
-        try:
-            loss = float(given)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise type(error)(f"the closure of LBFGS has to return the loss, one number: {error}") from error
-        grad = self.work.vectors.take()
-        self.work.gather(grad, self.method.maximize)
-        return given, -loss if self.method.maximize else loss, grad
+    def _evaluate(self, along: Tensor | None = None) -> tuple[Any, float, Tensor, Norms]:
+        """The loss as the closure gives it and as the number to minimise, the gradient, and its norms and product with
+        ``along``. A GPU is waited for once."""
+        work, given = self.work, self.closure()
+        waits_once = (
+            isinstance(given, Tensor)
+            and given.device == work.device != torch.device("cpu")
+            and given.is_floating_point()
+            and given.numel() == 1
+        )
+        if not waits_once:
+            try:
+                loss = float(given)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise type(error)(f"the closure of LBFGS has to return the loss, one number: {error}") from error
+        grad = work.vectors.take()
+        work.gather(grad, self.method.maximize)
+        if waits_once:
+            loss, norms = work.loss_and_norms(given, grad, along)
+        else:
+            norms = work.norms(grad, along)
+        return given, -loss if self.method.maximize else loss, grad, norms
 
-    def _measure(self) -> None:
-        self.largest, self.total, _ = self.work.norms(self.grad)
+    def _measure(self, norms: Norms) -> None:
+        """Note how far the gradient is from zero; ``norms`` are its own."""
+        self.largest, self.total, _ = norms
 
     def _is_finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.largest)
@@ -396,7 +421,7 @@ class Step:
     def _damped(self) -> tuple[float, float]:
         """Powell's weights. What he mixes in, B s, is -t times the gradient before, as d is minus its product with H."""
         assert self.prev_grad is not None and self.method.damping is not None
-        before, after = (self.work.norms(grad, self.d)[2] for grad in (self.prev_grad, self.grad))
+        before, after = (self.work.norms(grad, self.d).product for grad in (self.prev_grad, self.grad))
         sy, sbs = self.t * (after - before), -self.t * self.t * before
         if not (sbs > 0.0 and sy < self.method.damping * sbs):
             return 1.0, 1.0
@@ -422,8 +447,8 @@ class Step:
         self._advance()
         if last or (self.method.strict_max_eval and self.evals >= self.method.max_eval):
             return 0
-        _, self.loss, self.grad = self._evaluate()
-        self._measure()
+        _, self.loss, self.grad, norms = self._evaluate()
+        self._measure(norms)
         return 1
 
     def _advance(self) -> None:
@@ -444,10 +469,10 @@ class Step:
             nonlocal at
             at = t
             slope = self._place(origin, t)
-            _, loss, grad = self._evaluate()
-            return Point(t, loss, self._slope_at(grad, slope), _Lease(work.vectors, grad))
+            _, loss, grad, norms = self._evaluate(self.d)
+            return Point(t, loss, self._slope_at(norms, slope), _Lease(work.vectors, grad, norms))
 
-        current = _Lease(work.vectors, self.grad)
+        current = _Lease(work.vectors, self.grad, Norms(self.largest, self.total, self.slope))
         current.keep()
         try:
             point, spent = self._line_search(evaluate, Point(0.0, self.loss, self.slope, current), max_ls)
@@ -463,7 +488,7 @@ class Step:
         self.t, self.loss, self.grad = point.t, point.loss, point.at.keep()
         self._arrive(origin)
         work.vectors.give(origin)
-        self._measure()
+        self._measure(point.at.norms)
         return spent
 
     def _line_search(self, evaluate: Callable[[float], Point], start: Point, max_ls: int) -> tuple[Point, int]:
@@ -476,8 +501,8 @@ class Step:
         self.work.move(self.d, t, origin)
         return 0.0
 
-    def _slope_at(self, grad: Tensor, known: float) -> float:
-        return self.rounded(self.work.norms(grad, self.d)[2])
+    def _slope_at(self, norms: Norms, known: float) -> float:
+        return self.rounded(norms.product)
 
     def _arrive(self, origin: Tensor) -> None:
         """After the last move of a search."""
@@ -516,5 +541,5 @@ class Step:
         self.grad.copy_(best.grad)
         self.loss = best.loss
         self._forget()
-        self._measure()
+        self._measure(work.norms(self.grad))
         return self.restarts <= _MOST_RESTARTS

@@ -402,3 +402,21 @@ def test_many_parameters_follow_torch_and_are_let_go(missing):
     del ours
     gc.collect()
     assert all(ref() is None for ref in tensors)
+
+
+def test_a_loss_on_the_device_is_read_with_the_norms():
+    """On a GPU the step waits once for both; the numbers are those of two reads."""
+    param = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    optimizer = optim_ext.LBFGS([param])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (param**4).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    work = optimizer._workspace
+    vector, other = torch.tensor([3.0, -4.0, 0.5]), torch.tensor([1.0, 1.0, 2.0])
+    for loss in (torch.tensor(0.1), torch.tensor([7.0], dtype=torch.float64, requires_grad=True)):
+        assert work.loss_and_norms(loss, vector, other) == (loss.item(), work.norms(vector, other))
