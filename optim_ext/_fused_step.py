@@ -82,6 +82,7 @@ class FusedStep(Optimizer):
     _partial_state: ClassVar[frozenset[str]] = frozenset()
     _number_state: ClassVar[frozenset[str]] = frozenset()
     _takes_dense: ClassVar[bool] = True
+    _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _plan: _C.Plan | None
     _averaging: StepAveraging | None
@@ -412,7 +413,7 @@ class FusedStep(Optimizer):
             raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
         all_groups = self.param_groups
         counters = [(entry["step"], entry["step"].clone()) for entry in self.state.values() if _has_counter(entry)]
-        self.param_groups = groups
+        self.param_groups, self._on_torchs_path = groups, True
         try:
             self._bare_torch_step(self)
         except BaseException:
@@ -420,7 +421,7 @@ class FusedStep(Optimizer):
                 counter.copy_(count)
             raise
         finally:
-            self.param_groups = all_groups
+            self.param_groups, self._on_torchs_path = all_groups, False
 
     def _check_sparse(self, groups: list[Group]) -> None:
         """Refuse what torch would refuse only when it gets there, with the parameters before it written."""
@@ -448,7 +449,8 @@ class FusedStep(Optimizer):
         for group in self.param_groups:
             if group.get("differentiable"):
                 continue
-            lists = self._traced_lists(group)
+            lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
+            self._init_group(group, *lists)
             if lists[0]:
                 op(
                     *([tensor for tensor in one if tensor is not None] for one in lists),
@@ -458,12 +460,6 @@ class FusedStep(Optimizer):
                     grad_factor=verdict.grad_factor,
                 )
         verdict.record()
-
-    def _traced_lists(self, group: Group) -> list[list[Any]]:
-        """The lists of the op, as torch gathers them."""
-        lists: list[list[Any]] = [[] for _ in range(2 + len(self._state_keys(group)))]
-        self._init_group(group, *lists)
-        return lists
 
     def _traced_verdict(self) -> Verdict:
         if self.__dict__.get("_armed") is not None:

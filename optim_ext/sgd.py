@@ -24,14 +24,18 @@ class SGD(FusedStep, torch.optim.SGD):
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return (*self._options(group), False)
 
-    def _traced_lists(self, group: Group) -> list[list[Any]]:
-        """Without dampening a missing buffer is made at once: zeros give torch's first step."""
-        lists = super()._traced_lists(group)
-        params, _, buffers = lists
-        for index, (p, buffer) in enumerate(zip(params, buffers, strict=False)):
-            if buffer is None:
-                buffers[index] = self._make_buffer(group, p)
-        return lists
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor | None]
+    ) -> bool:
+        """As torch's, but without dampening a missing buffer is made at once: zeros give torch's first step. (A compiler
+        runs this method itself and does not trace it, so the first step's graph serves the others.)"""
+        has_sparse_grad = bool(super()._init_group(group, params, grads, momentum_buffers))
+        by_torch = self._on_torchs_path or group["differentiable"]
+        if group["dampening"] == 0 and not has_sparse_grad and not by_torch:
+            for index, (p, buffer) in enumerate(zip(params, momentum_buffers, strict=False)):
+                if buffer is None:
+                    momentum_buffers[index] = self._make_buffer(group, p)
+        return has_sparse_grad
 
     def _traced_step(self) -> None:
         """With dampening the first step is another formula, and a traced graph cannot tell; torch's code can."""
