@@ -139,9 +139,10 @@ class AveragePlan {
   void run(const py::object& weight, const py::object& found_inf, bool check_only) const {
     const Tensor number = from_python<Tensor>(weight.ptr());
     const OptionalTensor found = optional_tensor(found_inf);
-    std::vector<Taken> taken(calls_.size());
+    std::vector<TakenTensors> taken(calls_.size());
     for (size_t c = 0; c < calls_.size(); ++c) {
-      TORCH_CHECK(taken[c].averages.take(calls_[c].averages) && taken[c].params.take(calls_[c].params),
+      const PlannedCall& call = calls_[c];
+      TORCH_CHECK(taken[c].take({&call.averages, &call.params}, call.device),
                   "optim_ext: the averaged model changed while it was being updated");
     }
     const py::gil_scoped_release no_gil;
@@ -155,15 +156,12 @@ class AveragePlan {
     PythonTensors averages, params;
     std::vector<size_t> indices;  // into names_
   };
-  struct Taken {
-    TakenTensors averages, params;
-  };
 
-  void run_all(const std::vector<Taken>& taken, const Tensor& weight, const OptionalTensor& found_inf,
+  void run_all(const std::vector<TakenTensors>& taken, const Tensor& weight, const OptionalTensor& found_inf,
                bool check_only) const {
     for (size_t c = 0; c < calls_.size(); ++c) {
       try {
-        run_average(taken[c].averages.get(), taken[c].params.get(), weight, found_inf, check_only);
+        run_average(taken[c].get(0), taken[c].get(1), weight, found_inf, check_only);
       } catch (const BadInput& bad) {
         if (bad.index < 0) throw;
         throw std::runtime_error("'" + names_[calls_[c].indices[bad.index]] + "': " + bad.list + " " + bad.problem);

@@ -115,9 +115,8 @@ class Plan {
   };
   // A call's tensors for one step.
   struct Gathered {
-    std::vector<TakenTensors> lists;
-    TakenTensors averages;
-    bool all = true;  // every parameter takes part: the lists serve as they are
+    TakenTensors taken;  // the call's lists, and last the averages
+    bool all = true;     // every parameter takes part: the lists serve as they are
     std::vector<Tensor> grads;
     std::vector<int64_t> members;  // into the lists, where not all take part
     std::vector<int64_t> idle;     // the others: without a gradient there is nothing to do but to average
@@ -126,10 +125,11 @@ class Plan {
     PyObject* key;
     PyObject* value;  // null: not ours, may be anything
   };
+  // Of the state: its items, where it is a dict, end where those of the next one begin.
   struct Entry {
     PyObject* key;
     PyObject* value;
-    std::vector<Item> items;
+    size_t first_item;
   };
 
   // A Python number of state, such as a step count, and the tensor an op sees in its place.
@@ -140,6 +140,7 @@ class Plan {
   };
 
   static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
+  static constexpr int64_t kAhead = 8;  // entries of the state
 
   static py::list params_of(const py::list& param_groups, size_t g) {
     return py::list(py::cast<py::dict>(param_groups[g])["params"]);  // of a tuple, too
@@ -190,6 +191,10 @@ class Plan {
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         const bool is_number = value != nullptr && number_keys_.contains(keys[k]);
         const bool there = value != nullptr && (is_number || THPVariable_Check(value));
+        // The dispatcher would take a call with one of these for one that only asks for shapes.
+        TORCH_CHECK(!there || is_number || !THPVariable_Unpack(value).is_meta() || tensor.is_meta(),
+                    describe(group, i, param_groups), ": its state '", std::string(py::str(py::object(keys[k]))),
+                    "' is on meta, expected ", tensor.device());
         if (is_number) {
           call.lists[kFirstState + k].add_own(tensor_of_number(entry, k, keys[k]));
         } else {
@@ -233,13 +238,11 @@ class Plan {
   void remember_state(const py::dict& state) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
-      Entry entry{key, value, {}};
-      if (PyDict_Check(value)) {
-        PyObject *name, *item;
-        for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);)
-          entry.items.push_back({name, ours_.count(item) ? item : nullptr});
-      }
-      entries_.push_back(std::move(entry));
+      entries_.push_back({key, value, items_.size()});
+      if (!PyDict_Check(value)) continue;
+      PyObject *name, *item;
+      for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);)
+        items_.push_back({name, ours_.count(item) ? item : nullptr});
     }
     ours_.clear();
   }
@@ -256,31 +259,60 @@ class Plan {
         if (PySequence_Fast_GET_ITEM(params, i) != groups_[g][i]) return false;
       }
     }
+    return state_is_current(state);
+  }
+
+  // The caller holds the GIL, which the threads can do without: they only read.
+  bool state_is_current(const py::dict& state) const {
     if (static_cast<size_t>(PyDict_Size(state.ptr())) != entries_.size()) return false;
     PyObject *key, *value;
     auto entry = entries_.begin();
     for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value); ++entry) {
       if (key != entry->key || value != entry->value) return false;
-      if (!PyDict_Check(value)) continue;
-      if (static_cast<size_t>(PyDict_Size(value)) != entry->items.size()) return false;
-      PyObject *name, *item;
-      auto expected = entry->items.begin();
-      for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item); ++expected) {
-        if (name != expected->key || (expected->value && item != expected->value)) return false;
+    }
+    std::atomic<bool> same = true;
+    const at::Device device = calls_.empty() ? at::Device(at::kCPU) : calls_[0].device;
+    over_tensors(device, static_cast<int64_t>(entries_.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (i + 2 * kAhead < end) __builtin_prefetch(entries_[i + 2 * kAhead].value);
+        if (i + kAhead < end && PyDict_Check(entries_[i + kAhead].value)) fetch_items(entries_[i + kAhead].value);
+        if (!is_unchanged(i)) {
+          same = false;
+          return;
+        }
       }
+    });
+    return same;
+  }
+
+  bool is_unchanged(size_t i) const {
+    PyObject* const value = entries_[i].value;
+    if (!PyDict_Check(value)) return true;
+    const size_t end = i + 1 < entries_.size() ? entries_[i + 1].first_item : items_.size();
+    auto expected = items_.begin() + static_cast<int64_t>(entries_[i].first_item);
+    if (static_cast<size_t>(PyDict_GET_SIZE(value)) != end - entries_[i].first_item) return false;
+    PyObject *name, *item;
+    for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item); ++expected) {
+      if (name != expected->key || (expected->value && item != expected->value)) return false;
     }
     return true;
+  }
+
+  // Asks for what is_unchanged() will read of a dict.
+  static void fetch_items(PyObject* dict) {
+    const auto* const keys = reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(dict)->ma_keys);
+    __builtin_prefetch(keys);
+    __builtin_prefetch(keys + 64);
   }
 
   // Takes the tensors and their gradients. False where a plan cannot serve: state still to be made, a gradient or
   // parameter of another kind.
   static bool gather(const PlannedCall& call, Gathered& out) {
-    out.lists.resize(call.lists.size());
-    for (size_t k = 0; k < call.lists.size(); ++k) {
-      if (!out.lists[k].take(call.lists[k])) return false;
-    }
-    if (!out.averages.take(call.averages)) return false;
-    const TensorList params = out.lists[kParams].get();
+    std::vector<const PythonTensors*> lists;
+    for (const PythonTensors& list : call.lists) lists.push_back(&list);
+    lists.push_back(&call.averages);
+    if (!out.taken.take(lists, call.device)) return false;
+    const TensorList params = out.taken.get(kParams);
     const Tensor& first = params[0].grad();
     if (first.defined() && first.layout() == at::kStrided && !is_intercepted(first) && !first.is_conj() &&
         !first.is_neg() && !is_intercepted(params[0])) {
@@ -329,8 +361,8 @@ class Plan {
                            const py::list& param_groups, bool check_only) {
     std::vector<Tensor> averages, params;
     for (const int64_t i : gathered.idle) {
-      averages.push_back(gathered.averages.get()[i]);
-      params.push_back(gathered.lists[kParams].get()[i]);
+      averages.push_back(gathered.taken.get(call.lists.size())[i]);
+      params.push_back(gathered.taken.get(kParams)[i]);
     }
     naming(call, gathered.idle, param_groups,
            [&] { run_average(averages, params, *common.average_weight, common.found_inf, check_only); });
@@ -348,7 +380,7 @@ class Plan {
       return subset;
     };
     for (size_t k = 0; k < lists.size(); ++k) {
-      const TensorList all = gathered.lists[k].get();
+      const TensorList all = gathered.taken.get(k);
       if (call.partial.contains(k)) {
         subsets.resize(lists.size());
         subsets[k] = gathered.all ? all.vec() : taking_part(all);
@@ -370,7 +402,7 @@ class Plan {
                        std::nullopt};
     std::vector<Tensor> averages;
     if (common.average_weight && call.is_averaged()) {
-      const TensorList all = gathered.averages.get();
+      const TensorList all = gathered.taken.get(call.lists.size());
       if (!gathered.all) averages = taking_part(all);
       here.averages = gathered.all ? all : averages;
       here.average_weight = weight_for(call.device, *common.average_weight);
@@ -400,6 +432,7 @@ class Plan {
   std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
   std::vector<Entry> entries_;
+  std::vector<Item> items_;
   std::unordered_map<PyObject*, bool> ours_;
 };
 
