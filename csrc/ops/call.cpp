@@ -2,11 +2,14 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/SparseTensorImpl.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/hash.h>
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
+#include <memory>
 #include <sstream>
 #include <unordered_set>
 
@@ -33,7 +36,9 @@ SparseIndices indices_of(const at::Tensor& grad, at::IntArrayRef sizes) {
 }
 
 constexpr int kParam = 0, kGrad = 1;
-constexpr int64_t kAhead = 8;                      // tensors
+constexpr int64_t kAhead = 8;  // tensors
+constexpr const char* kOverlaps =
+    "overlaps in memory with another tensor this step writes; each needs memory of its own";
 constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
 
 thread_local int check_only_depth = 0;
@@ -71,19 +76,21 @@ struct Interval {
   bool operator==(const Interval& other) const { return begin == other.begin && end == other.end && key == other.key; }
 };
 
-Interval interval_of(const at::Tensor& tensor) {
-  if (tensor.is_non_overlapping_and_dense()) {
-    const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
-    return {begin, begin + tensor.numel() * tensor.element_size(), 0, &tensor};
-  }
+// From its first element to its last, in elements.
+int64_t span_of(const at::Tensor& tensor) {
   int64_t span = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) span += (tensor.size(d) - 1) * tensor.stride(d);
+  return span;
+}
+
+Interval interval_of(const at::Tensor& tensor) {
+  const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
+  if (tensor.is_non_overlapping_and_dense()) return {begin, begin + tensor.numel() * tensor.element_size(), 0, &tensor};
   size_t key = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
-    span += (tensor.size(d) - 1) * tensor.stride(d);
     key = c10::hash_combine(key, c10::get_hash(tensor.size(d), tensor.stride(d)));
   }
-  const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
-  return {begin, begin + span * tensor.element_size(), key | 1, &tensor};
+  return {begin, begin + span_of(tensor) * tensor.element_size(), key | 1, &tensor};
 }
 
 // The same for operand `k` of a bundle, which already knows where dense memory lies.
@@ -113,10 +120,9 @@ bool share_elements(const Interval& a, const Interval& b) {
   return std::any_of(second.begin(), second.end(), [&](const char* at) { return first.count(at) != 0; });
 }
 
-// Memory written by one call must be disjoint: the sweep runs in parallel. Returns the offender.
-const at::Tensor* find_overlap(std::vector<Interval> intervals) {
-  std::stable_sort(intervals.begin(), intervals.end(),
-                   [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+// Memory written by one call must be disjoint: the sweep runs in parallel. `intervals` are in the order of addresses.
+// Returns the offender.
+const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
   std::vector<Interval> open;
   for (const Interval& interval : intervals) {
     std::erase_if(open, [&](const Interval& other) { return other.end <= interval.begin; });
@@ -128,7 +134,59 @@ const at::Tensor* find_overlap(std::vector<Interval> intervals) {
   return nullptr;
 }
 
+// A set of addresses that is asked much more often than it is made.
+class Addresses {
+ public:
+  explicit Addresses(const std::vector<const void*>& addresses)
+      : slots_(std::bit_ceil(2 * addresses.size() + 1), nullptr) {
+    for (const void* const address : addresses) *place_of(address) = address;
+  }
+  bool contains(const void* address) const {
+    return address != nullptr && *const_cast<Addresses*>(this)->place_of(address) == address;
+  }
+
+ private:
+  const void** place_of(const void* address) {
+    const size_t mask = slots_.size() - 1;
+    size_t i = (reinterpret_cast<uintptr_t>(address) >> 4) * 0x9e3779b97f4a7c15u >> 20 & mask;
+    while (slots_[i] != nullptr && slots_[i] != address) i = (i + 1) & mask;
+    return &slots_[i];
+  }
+  std::vector<const void*> slots_;
+};
+
+// Where a tensor's memory was allocated. Views of one allocation have that in common.
+const void* memory_of(const at::Tensor& tensor) { return tensor.storage().data(); }
+
 }  // namespace
+
+// All that a call writes, found disjoint.
+struct Call::Writes {
+  explicit Writes(std::vector<Interval> given) : in_order(std::move(given)), by_address(in_order) {
+    std::stable_sort(by_address.begin(), by_address.end(),
+                     [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+    all_dense = std::all_of(in_order.begin(), in_order.end(), [](const Interval& written) { return written.key == 0; });
+  }
+
+  // Whether memory that is read overlaps any of it.
+  bool meet(const Interval& read) const {
+    auto first = by_address.begin();
+    if (all_dense) {  // then they end in the order in which they begin
+      first = std::partition_point(first, by_address.end(),
+                                   [&](const Interval& written) { return written.end <= read.begin; });
+    }
+    for (; first != by_address.end() && first->begin < read.end; ++first) {
+      if (read.begin < first->end && share_elements(*first, read)) return true;
+    }
+    return false;
+  }
+
+  std::vector<Interval> in_order, by_address;
+  bool all_dense;
+  std::optional<Addresses> memory;
+};
+
+thread_local std::array<std::unique_ptr<const Call::Writes>, 8> Call::known_writes;
 
 std::optional<Storage> storage_of(at::ScalarType dtype) {
   switch (c10::toRealValueType(dtype)) {
@@ -191,6 +249,7 @@ void Call::make_bundles() {
   const auto make_all = [&](const auto& make, const auto& find_usual, const auto& fetch, const auto& make_usual,
                             const auto& finish) {
     make(0);
+    if (expected_ == nullptr) expect_writes();
     std::vector<uint8_t> made(count, 0);
     made[0] = 1;
     if (count > 1 && find_usual()) {
@@ -287,6 +346,7 @@ __attribute__((flatten)) bool Call::make_usual_bundle(const Operands& operands, 
     if (!same || memory == nullptr || memory->data_ptr().get_deleter() != deleter) return false;
     const void* const data = operands.is_written(k) ? memory->mutable_data() : memory->data();
     if (data == nullptr) return false;  // its memory was taken away
+    if (k == kGrad && &operands == &rule_) note_grad(memory->data());
     bundle.data[k] = static_cast<char*>(const_cast<void*>(data)) + tensor->storage_offset() * width * bytes_of(storage);
     bundle.storage[k] = storage;
     bundle.in_double |= storage == Storage::f64;
@@ -402,6 +462,7 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
     if (tensor.has_storage() && !tensor.unsafeGetTensorImpl()->storage_initialized())
       refuse(name, i, text("has shape ", tensor.sizes(), " but no memory: its storage was resized to 0"));
     bundle.data[k] = operands.is_written(k) ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    if (k == kGrad && &operands == &rule_) note_grad(memory_of(tensor));
   }
   bundle.numel = leader.numel() * (leader.is_complex() ? 2 : 1);
   if (rows) {
@@ -412,7 +473,8 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
 }
 
 void Call::check_writable(const char* list, int64_t i, const at::Tensor& tensor) const {
-  if (!tensor.is_non_overlapping_and_dense() && at::has_internal_overlap(tensor) == at::MemOverlap::Yes)
+  if (!tensor.is_non_overlapping_and_dense() &&
+      (at::has_internal_overlap(tensor) == at::MemOverlap::Yes || span_of(tensor) < tensor.numel()))
     refuse(list, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
   if (tensor.is_inference() && !c10::InferenceMode::is_enabled())
     refuse(list, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
@@ -465,8 +527,8 @@ void Call::use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
     layout.sizes[0] = rows.count;
   } else {
     const at::Tensor indices = grad._indices();
-    at::Tensor rows = indices.select(0, 0);
-    for (int64_t d = 1; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
+    at::Tensor rows = at::zeros({indices.size(1)}, indices.options());
+    for (int64_t d = 0; d < grad.sparse_dim(); ++d) rows = rows.mul(param.size(d)).add(indices.select(0, d));
     layout.rows = held_.emplace_back(rows.contiguous()).const_data_ptr<int64_t>();
     layout.sizes[0] = rows.numel();
   }
@@ -521,7 +583,8 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
   for (const Dim& dim : merged) {
     for (int k = 0; k < operands.count; ++k) repeats |= operands.is_used(k) && dim.strides[k] == 0;
   }
-  if (repeats && merged.size() > 1 && merged.back().size < kShortRun) {
+  // (Not where an average follows the same walk: its own operands do not repeat.)
+  if (repeats && spec_.common.averages.empty() && merged.size() > 1 && merged.back().size < kShortRun) {
     // Small matrices that share factors: corresponding elements of neighbouring ones make longer runs than rows do.
     Dim neighbours = merged.front();
     neighbours.size = std::min(neighbours.size, kLongRun);
@@ -675,35 +738,69 @@ bool Call::visit_written(const Visit& visit) const {
 // Sorting thousands of addresses at every step would cost more than a small model's update, so lists found disjoint are
 // remembered by content.
 void Call::check_overlap() const {
-  thread_local std::array<std::vector<Interval>, 8> known;
   thread_local size_t next = 0;
-  for (const auto& list : known) {
-    auto at = list.begin();
-    if (visit_written([&](const Interval& interval) { return at != list.end() && *at++ == interval; }) &&
-        at == list.end())
-      return;
+  for (const auto& writes : known_writes) {
+    if (writes == nullptr) break;
+    auto at = writes->in_order.begin();
+    const auto end = writes->in_order.end();
+    if (!visit_written([&](const Interval& interval) { return at != end && *at++ == interval; }) || at != end) continue;
+    if (writes.get() != expected_ || grads_meet_writes_) check_grads(*writes);
+    return;
   }
   std::vector<Interval> written;
   visit_written([&](const Interval& interval) {
     written.push_back(interval);
     return true;
   });
-  const at::Tensor* const offender = find_overlap(written);
+  auto writes = std::make_unique<Writes>(std::move(written));
+  const at::Tensor* const offender = find_overlap(writes->by_address);
   if (offender == nullptr) {
-    known[next++ % known.size()] = std::move(written);
+    std::vector<const void*> memory;
+    for (const Interval& interval : writes->in_order) memory.push_back(memory_of(*interval.tensor));
+    writes->memory.emplace(memory);
+    check_grads(*writes);
+    known_writes[next++ % known_writes.size()] = std::move(writes);
     return;
   }
   const auto refuse_if_in = [&](const List& list) {
     const auto found = std::find_if(list.tensors.begin(), list.tensors.end(),
                                     [&](const at::Tensor& tensor) { return &tensor == offender; });
-    if (found != list.tensors.end())
-      refuse(list.name, found - list.tensors.begin(),
-             "overlaps in memory with another tensor this step writes; each needs memory of its own");
+    if (found != list.tensors.end()) refuse(list.name, found - list.tensors.begin(), kOverlaps);
   };
   std::for_each(rule_.lists, rule_.lists + rule_.count, refuse_if_in);
   refuse_if_in(averaging_lists_[kParam]);
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), refuse_if_in);
   for (const PartialList& partial : spec_.partial) refuse_if_in(partial.list);
+}
+
+// What this call is going to write, most likely: so the threads that look at the tensors can also see to it that no
+// gradient lies in that memory.
+void Call::expect_writes() {
+  if (!rule_.reads_grads() || bundles[0].numel == 0) return;
+  const void* const first = bundles[0].data[std::countr_zero(rule_.written)];
+  for (const auto& writes : known_writes) {
+    if (writes && !writes->in_order.empty() && writes->in_order.front().begin == first) expected_ = writes.get();
+  }
+}
+
+void Call::note_grad(const void* memory) const {
+  if (expected_ && expected_->memory->contains(memory)) grads_meet_writes_ = true;
+}
+
+// A gradient may be its own parameter, element by element, but nothing else that is written: what it is would depend on
+// how far the threads are. Gradients are other tensors at every step, so only those in memory that is written, too, are
+// looked at closely.
+void Call::check_grads(const Writes& writes) const {
+  if (!rule_.reads_grads()) return;
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    const at::Tensor& tensor = rule_.lists[kGrad].tensors[i];
+    if (bundles[i].numel == 0 || tensor.layout() != at::kStrided || !writes.memory->contains(memory_of(tensor)))
+      continue;
+    const Interval grad = interval_of(bundles[i], kGrad, tensor);
+    const bool is_own =
+        rule_.is_written(kParam) && grad == interval_of(bundles[i], kParam, rule_.lists[kParam].tensors[i]);
+    if (!is_own && writes.meet(grad)) refuse(rule_.lists[kGrad].name, static_cast<int64_t>(i), kOverlaps);
+  }
 }
 
 void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size) {

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <deque>
 #include <initializer_list>
 #include <memory>
@@ -154,6 +156,7 @@ class Call : public Work {
     bool is_used(int k) const { return (used >> k) & 1u; }
     bool is_updated(int k) const { return (updates >> k) & 1u; }
     bool is_written(int k) const { return (written >> k) & 1u; }
+    bool reads_grads() const { return count > kGradOperand && is_used(kGradOperand) && !is_written(kGradOperand); }
   };
 
   // What the tensors of a list have in common as a rule, by its first one. One that has it too only needs the right
@@ -183,7 +186,11 @@ class Call : public Work {
   void note_writes() const;
   void advance(int64_t i);
   void store_scalar(int64_t i, int k, double value);
+  struct Writes;
+  void expect_writes();
+  void note_grad(const void* memory) const;
   void check_overlap() const;
+  void check_grads(const Writes& writes) const;
   template <class Visit>
   bool visit_written(const Visit& visit) const;
   void read_pass();
@@ -195,6 +202,9 @@ class Call : public Work {
   const List averaging_lists_[2];
   const Operands averaging_;  // the operands of rules::Average
   Bundles averages_;
+  static thread_local std::array<std::unique_ptr<const Writes>, 8> known_writes;
+  const Writes* expected_ = nullptr;  // one of those
+  mutable std::atomic<bool> grads_meet_writes_ = false;
   std::deque<Layout> layouts_;
   std::deque<SparseRows> rows_;  // what these say of sparse gradients
   std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists

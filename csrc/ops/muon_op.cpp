@@ -58,7 +58,12 @@ void muon_(const Common& common, TensorList params, TensorList grads, TensorList
   Call checked(all, 3, 7u, 5u);
   checked.require_real_matrices();
   double ignored = 0.0;
-  for (const auto& [name, value] : {std::pair("weight_decay", weight_decay), {"momentum", momentum}, {"eps", eps}}) {
+  for (const auto& [name, value] : {std::pair("weight_decay", weight_decay),
+                                    {"momentum", momentum},
+                                    {"eps", eps},
+                                    {"ns_coefficients[0]", ns_a},
+                                    {"ns_coefficients[1]", ns_b},
+                                    {"ns_coefficients[2]", ns_c}}) {
     checked.set({{name, ignored, value}}, &ignored, sizeof ignored);
   }
   checked.set({{"lr", update.lr, lr}}, &update, sizeof update);

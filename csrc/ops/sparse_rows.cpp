@@ -53,7 +53,7 @@ std::optional<SparseIndices::Outside> SparseIndices::outside() const {
 }
 
 SparseRows::SparseRows(const SparseIndices& indices, bool unique) : count(indices.count), rows(indices.data) {
-  if (indices.dims > 1 || indices.count_stride != 1) {
+  if (indices.dims != 1 || indices.count_stride != 1) {
     made_rows_ = numbers(count);
     for (int64_t n = 0; n < count; ++n) {
       int64_t row = 0;

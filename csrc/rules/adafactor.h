@@ -95,7 +95,9 @@ struct AdafactorUpdate {
   template <class V>
   OPTIM_EXT_RULE void operator()(V& param, V grad, V first, V second) const {
     const V update = grad * adafactor_scale<kFactored>(first, second, V(largest));
-    param = V(1.0 - lr * weight_decay) * param - V(step_size) * update;
+    // A rate may be infinite: then it does not limit the step, which is relative.
+    const double kept = weight_decay != 0.0 ? 1.0 - lr * weight_decay : 1.0;
+    param = V(kept) * param - V(step_size) * update;
   }
 };
 

@@ -168,3 +168,16 @@ def test_state_of_the_other_kind_is_refused():
     with pytest.raises(ValueError, match="params has 1 tensors of two or more dimensions but row_vars has 0"):
         optimizer.step()
     assert [bits(p) for p in params] == before
+
+
+def test_a_rate_without_limit():
+    """lr is the most that a step, relative to the parameter, may be."""
+    results = []
+    for package in (torch.optim, optim_ext):
+        params = [torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))]
+        optimizer = package.Adafactor(params, lr=float("inf"), weight_decay=0.0)
+        for p in params:
+            p.grad = torch.arange(float(p.numel())).view(p.shape)
+        optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results)

@@ -189,6 +189,8 @@ COUNTERS = {
 @pytest.mark.parametrize("counting_spec", [s for s in SPECS if "step" in s.state(s.typical)], ids=lambda s: s.name)
 @pytest.mark.parametrize("counter", COUNTERS.values(), ids=COUNTERS.keys())
 def test_bad_counters(counting_spec, counter):
+    if counting_spec.in_torch and counter.dtype not in (torch.float32, torch.float64):
+        pytest.skip("is torch's to count in (test_state_dict.py)")
     scene = Scene(counting_spec)
     right = scene.state["step"]
     scene.state["step"] = counter.clone()
@@ -283,6 +285,88 @@ def test_state_shared_by_two_parameters(spec):
     assert snapshot(scene.optimizer) == before
     scene.state[scene.state_key] = right[scene.state_key]
     scene.works()
+
+
+READS = {
+    "another parameter": lambda scene: scene.params[0 if scene.index == 1 else 1],
+    "its parameter, shifted": lambda scene: scene.param,
+    "its state": lambda scene: scene.state[scene.state_key],
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+def test_gradient_in_memory_that_is_written(spec, read, steps):
+    """What such a gradient is would depend on how far which thread is."""
+    if steps == 0 and read is READS["its state"]:
+        pytest.skip("there is none yet")
+    scene = Scene(spec, place=(0, 1), steps=steps)
+    base = torch.randn(13)
+    scene.params[0].data, scene.param.data = torch.randn(5), base[:5]
+    for p in scene.params[:2]:
+        scene.optimizer.state.pop(p, None)
+        p.grad = torch.randn(5)
+    scene.group["params"] = scene.group["params"]
+    if steps:
+        scene.optimizer.step()
+    right = scene.param.grad
+    scene.param.grad = base[1:6] if read is READS["its parameter, shifted"] else read(scene).detach()
+    if scene.param.grad.shape != scene.param.shape:
+        pytest.skip("its state has another shape")
+    scene.refused("grad", "overlaps in memory")
+    scene.param.grad = right
+    scene.works()
+
+
+def test_gradient_that_is_its_parameter(spec):
+    """Element by element, which no order of elements changes."""
+    results = []
+    for alias in (False, True):
+        param = torch.nn.Parameter(torch.linspace(0.5, 2.0, 700))
+        optimizer = spec.ours([param], **copy_of(spec.typical))
+        for _ in range(3):
+            param.grad = param.detach() if alias else param.detach().clone()
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+def test_state_on_the_meta_device(spec):
+    """Which would make the dispatcher take the step for one that only asks for shapes."""
+    scene = Scene(spec)
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = right.to("meta")
+    before = [p.detach().clone() for p in scene.params]
+    with pytest.raises(RuntimeError, match=f"{scene.called}.*'{scene.state_key}' is on meta"):
+        scene.optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(scene.params, before, strict=True))
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+def test_state_that_is_no_tensor_is_named(spec):
+    scene = Scene(spec)
+    if scene.state_key in spec.numbers or scene.state_key in scene.optimizer._partial_state:
+        pytest.skip("may be something else")
+    right = scene.state[scene.state_key]
+    scene.state[scene.state_key] = "text"
+    with pytest.raises(
+        RuntimeError, match=f"{scene.called}: its state '{scene.state_key}' is 'text', expected a tensor"
+    ):
+        scene.optimizer.step()
+    scene.state[scene.state_key] = right
+    scene.works()
+
+
+def test_parameter_whose_rows_overlap(spec):
+    base = torch.randn(30)
+    param = torch.nn.Parameter(base.as_strided((12, 5), (2, 1)))
+    optimizer = spec.ours([param], **spec.typical)
+    param.grad = torch.ones(12, 5)
+    kept = base.clone()
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0.*share memory"):
+        optimizer.step()
+    assert torch.equal(base, kept)
 
 
 @pytest.mark.parametrize(

@@ -153,3 +153,14 @@ def test_opcheck():
         **{"ns_a": 3.4, "ns_b": -4.8, "ns_c": 2.0, "ns_steps": 5, "match_rms_adamw": False},
     }
     torch.library.opcheck(torch.ops.optim_ext.muon_.default, tuple(lists), keywords)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_coefficients_that_are_nan(place):
+    coefficients = [3.4445, -4.775, 2.0315]
+    coefficients[place] = float("nan")
+    param = torch.nn.Parameter(torch.ones(4, 4))
+    param.grad = torch.randn(4, 4)
+    with pytest.raises(ValueError, match=rf"ns_coefficients\[{place}\] is NaN"):
+        optim_ext.Muon([param], ns_coefficients=tuple(coefficients)).step()
+    assert torch.equal(param, torch.ones(4, 4))

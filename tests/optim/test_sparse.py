@@ -315,6 +315,25 @@ def test_embedding_trains():
     torch.testing.assert_close(tables[0].weight, tables[1].weight)
 
 
+@pytest.mark.parametrize("shape", [(4,), ()], ids=str)
+@pytest.mark.parametrize("name, options", EVERY)
+def test_gradients_without_sparse_dimensions(name, options, shape):
+    """One row, which is the whole tensor, any number of times."""
+    results = []
+    for package in (torch.optim, optim_ext):
+        param = nn.Parameter(torch.ones(shape))
+        optimizer = getattr(package, name)([param], **copy.deepcopy(options))
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            values = torch.randn(2, *shape, generator=generator)
+            param.grad = torch.sparse_coo_tensor(
+                torch.zeros(0, 2, dtype=torch.int64), values, shape, check_invariants=False
+            )
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
+
+
 def test_nothing_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,14 +7,15 @@ namespace optim_ext::cuda {
 
 namespace {
 
+// A count may serve several parameters, and is then advanced for each of them.
 template <int64_t kBytes>
 __global__ void __launch_bounds__(kThreads) advance(const __grid_constant__ Counters<kBytes> counters) {
   const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (i >= counters.count || (counters.found_inf && *counters.found_inf == 1.0f)) return;
   if (i < counters.floats) {
-    *static_cast<float*>(counters.counter[i]) += 1.0f;
+    atomicAdd(static_cast<float*>(counters.counter[i]), 1.0f);
   } else {
-    *static_cast<double*>(counters.counter[i]) += 1.0;
+    atomicAdd(static_cast<double*>(counters.counter[i]), 1.0);
   }
 }
 
