@@ -103,6 +103,8 @@ class BoxedStep(Step):
         self.d = self.work.vectors.take()
         self._combine(self.d, self.free_grad)
         self.d.masked_fill_(self.held, 0.0)
+        for part in self.work.held:
+            self.d[part].zero_()
         self.d_largest, _, self.slope = self.work.norms(self.d, self.free_grad)
 
     def _place(self, origin: Tensor, t: float) -> float:

@@ -82,9 +82,25 @@ class Buffers:
     def owns(self, tensor: Tensor) -> bool:
         return id(tensor) in self._own
 
+    def has_lent(self) -> bool:
+        return len(self._own) > len(self._free)
+
     def disown(self) -> None:
         """Everything that was taken stays with its taker."""
         self._own = {id(tensor): tensor for tensor in self._free}
+
+
+def span_of(tensor: Tensor) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def working_dtype(params: list[Tensor]) -> torch.dtype:
+    """What the vectors are computed in: the parameters' common floating point type, float32 at least."""
+    dtype = torch.float32
+    for p in params:
+        dtype = torch.promote_types(dtype, p.dtype.to_real())
+    return dtype
 
 
 class Workspace:
@@ -100,10 +116,9 @@ class Workspace:
                 raise RuntimeError(
                     f"LBFGS needs all parameters on one device: {index} is on {p.device}, not {self.device}"
                 )
-        dtype = torch.float32
-        for p in params:
-            dtype = torch.promote_types(dtype, p.dtype.to_real())
-        self.dtype = dtype
+            if p.numel() > 0 and span_of(p) < p.numel():
+                raise RuntimeError(f"parameter {index} has elements that share memory, so it cannot be moved; clone it")
+        self.dtype = dtype = working_dtype(params)
         self.numels = [p.numel() * (2 if p.is_complex() else 1) for p in params]
         self.numel = sum(self.numels)
         self.offsets = [0, *itertools.accumulate(self.numels)][:-1]
@@ -114,6 +129,12 @@ class Workspace:
             self.vectors if self.history_dtype == dtype else Buffers(self.numel, self.history_dtype, self.device, rows)
         )
         self.sizes, self.bounds, self.scales = sizes, bounds, method.scales
+        self.bound_versions = _versions(bounds)
+        ends = list(itertools.accumulate(sum(numels) for numels in self._in_groups(self.numels)))
+        held = [
+            slice(*ends) for ends, scale in zip(itertools.pairwise([0, *ends]), self.scales, strict=True) if scale == 0
+        ]
+        self.held = held  # parts of the vectors that belong to groups with a rate of zero
         self.metric = self._metric()
         self.box: Any = None
         self.gram: _C.LbfgsGram | None = None
@@ -134,6 +155,7 @@ class Workspace:
             and all(a is b for a, b in zip(params, self.params, strict=True))
             and sizes == self.sizes
             and all(a is b for a, b in zip(bounds, self.bounds, strict=True))
+            and _versions(bounds) == self.bound_versions
             and method.scales == self.scales
             and (method.history_dtype or self.dtype) == self.history_dtype
         )
@@ -141,11 +163,18 @@ class Workspace:
     def _metric(self) -> Tensor | None:
         if all(scale == 1.0 for scale in self.scales):
             return None
-        pieces, numels = [], iter(self.numels)
-        for size, scale in zip(self.sizes, self.scales, strict=True):
-            numel = sum(itertools.islice(numels, size))
-            pieces.append(torch.full((numel,), scale, dtype=self.dtype, device=self.device))
-        return torch.cat(pieces)
+        return torch.cat([
+            torch.full((sum(numels),), scale, dtype=self.dtype, device=self.device)
+            for numels, scale in zip(self._in_groups(self.numels), self.scales, strict=True)
+        ])  # fmt: skip
+
+    def _in_groups(self, of_params: list[int]) -> list[list[int]]:
+        each = iter(of_params)
+        return [list(itertools.islice(each, size)) for size in self.sizes]
+
+    def has_lent(self) -> bool:
+        """Whether vectors are out that were never given back."""
+        return self.vectors.has_lent() or self.rows.has_lent()
 
     def disown(self) -> None:
         self.vectors.disown()
@@ -158,6 +187,11 @@ class Workspace:
         """The gradients as one vector; zeros for parameters without."""
         if _C.lbfgs_read_grads(into, self.params, self.offsets, negate):
             return
+        for index, p in enumerate(self.params):
+            if p.grad is not None and p.grad.shape != p.shape:
+                raise RuntimeError(
+                    f"parameter {index} of LBFGS has shape {list(p.shape)}, its gradient {list(p.grad.shape)}"
+                )
         there = [(offset, p.grad) for offset, p in zip(self.offsets, self.params, strict=True) if p.grad is not None]
         grads = [grad if grad.layout is torch.strided else grad.to_dense() for _, grad in there]
         _OPS.lbfgs_gather_(into, grads, [offset for offset, _ in there], negate=negate)
@@ -189,6 +223,15 @@ class Workspace:
 
     def remember(self, old_dirs: list[Tensor], old_stps: list[Tensor]) -> None:
         self._summed = [(row, row._version) for row in (*old_dirs, *old_stps)]
+
+
+def _versions(bounds: Any) -> list[int]:
+    """Of all tensors among the bounds: they may be changed in place."""
+    if isinstance(bounds, Tensor):
+        return [bounds._version]
+    if isinstance(bounds, (list, tuple)):
+        return [version for bound in bounds for version in _versions(bound)]
+    return []
 
 
 def _described(seen: tuple[torch.Size, torch.dtype, torch.device]) -> str:
@@ -259,7 +302,9 @@ class Step:
 
     def _iterate(self) -> None:
         method, state = self.method, self.state
-        for iteration in range(1, method.max_iter + 1):
+        for iteration in itertools.count(1):
+            if not iteration <= method.max_iter:  # which may be any number, as in torch
+                break
             state["n_iter"] += 1
             last = iteration == method.max_iter
             is_fresh = state["n_iter"] == 1 or self.d is None or self._was_restarted()
@@ -346,9 +391,11 @@ class Step:
         def fitting(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             return tensor.to(device=work.device, dtype=dtype).contiguous()
 
-        rows = slice(-self.method.history_size, None)
-        self.old_dirs = [fitting(row, work.history_dtype) for row in (state.get("old_dirs") or [])[rows]]
-        self.old_stps = [fitting(row, work.history_dtype) for row in (state.get("old_stps") or [])[rows]]
+        size = self.method.history_size
+        both = [state.get(key) or [] for key in ("old_dirs", "old_stps")]
+        for row in itertools.chain.from_iterable(rows[:-size] for rows in both):  # a smaller history than before
+            work.rows.give(row)
+        self.old_dirs, self.old_stps = ([fitting(row, work.history_dtype) for row in rows[-size:]] for rows in both)
         self.gram = work.gram_of(self.old_dirs, self.old_stps)
         self.d = None if state.get("d") is None else fitting(state["d"], work.dtype)
         self.prev_grad = self.d if self.d is None else fitting(state["prev_flat_grad"], work.dtype)
@@ -430,7 +477,12 @@ class Step:
 
     def _set_direction(self) -> None:
         self.d = self.work.vectors.take()
-        self.d_largest, _, slope = self._combine(self.d, self.grad).tolist()
+        norms = self._combine(self.d, self.grad)
+        if self.work.held:
+            for part in self.work.held:  # steps from when their rate was another one may lead there
+                self.d[part].zero_()
+            norms = _OPS.lbfgs_norms(self.d, self.grad)
+        self.d_largest, _, slope = norms.tolist()
         self.slope = self.rounded(slope)
 
     def _combine(self, d: Tensor, grad: Tensor) -> Tensor:
@@ -477,7 +529,8 @@ class Step:
         try:
             point, spent = self._line_search(evaluate, Point(0.0, self.loss, self.slope, current), max_ls)
         except BaseException:
-            self._place(origin, 0.0)
+            work.move(origin, 0.0, origin)
+            work.vectors.give(origin)
             self.t = 0.0
             if self.state["n_iter"] == 1:  # there has been no first iteration then: the next one is it
                 self.state["n_iter"] = 0

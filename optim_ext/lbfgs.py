@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optim_ext._fused_step import Group, _is_plain
 from optim_ext._lbfgs_box import BoxedStep
-from optim_ext._lbfgs_step import Bound, Method, Step, Workspace
+from optim_ext._lbfgs_step import Bound, Method, Step, Workspace, span_of, working_dtype
 from optim_ext._load import _C
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
@@ -98,8 +98,8 @@ class LBFGS(torch.optim.LBFGS):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of torch's returned.
 
-        torch casts loaded state to the parameter's type. A history of ours may be wider than a 16-bit parameter, or
-        narrower where ``history_dtype`` says so, and is then taken as it was saved.
+        Vectors are cast to the type the parameters are computed in, as torch casts them to the parameters' own: float32
+        for 16-bit parameters. A bfloat16 history stays one where ``history_dtype`` says so.
         """
         loaded: list[dict[str, Any]] = []
         handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
@@ -108,22 +108,28 @@ class LBFGS(torch.optim.LBFGS):
         finally:
             handle.remove()
         saved = loaded[-1]["state"].get(loaded[-1]["param_groups"][0]["params"][0], {})
-        first = self.param_groups[0]["params"][0]
-        for key in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
-            if key in saved and first in self.state:
-                self.state[first][key] = _on(first.device, saved[key])
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not params or params[0] not in self.state or self._torch_reason(self.param_groups[0]) is not None:
+            return
+        state, dtype = self.state[params[0]], working_dtype(params)
+        stored = self.param_groups[0].get("history_dtype") or dtype
+        for key, wanted in (("d", dtype), ("prev_flat_grad", dtype), ("old_dirs", stored), ("old_stps", stored)):
+            if key in saved:
+                state[key] = _cast(saved[key], params[0].device, wanted)
 
     def _method(self) -> Method:
         """The options as they stand, checked."""
         options = [
-            {name: group[name] for name in (*_COMMON, *_OWN_OPTIONS) if _is_on(group.get(name))}
+            {name: group[name] for name in _COMMON if name in group}
+            | {name: group[name] for name in _OWN_OPTIONS if _is_on(group.get(name))}
             for group in self.param_groups
         ]
         bounded = any([group.pop("bounds", None) is not None for group in options])  # each group has its own
         for index, group in enumerate(options):
             for name in (*_COMMON, *_OWN_OPTIONS):
-                if group.get(name) != options[0].get(name):
-                    raise ValueError(f"all groups of LBFGS need the same {name}: group {index} has {group.get(name)}")
+                mine, first = group.get(name), options[0].get(name)
+                if mine != first and not (mine != mine and first != first):  # NaN is NaN
+                    raise ValueError(f"all groups of LBFGS need the same {name}: group {index} has {mine}")
         rates = [float(group["lr"]) for group in self.param_groups]
         if not all(rate >= 0.0 for rate in rates):
             raise ValueError(f"Invalid learning rate: {next(rate for rate in rates if not rate >= 0.0)}")
@@ -170,8 +176,9 @@ class LBFGS(torch.optim.LBFGS):
 
         Raises:
             TypeError: there is no closure, or it returns no number.
-            RuntimeError: the loss has several elements, or ``line_search_fn`` is unknown, or a parameter is not what it
-                was in the step before (shape, dtype, device).
+            RuntimeError: ``line_search_fn`` is unknown, or a parameter is not what it was in the step before (shape, dtype,
+                device), has elements that share memory, or a gradient of another shape.
+            RuntimeError, ValueError: the loss has several elements.
             ValueError: an option is invalid.
         """
         if not callable(closure):
@@ -208,10 +215,13 @@ class LBFGS(torch.optim.LBFGS):
             changed = workspace.what_changed(params)
             if changed is not None and state.get("prev_flat_grad") is not None:
                 raise RuntimeError(f"{changed} since the last step of LBFGS; optimizer.state.clear() starts anew")
-            if changed is not None or not workspace.serves(params, sizes, bounds, method):
+            was_cleared = state.get("prev_flat_grad") is None and workspace.has_lent()
+            if changed is not None or was_cleared or not workspace.serves(params, sizes, bounds, method):
                 workspace = None
         if workspace is None:
             workspace = Workspace(params, sizes, bounds, method)
+            before: Workspace | None = self.__dict__.get("_workspace")
+            workspace.warned = before is not None and before.warned
             self._workspace = workspace
         kept = state.get("prev_flat_grad")
         if kept is not None and (kept.numel() != workspace.numel or kept.device != workspace.device):
@@ -238,16 +248,16 @@ def _is_on(value: Any) -> bool:
 
 
 def _share_memory(params: list[Tensor]) -> bool:
-    """Whether two of the parameters are one, or dense ones overlap: they cannot be moved independently."""
-    dense = sorted((p.data_ptr(), p.numel() * p.element_size()) for p in params if p.numel() and p.is_contiguous())
-    overlap = any(begin + size > after for (begin, size), (after, _) in itertools.pairwise(dense))
+    """Whether two of the parameters are one, or lie within each other: they may not be moved independently."""
+    spans = sorted((p.data_ptr(), span_of(p) * p.element_size()) for p in params if p.numel())
+    overlap = any(begin + size > after for (begin, size), (after, _) in itertools.pairwise(spans))
     return overlap or len({id(p) for p in params}) < len(params)
 
 
-def _on(device: torch.device, value: Any) -> Any:
+def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
-        return [_on(device, entry) for entry in value]
-    return value.to(device) if isinstance(value, Tensor) else value
+        return [_cast(entry, device, dtype) for entry in value]
+    return value.to(device, dtype) if isinstance(value, Tensor) else value
 
 
 def _signature() -> inspect.Signature:

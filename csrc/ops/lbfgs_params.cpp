@@ -65,6 +65,13 @@ bool read_grads(const Tensor& flat, const py::list& params, const std::vector<in
   const auto param = [&](int64_t i) { return param_at(params, i).unsafeGetTensorImpl(); };
   std::vector<Tensor> grads;
   if (!first.defined() || first.layout() != at::kStrided || !take_usual(first, count, param, grads)) return false;
+  std::atomic<bool> fit = true;
+  over_tensors(flat.device(), count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!grads[i].sizes().equals(param(i)->sizes())) fit = false;
+    }
+  });
+  if (!fit) return false;
   const py::gil_scoped_release no_gil;
   call_gather(flat, grads, offsets, negate);
   let_go(flat.device(), grads);
@@ -94,7 +101,7 @@ void bind_lbfgs_params(py::module_& m) {
         return as_torch_raises([&] { return read_grads(flat, params, offsets, negate); });
       },
       py::arg("flat"), py::arg("params"), py::arg("offsets"), py::arg("negate"),
-      "lbfgs_gather_ of the gradients; False, with nothing done, where one is missing or of another kind.");
+      "lbfgs_gather_ of the gradients; False, with nothing done, where one is missing or of another kind or shape.");
   m.def(
       "lbfgs_move",
       [](const py::list& params, const Tensor& d, double t, const py::object& origin) {

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import sys
 import weakref
@@ -420,3 +421,28 @@ def test_a_loss_on_the_device_is_read_with_the_norms():
     vector, other = torch.tensor([3.0, -4.0, 0.5]), torch.tensor([1.0, 1.0, 2.0])
     for loss in (torch.tensor(0.1), torch.tensor([7.0], dtype=torch.float64, requires_grad=True)):
         assert work.loss_and_norms(loss, vector, other) == (loss.item(), work.norms(vector, other))
+
+
+@pytest.mark.parametrize("saved, loaded", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_loaded_state_is_cast_to_the_parameter(saved, loaded):
+    dtypes = []
+    for cls in (torch.optim.LBFGS, optim_ext.LBFGS):
+        run = start(cls, "rosenbrock-10", saved, max_iter=4).steps(2)
+        other = start(cls, "rosenbrock-10", loaded, max_iter=4)
+        other.optimizer.load_state_dict(run.optimizer.state_dict())
+        state = other.state
+        dtypes.append([state[key].dtype for key in ("d", "prev_flat_grad")] + [r.dtype for r in state["old_dirs"]])
+        other.steps(2)
+    assert dtypes[0] == dtypes[1] == [loaded] * len(dtypes[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_iter": 6.0}, {"max_iter": math.inf, "max_eval": 7}, {"tolerance_grad": math.nan}, {"max_iter": 2.5}],
+)
+def test_options_may_be_any_numbers(options):
+    counts = []
+    for cls in (torch.optim.LBFGS, optim_ext.LBFGS):
+        run = start(cls, "rosenbrock-10", **{"lr": 1e-3, **options})
+        counts.append((run.steps(2).calls, run.state["n_iter"]))
+    assert counts[0] == counts[1]

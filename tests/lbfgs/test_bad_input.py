@@ -220,6 +220,88 @@ def test_overlapping_parameters_take_torchs_code():
         LBFGS([base[:4], base[2:]], recover=True).step(lambda: 1.0)
 
 
+def test_overlapping_views_take_torchs_code():
+    base = torch.ones(6)
+    for views in ((base, base[::2]), (base.view(2, 3), base.view(2, 3).t())):
+        assert "share memory" in explain(LBFGS([*views]))[0].reason
+
+
+def test_a_parameter_whose_elements_share_memory():
+    moved, expanded = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1).expand(3))
+    optimizer = LBFGS([moved, expanded], lr=0.1)
+    for p in (moved, expanded):
+        p.grad = torch.ones(p.shape)
+    with pytest.raises(RuntimeError, match="parameter 1 has elements that share memory"):
+        optimizer.step(lambda: 1.0)
+    assert torch.equal(moved, torch.ones(2)) and not optimizer.state[moved]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_gradient_of_another_shape(count):
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(count)]
+    optimizer = LBFGS(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(4)
+    kept = params[-1].data
+    params[-1].data = torch.ones(2)
+    params[-1].grad = torch.ones(2)
+    params[-1].data = kept
+    with pytest.raises(RuntimeError, match=rf"parameter {count - 1} of LBFGS has shape \[4\], its gradient \[2\]"):
+        optimizer.step(lambda: 1.0)
+    assert all(torch.equal(p, torch.ones(4)) for p in params)
+
+
+def test_a_closure_that_raises_where_the_slope_is_infinite():
+    """The point before is put back as it was, not reached by going back."""
+    param = torch.nn.Parameter(torch.tensor([1.0, 0.0, 3.0]))
+    optimizer = LBFGS([param], **WOLFE)
+    calls = []
+
+    def closure():
+        calls.append(None)
+        if len(calls) > 1:
+            raise ArithmeticError
+        optimizer.zero_grad()
+        loss = param.abs().sqrt().sum()
+        loss.backward()
+        param.grad[1] = torch.inf
+        return loss
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(closure)
+    assert torch.equal(param, torch.tensor([1.0, 0.0, 3.0]))
+
+
+def lent(optimizer):
+    return len(optimizer._workspace.vectors._own)
+
+
+def test_starting_anew_and_failing_keep_no_memory():
+    run = start(LBFGS, "rosenbrock-100", history_size=5, max_iter=8, **WOLFE)
+    counts = []
+    for _ in range(4):
+        run.steps(2)
+        counts.append(lent(run.optimizer))
+        run.optimizer.state.clear()
+    assert max(counts) <= min(counts) + 1
+    counts = []
+    for _ in range(4):
+        run.steps(1)
+        loss, calls = run.loss, run.calls
+
+        def fails(params, loss=loss, calls=calls):
+            if run.calls > calls:
+                raise ArithmeticError
+            return loss(params)
+
+        run.loss = fails
+        with pytest.raises(ArithmeticError):
+            run.steps(1)
+        run.loss = loss
+        counts.append(lent(run.optimizer))
+    assert max(counts) <= counts[0] + 1  # what the first of them has made once
+
+
 def test_returns_the_first_loss_as_it_was_given():
     for value in (torch.tensor([2.0]), torch.tensor(2.0), 2.0, 2):
         for tolerance in (float("inf"), -float("inf")):

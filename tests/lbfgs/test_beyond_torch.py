@@ -90,6 +90,16 @@ def test_a_group_of_rate_zero_stays():
     assert torch.equal(run.params[1], before) and run.losses[-1] < run.losses[0]
 
 
+@pytest.mark.parametrize("options", [{}, {"bounds": (-2.0, 2.0)}], ids=["free", "bounded"])
+def test_a_group_whose_rate_becomes_zero_stays(options):
+    """Its part of earlier steps is in the history."""
+    run = two_groups((0.02, 0.02), max_iter=4, **options).steps(3)
+    run.optimizer.param_groups[1]["lr"] = 0.0
+    before, loss = run.params[1].detach().clone(), run.losses[-1]
+    run.steps(3)
+    assert torch.equal(run.params[1], before) and run.losses[-1] < loss
+
+
 def test_a_schedule_of_one_groups_rate():
     run = two_groups((0.02, 0.02), max_iter=3).steps(2)
     run.optimizer.param_groups[1]["lr"] = 0.002
@@ -166,6 +176,19 @@ def test_recover_says_so_once_and_finds_the_minimum():
         run.steps(30)
     assert len(caught) == 1
     torch.testing.assert_close(run.params[0].detach(), torch.ones(2, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+def test_recover_says_so_once_though_rates_change():
+    params = [torch.nn.Parameter(torch.tensor([1e-4, 8.0], dtype=torch.float64)) for _ in range(2)]
+    groups = [{"params": [p], "lr": 1.0} for p in params]
+    run = Run(LBFGS(groups, recover=True), params, lambda ps: sum((-torch.log(p) + p).sum() for p in ps))
+    with pytest.warns(UserWarning, match="not finite") as caught:
+        for step in range(5):
+            run.optimizer.param_groups[1]["lr"] = 1.0 / (step + 1)
+            run.steps(1)
+            with torch.no_grad():
+                params[0].copy_(torch.tensor([1e-4, 8.0]))
+    assert len(caught) == 1
 
 
 def test_without_recover_as_torch():
@@ -399,3 +422,13 @@ def test_bad_bounds(bounds, words):
     with pytest.raises(ValueError, match=words):
         run.steps(1)
     assert run.params[0].item() == 5.0 and run.calls == 0
+
+
+def test_bounds_changed_in_place():
+    param = torch.nn.Parameter(torch.zeros(2))
+    lower = torch.tensor([-1.0, -1.0])
+    run = Run(LBFGS([param], bounds=(lower, None)), [param], lambda ps: ((ps[0] + 5) ** 2).sum()).steps(2)
+    assert torch.equal(param, lower)
+    lower.fill_(-3.0)
+    run.steps(2)
+    assert torch.equal(param, torch.full((2,), -3.0))
