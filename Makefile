@@ -84,9 +84,9 @@ cuda-check: .venv-cuda/torch.stamp
 	tar cf - --exclude='*.so' --exclude=_build_info.py --exclude=__pycache__ --exclude='./build' --exclude='./.[!c]*' . | \
 	  tar xf - -C $(CUDA_TREE)
 	cd $(CUDA_TREE) && OPTIM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCHS) \
-	  $(CURDIR)/.venv-cuda/bin/$(PIP) --no-build-isolation --verbose -e '.[test]'
-	cd $(CUDA_TREE) && $(CURDIR)/.venv-cuda/bin/python -m optim_ext
-	cd $(CUDA_TREE) && $(CURDIR)/.venv-cuda/bin/pytest -n $(WORKERS) $(PYTEST_ARGS) $(CUDA_CHECK_TESTS)
+	  '$(CURDIR)'/.venv-cuda/bin/$(PIP) --no-build-isolation --verbose -e '.[test]'
+	cd $(CUDA_TREE) && '$(CURDIR)'/.venv-cuda/bin/python -m optim_ext
+	cd $(CUDA_TREE) && '$(CURDIR)'/.venv-cuda/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(CUDA_CHECK_TESTS)
 
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
 CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops

@@ -18,6 +18,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
@@ -118,7 +119,7 @@ def build_switches():
         sys.exit(f"optim_ext needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         sys.exit("Python.h is missing: install Python's development headers (on Debian and Ubuntu: python3-dev).")
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(f"The C++ compiler {compiler} is missing: install g++, or set CXX to another one.")
     toolkit, why = choose_cuda(torch)
@@ -159,6 +160,11 @@ def native_build():
     # One build folder per torch: objects made for one are of no use to another.
     base = f"build/torch-{switches['torch']}-{'cuda' if switches['cuda'] else 'cpu'}-{sys.implementation.cache_tag}"
 
+    class BuildPython(build_py):
+        def run(self):
+            shutil.rmtree(Path(self.build_lib, "optim_ext"), ignore_errors=True)  # modules that are gone by now
+            super().run()
+
     class Build(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
@@ -177,7 +183,8 @@ def native_build():
         define_macros=[("OPTIM_EXT_WITH_CUDA", None)] if switches["cuda"] else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}, "options": {"build": {"build_base": base}}}
+    commands = {"build_py": BuildPython, "build_ext": Build}
+    return {"ext_modules": [module], "cmdclass": commands, "options": {"build": {"build_base": base}}}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Loads the native module, or says in one sentence why it cannot be loaded and which command mends that."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
 _BUILD = "in optim_ext's source folder run: pip install --no-build-isolation --no-deps --force-reinstall ."
+_HERE = Path(__file__).resolve().parent
 
 
 def build_info() -> dict[str, Any]:
@@ -17,6 +19,11 @@ def build_info() -> dict[str, Any]:
     try:
         return dict(importlib.import_module("optim_ext._build_info").BUILD_INFO)
     except ModuleNotFoundError as error:
+        if (_HERE.parent / "setup.py").exists():
+            raise ImportError(
+                f"{_HERE} is optim_ext's source and has no native module; run Python in another folder, where an installed "
+                "optim_ext is found, or build this one in place: pip install --no-build-isolation --no-deps -e ."
+            ) from error
         raise ImportError(f"optim_ext has no native module yet; {_BUILD}") from error
 
 

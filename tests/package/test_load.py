@@ -1,5 +1,8 @@
 """What happens at import: one OpenMP runtime, a build that fits, and a clear sentence where it does not."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,6 +64,20 @@ def test_not_built(python):
     """Neither the record of a build nor the module: a source folder that was only unpacked."""
     said = python(IMPORT_WITH.format(info={}, modules={"optim_ext._build_info": None})).stdout
     assert "no native module" in said and REBUILD in said
+
+
+def test_in_the_source_folder(tmp_path, python):
+    """It hides an installed package, and has no native module unless it was built in place."""
+    package = Path(optim_ext.__file__).parent
+    shutil.copytree(package, tmp_path / "optim_ext", ignore=shutil.ignore_patterns("*.so", "_build_info.py"))
+    (tmp_path / "setup.py").touch()
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+import optim_ext._load
+"""
+    assert "run Python in another folder" in python(code, check=False).stderr
 
 
 def test_module_cannot_be_loaded(python):
