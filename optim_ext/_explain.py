@@ -26,7 +26,8 @@ def explain(optimizer: Optimizer) -> list[GroupReport]:
     """Say for each parameter group whether ``optimizer.step()`` would run natively or in torch's own code, and why.
 
     Judged from the options, parameters and gradients as they are now; nothing is changed. Parameters that require a
-    gradient but have none yet are judged without it.
+    gradient but have none yet are judged without it. Of a wrapper that holds an optimizer (accelerate's, ZeRO's), that
+    one is judged.
 
     Example::
 
@@ -34,6 +35,11 @@ def explain(optimizer: Optimizer) -> list[GroupReport]:
         ...     print(report)
         group 0: native (one call of optim_ext::adamw_ per device)
     """
+    while not isinstance(optimizer, (FusedStep, LBFGS)):
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
     reports = []
     for index, group in enumerate(optimizer.param_groups):
         if not isinstance(optimizer, (FusedStep, LBFGS)):

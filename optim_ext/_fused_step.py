@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,8 @@ _NOT_COMPILED = (
     "Use set_grad_policy(max_norm=...), which is compiled into the step"
 )
 
+_COUNTED_IN = (torch.float32, torch.float64)  # step counters
+
 # Implementations of __torch_function__ that leave a tensor an ordinary one.
 _PLAIN = (getattr(Tensor.__torch_function__, "__func__", None), torch.nn.Parameter.__torch_function__)
 
@@ -61,6 +64,16 @@ def _grad_mode_of_defaults(step: Callable[..., Any]) -> Callable[..., Any]:
             return step(self, *args, **kwargs)
 
     return wrapper
+
+
+@dataclass
+class Controls:
+    """What was asked of an optimizer's steps besides its options. In one object, as frameworks wrap optimizers in others
+    that share their attributes: what such a wrapper is told reaches the optimizer that steps."""
+
+    armed: ArmedClip | None = None  # by clip_grad_norm, for the next step
+    policy: GradPolicy | None = None
+    averaging: StepAveraging | None = None
 
 
 class FusedStep(Optimizer):
@@ -84,10 +97,9 @@ class FusedStep(Optimizer):
     _takes_dense: ClassVar[bool] = True
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
+    _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
     _plan: _C.Plan | None
-    _averaging: StepAveraging | None
-    _armed: ArmedClip | None  # by clip_grad_norm, for the next step
-    _grad_policy: GradPolicy | None
+    _controls: Controls
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,11 +142,10 @@ class FusedStep(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self._traced_step()
-            averaging = self.__dict__.get("_averaging")
+            found_inf = self._traced_step()
+            averaging = self._asked().averaging
             if averaging is not None:
-                policy = self.grad_policy
-                averaging.update(None if policy is None else policy._last_skip)
+                averaging.update(found_inf)
         else:
             if "capturable" in self.defaults:  # without the option torch captures the step as it is, and so do we
                 _HEALTH_CHECK(self)
@@ -148,7 +159,8 @@ class FusedStep(Optimizer):
         All of the model's parameters are averaged, also those without a gradient and those this optimizer does not
         have, and its buffers as ``averaged`` treats them. A step that ``found_inf`` skips leaves the average and its
         count alone. Groups that take torch's own code, and compiled steps, are followed by the update on its own. Not
-        saved with the optimizer: call it again on a copy, and after loading one by pickle.
+        saved with the optimizer: call it again on a copy, and after loading one by pickle. The step by which
+        torch.distributed.checkpoint makes state (the first, with rates and gradients of zero) is not averaged.
 
         Args:
             averaged: an :class:`optim_ext.swa_utils.AveragedModel` that averages natively (the mean, or this package's
@@ -161,7 +173,7 @@ class FusedStep(Optimizer):
                 to another optimizer, or its model is not known.
         """
         self._plan = None
-        self._averaging = None if averaged is None else step_averaging(averaged, model, self)
+        self._asked().averaging = None if averaged is None else step_averaging(averaged, model, self)
 
     def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients of the next step by their norm: instead of ``torch.nn.utils.clip_grad_norm_``.
@@ -183,14 +195,15 @@ class FusedStep(Optimizer):
 
         Raises:
             ValueError: ``max_norm`` is negative or NaN, or another ``norm_type``.
-            RuntimeError: no native norm for a gradient (sparse, or a subclass such as DTensor), or a norm that is not
-                finite with ``error_if_nonfinite``.
+            RuntimeError: no native norm for a gradient (a subclass such as DTensor, or a shard of FSDP), or a norm that is
+                not finite with ``error_if_nonfinite``.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(_NOT_COMPILED)
-        self._armed = None
-        self._armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
-        return self._armed.norm
+        controls = self._asked()
+        controls.armed = None
+        controls.armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
+        return controls.armed.norm
 
     def set_grad_policy(
         self,
@@ -222,16 +235,17 @@ class FusedStep(Optimizer):
         counts on the device of the gradients, which on a GPU means ``fused=True`` or ``capturable=True``.
         """
         asked = max_norm is not None or skip_nonfinite or skip_above is not None
-        self._grad_policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
-        return self._grad_policy
+        self._asked().policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
+        return self.grad_policy
 
     @property
     def grad_policy(self) -> GradPolicy | None:
         """What ``set_grad_policy`` made, or None."""
-        return self.__dict__.get("_grad_policy")
+        return self._asked().policy
 
     def find_nonfinite(self) -> list[NonFinite]:
-        """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers).
+        """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
+        process's part, for sharded parameters).
 
         An empty list if there are none. Reads everything, and waits for the device.
         """
@@ -250,7 +264,7 @@ class FusedStep(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._armed = None
+        self._asked().armed = None
 
     zero_grad.__doc__ = Optimizer.zero_grad.__doc__
 
@@ -259,7 +273,47 @@ class FusedStep(Optimizer):
         policy = self.grad_policy
         return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        policy = state.get("_grad_policy")
+        super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
+        if policy is not None:
+            self._asked().policy = policy
+
+    def add_param_group(self, param_group: Group) -> None:
+        self._asked()  # there from the constructor on, which adds the first group
+        super().add_param_group(param_group)
+
+    add_param_group.__doc__ = Optimizer.add_param_group.__doc__
+
+    def _asked(self) -> Controls:
+        controls: Controls | None = getattr(self, "_controls", None)
+        if controls is None:
+            self._controls = controls = Controls()
+        return controls
+
     def _eager_step(self) -> None:
+        asked = self._asked()
+        if (asked.averaging is not None or asked.policy is not None) and self._only_makes_state():
+            self._controls = Controls()
+            try:
+                self._controlled_step()
+            finally:
+                self._controls = asked
+        else:
+            self._controlled_step()
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes state: the first one, with rates and
+        gradients of zero. To averages and policies it is none."""
+        return (
+            not self.state
+            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
+            and not any(
+                bool((p.grad != 0).any()) for group in self.param_groups for p in group["params"] if p.grad is not None
+            )
+        )
+
+    def _controlled_step(self) -> None:
         verdict = self._verdict()
         try:
             self._step_as_told(verdict.common)
@@ -267,11 +321,11 @@ class FusedStep(Optimizer):
             verdict.take_back()
             raise
         verdict.record()
-        self._armed = None
+        self._asked().armed = None
 
     def _step_as_told(self, common: Common) -> None:
         signature: list[Any] = [self._signature(group) for group in self.param_groups]
-        averaging = self.__dict__.get("_averaging")
+        averaging = self._asked().averaging
         pairing = weight = None
         if averaging is not None:
             pairing = averaging.pairing()
@@ -297,15 +351,15 @@ class FusedStep(Optimizer):
     def _verdict(self) -> Verdict:
         """What this step is told of its gradients: by GradScaler, by ``clip_grad_norm`` and by the standing policy.
 
-        GradScaler leaves word on optimizers that were made with ``fused=True``.
+        GradScaler leaves word on optimizers that were made with ``fused=True``, whatever their groups say by now.
         """
         grad_scale = found_inf = None
-        if any(group.get("fused") for group in self.param_groups):
+        if getattr(self, "_step_supports_amp_scaling", False) or any(group.get("fused") for group in self.param_groups):
             grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        armed, policy = self.__dict__.get("_armed"), self.__dict__.get("_grad_policy")
-        if armed is None and policy is None:
+        asked = self._asked()
+        if asked.armed is None and asked.policy is None:
             return Verdict(grad_scale, found_inf)
-        return _grad_control.judge(self, armed, policy, grad_scale, found_inf)
+        return _grad_control.judge(self, asked.armed, asked.policy, grad_scale, found_inf)
 
     def _planning_step(
         self, signature: list[Any], common: Common, averaging: StepAveraging | None, weight: float | Tensor | None
@@ -347,7 +401,7 @@ class FusedStep(Optimizer):
                 if weight is not None:
                     plan.besides.run(weight, common[1], check_only=True)
             if not plan.step(*arguments):
-                raise RuntimeError(f"the state of {type(self).__name__} changed while it was being prepared")
+                raise RuntimeError(self._what_is_missing())
             if averaging is not None and by_torch:
                 averaging.update(common[1])
             elif averaging is not None:
@@ -361,9 +415,28 @@ class FusedStep(Optimizer):
             plan.signature = signature
             self._plan = plan
 
+    def _what_is_missing(self) -> str:
+        """Why no plan can be made although ``_init_group`` has made what state there was none of."""
+        for group in self.param_groups:
+            keys = (
+                {key for key in self._state_keys(group) if key is not None} - self._partial_state - self._number_state
+            )
+            for index, p in enumerate(group["params"]):
+                for key in keys if p.grad is not None else ():
+                    value = self.state[p].get(key) if p in self.state else None
+                    if not isinstance(value, Tensor):
+                        return f"{self._described(group, index)}: its state '{key}' is {value!r}, expected a tensor"
+        return f"the state of {type(self).__name__} changed while it was being prepared"
+
+    def _described(self, group: Group, index: int) -> str:
+        """A parameter as messages name it: by its name, or by its place."""
+        names = group.get("param_names")
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        return f"parameter '{names[index]}'" if names else f"parameter {index} of group {number}"
+
     def _refuse_controls(self, reason: str | None) -> None:
         """Raise where torch's own code is to run, for the reason given, which knows nothing of factors and skipping."""
-        if self.__dict__.get("_armed") is not None or self.grad_policy is not None:
+        if self._asked().armed is not None or self.grad_policy is not None:
             raise RuntimeError(
                 f"clip_grad_norm and set_grad_policy need a native step, but torch's own code would run ({reason}); "
                 "use torch.nn.utils.clip_grad_norm_ with this optimizer"
@@ -385,12 +458,16 @@ class FusedStep(Optimizer):
             if p.grad is None and not (ahead and p.requires_grad):
                 continue
             problem = _C.unsupported(p) if _is_plain(p) else "it is a tensor subclass with operations of its own"
+            if problem is None and self._measures_tensors and _grad_control.is_flat_shard(p):
+                problem = "it is a shard of FSDP, whose norm is not that of the parameter"
             if problem is not None:
                 return f"parameter {index}: {problem}"
+            counter = self.state[p].get("step") if p in self.state else None
+            if self._has_torch_step() and isinstance(counter, Tensor) and counter.dtype not in _COUNTED_IN:
+                return f"parameter {index}: its step counter is of {counter.dtype}"
             if group.get("capturable"):
                 if p.device.type == "cpu":
                     return f"parameter {index}: capturable=True is for parameters on an accelerator; torch refuses it on the CPU"
-                counter = self.state[p].get("step") if p in self.state else None
                 if isinstance(counter, Tensor) and counter.device != p.device:
                     return (
                         f"parameter {index}: capturable=True needs its step counter on {p.device}; torch refuses others"
@@ -404,11 +481,14 @@ class FusedStep(Optimizer):
                     return f"gradient of parameter {index}: {problem}"
         return None
 
+    def _has_torch_step(self) -> bool:
+        return self._bare_torch_step is not inspect.unwrap(Optimizer.step)
+
     def _torch_step(self, groups: list[Group]) -> None:
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
         if not torch.compiler.is_compiling():
             self._check_sparse(groups)
-        if self._bare_torch_step is inspect.unwrap(Optimizer.step):
+        if not self._has_torch_step():
             reason = self._torch_reason(groups[0])
             raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
         all_groups = self.param_groups
@@ -430,24 +510,25 @@ class FusedStep(Optimizer):
                 continue
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse:
-                    names = group.get("param_names")
-                    number = next(i for i, other in enumerate(self.param_groups) if other is group)
-                    which = f"'{names[index]}'" if names else f"{index} of group {number}"
                     raise RuntimeError(
-                        f"parameter {which}: weight_decay option is not compatible with sparse gradients, "
+                        f"{self._described(group, index)}: weight_decay option is not compatible with sparse gradients, "
                         f"found {group['weight_decay']}, expected 0"
                     )
 
-    def _traced_step(self) -> None:
-        """The step as torch.compile sees it: torch's gathering (which Dynamo knows) and the op itself."""
+    def _traced_step(self) -> Tensor | None:
+        """The step as torch.compile sees it: torch's gathering (which Dynamo knows) and the op itself.
+
+        Returns what says whether it was skipped.
+        """
         op = getattr(torch.ops.optim_ext, self._op)
-        recorded = [group for group in self.param_groups if group.get("differentiable")]
-        if recorded:
-            self._refuse_controls("differentiable=True: the step itself is recorded by autograd")
-            self._torch_step(recorded)
+        reasons = [self._traced_torch_reason(group) for group in self.param_groups]
+        by_torch = [group for group, reason in zip(self.param_groups, reasons, strict=True) if reason is not None]
+        if by_torch:
+            self._refuse_controls(next(reason for reason in reasons if reason is not None))
+            self._torch_step(by_torch)
         verdict = self._traced_verdict()
-        for group in self.param_groups:
-            if group.get("differentiable"):
+        for group, reason in zip(self.param_groups, reasons, strict=True):
+            if reason is not None:
                 continue
             lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
             self._init_group(group, *lists)
@@ -460,9 +541,19 @@ class FusedStep(Optimizer):
                     grad_factor=verdict.grad_factor,
                 )
         verdict.record()
+        return verdict.found_inf
+
+    @staticmethod
+    def _traced_torch_reason(group: Group) -> str | None:
+        """As _torch_reason, for what a compiler can trace."""
+        if group.get("differentiable"):
+            return "differentiable=True: the step itself is recorded by autograd"
+        if any(p.grad is not None and _grad_control.is_sharded(p) for p in group["params"]):
+            return "a parameter is a tensor subclass that intercepts its operations"
+        return None
 
     def _traced_verdict(self) -> Verdict:
-        if self.__dict__.get("_armed") is not None:
+        if self._asked().armed is not None:
             raise RuntimeError(_NOT_COMPILED)
         return self._verdict()
 

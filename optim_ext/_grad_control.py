@@ -113,6 +113,7 @@ def check_finite(norm: Tensor, norm_type: float) -> None:
 def arm(optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> ArmedClip:
     """Take the norm of an optimizer's gradients and the factor that clips them."""
     max_norm, norm_type = checked_limit("max_norm", max_norm), checked_norm_type(norm_type)
+    _refuse_flat_shards(optimizer)
     norm, grad_factor, _ = _C.grad_norm(optimizer.param_groups, norm_type, max_norm)
     if error_if_nonfinite:
         check_finite(norm, norm_type)
@@ -182,12 +183,34 @@ def judge(
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=norm_type, **rules)
     else:
+        _refuse_flat_shards(optimizer)
         norm, grad_factor, skip = _C.grad_norm(optimizer.param_groups, norm_type, **rules)
     may_skip = found_inf is not None or (
         policy is not None and (policy.skip_nonfinite or policy.skip_above is not None)
     )
     clips = rules["max_norm"] is not None
     return Verdict(grad_scale, skip if may_skip else None, grad_factor if clips else None, policy, norm, skip, armed)
+
+
+def is_flat_shard(p: Tensor) -> bool:
+    """Whether FullyShardedDataParallel has cut this parameter up. It leaves ordinary tensors with a mark."""
+    return getattr(p, "_fsdp_flattened", False) is True
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def _refuse_flat_shards(optimizer: Optimizer) -> None:
+    """Raise where a process has parts of gradients only, whose norm would be another one on each process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            "the gradients are shards of FullyShardedDataParallel, and no process knows their norm: clip with the "
+            "model's own clip_grad_norm_()"
+        )
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
@@ -204,7 +227,8 @@ def _device_of_grads(optimizer: Optimizer) -> torch.device:
 
 
 def find_nonfinite(optimizer: Optimizer) -> list[NonFinite]:
-    """The parameters of an optimizer whose gradient or value is not finite, with counts, in the order of the groups."""
+    """The parameters of an optimizer whose gradient or value is not finite, with counts, in the order of the groups. Of
+    sharded ones this process's part counts."""
     found = []
     for index, group in enumerate(optimizer.param_groups):
         values = _count(group["params"])
@@ -233,8 +257,9 @@ def _by_device(tensors: list[Tensor | None]) -> Iterator[tuple[list[int], list[T
     for place, tensor in enumerate(tensors):
         if tensor is not None:
             places, of_device = devices.setdefault(tensor.device, ([], []))
+            here: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
             places.append(place)
-            of_device.append(tensor.detach().to_dense() if tensor.is_sparse else tensor.detach())
+            of_device.append(here.detach().to_dense() if here.is_sparse else here.detach())
     return iter(devices.values())
 
 
@@ -250,6 +275,9 @@ def _norm(tensors: list[Tensor | None]) -> Tensor:
 @contextmanager
 def measure_step(optimizer: Optimizer) -> Iterator[list[GroupNorms]]:
     """Norms of gradient, parameter and update of each group, for the steps taken inside."""
+    _refuse_flat_shards(optimizer)
+    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError("measure_step cannot take the norms of sharded parameters (DTensor)")
     before = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
     measured: list[GroupNorms] = []
     yield measured

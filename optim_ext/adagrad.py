@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adagrad import adagrad as adagrad
 
 from optim_ext._fused_step import FusedStep, Group
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.adamax import adamax as adamax
 
 from optim_ext._fused_step import FusedStep, Group
 

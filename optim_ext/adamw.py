@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.optim.adamw import adamw as adamw
 
 from optim_ext.adam import Adam
 

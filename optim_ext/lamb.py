@@ -40,6 +40,7 @@ class LAMB(BeyondTorch):
     """
 
     _op = "lamb_"
+    _measures_tensors = True
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class LARS(BeyondTorch):
     """
 
     _op = "lars_"
+    _measures_tensors = True
 
     def __init__(
         self,

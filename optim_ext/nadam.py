@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.nadam import nadam as nadam
 
 from optim_ext._fused_step import FusedStep, Group
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.rmsprop import rmsprop as rmsprop
 
 from optim_ext._fused_step import FusedStep, Group
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd as sgd
 
 from optim_ext._fused_step import Call, FusedStep, Group
 
@@ -37,13 +38,14 @@ class SGD(FusedStep, torch.optim.SGD):
                     momentum_buffers[index] = self._make_buffer(group, p)
         return has_sparse_grad
 
-    def _traced_step(self) -> None:
+    def _traced_step(self) -> Tensor | None:
         """With dampening the first step is another formula, and a traced graph cannot tell; torch's code can."""
         if any(group["momentum"] != 0 and group["dampening"] != 0 for group in self.param_groups):
             self._refuse_controls("compiled SGD with dampened momentum")
             self._bare_torch_step(self)
-        else:
-            super()._traced_step()
+            found_inf: Tensor | None = getattr(self, "found_inf", None)
+            return found_inf
+        return super()._traced_step()
 
     def _prepare(self, group: Group) -> list[Call]:
         """A missing buffer starts at zero, which gives torch's first step unless that must go undampened."""

@@ -32,9 +32,10 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
-    def _traced_step(self) -> None:
+    def _traced_step(self) -> Tensor | None:
         self._refuse_controls("compiled steps on sparse gradients")
         self._torch_step(self.param_groups)  # torch.compile does not trace sparse gradients
+        return None
 
     def _takes_sparse(self, group: Group) -> bool:
         return True

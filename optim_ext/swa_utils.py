@@ -381,7 +381,9 @@ class _Pairing:
         self.plan = _plan(native, trees if walked_as_usual else [])
 
     def is_current(self, module: Module, model: Module) -> bool:
-        return self.plan.is_current(module, model)
+        # The plan's own tensors are looked at by its op, before it writes; these come last.
+        pairs = itertools.chain(self.others, zip(*self.copied, strict=True))
+        return self.plan.is_current(module, model) and all(average.shape == now.shape for average, now in pairs)
 
     def finish(self, rule: _Rule, n_averaged: Tensor, found_inf: Tensor | None = None) -> None:
         """What is left once the plan has run: the tensors no kernel covers, and the buffers that are copied."""
@@ -470,7 +472,7 @@ def step_averaging(averaged: Any, model: Module | None, optimizer: Any) -> StepA
             "one of optim_ext.swa_utils' functions"
         )
     attached = averaged.__dict__.get("_optimizer", lambda: None)()
-    if attached is not None and attached is not optimizer and attached.__dict__.get("_averaging") is not None:
+    if attached is not None and attached._asked() is not optimizer._asked() and attached._asked().averaging is not None:
         raise ValueError("another optimizer updates this average in its step; detach it with average_into(None)")
     if model is None:
         model = averaged.__dict__.get("_source", lambda: None)()
@@ -572,4 +574,8 @@ def _copy(to: list[Tensor], values: list[Tensor], found_inf: Tensor | None = Non
             torch.where(k, tensor, value.to(tensor.device, tensor.dtype))
             for k, tensor, value in zip(keep, to, values, strict=True)
         ]
-    torch._foreach_copy_(to, values)
+    if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (*to, *values)):
+        torch._foreach_copy_(to, values)
+    else:  # subclasses (DTensor) know single operations only
+        for tensor, value in zip(to, values, strict=True):
+            tensor.copy_(value)

@@ -2,13 +2,13 @@
 
 They take the same arguments, return the same and change the gradients in place. One pass reads the gradients for the
 norm and one scales them; an optimizer's ``clip_grad_norm`` saves the second. What the kernels do not cover (norm types
-other than 1, 2 and inf, sparse gradients, tensor subclasses such as DTensor, other devices) goes to torch's own function.
-``foreach`` chooses between torch's implementations and changes nothing here.
+other than 1, 2 and inf, sparse gradients, tensor subclasses such as DTensor, other devices, a gradient that is there
+twice) goes to torch's own function. ``foreach`` chooses between torch's implementations and changes nothing here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
@@ -77,9 +77,13 @@ def clip_grad_norm_(
         RuntimeError: the norm is infinite or NaN and ``error_if_nonfinite`` is set.
     """
     max_norm = checked_limit("max_norm", max_norm)
+    is_generator = isinstance(parameters, Generator)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if is_generator and not parameters:
+        # Another one, of which torch warns.
+        return torch.nn.utils.clip_grad_norm_((p for p in parameters), max_norm, norm_type, error_if_nonfinite, foreach)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not _native(grads, norm_type):
+    if not _native(grads, norm_type) or _repeats(grads):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     norm_type = float(norm_type)
     norm = _total_norm(grads, norm_type)
@@ -109,7 +113,9 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     clip_value = checked_limit("clip_value", clip_value)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not _native(grads, 2.0) or any(grad.is_complex() for grad in grads):  # torch says why complex has no order
+    if (
+        not _native(grads, 2.0) or _repeats(grads) or any(grad.is_complex() for grad in grads)
+    ):  # torch says why complex has no order
         torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
         return
     for of_device in _by_device(grads):
@@ -123,6 +129,11 @@ def _native(tensors: list[Tensor], norm_type: float) -> bool:
         and float(norm_type) in NORM_TYPES
         and all(_C.unsupported(tensor) is None for tensor in tensors)
     )
+
+
+def _repeats(tensors: list[Tensor]) -> bool:
+    """Whether a tensor is there more than once; torch then changes it as often."""
+    return len({id(tensor) for tensor in tensors}) != len(tensors)
 
 
 def _by_device(tensors: list[Tensor]) -> Iterable[list[Tensor]]:

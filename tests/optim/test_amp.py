@@ -190,3 +190,22 @@ def test_two_optimizers_one_scaler(fused_spec):
         scaler.step(optimizer)
     scaler.update()
     assert torch.equal(first[0], kept[0]) and not torch.equal(second[0], kept[1])
+
+
+@pytest.mark.parametrize("fused_spec", FUSED, ids=lambda s: s.name)
+def test_a_checkpoint_without_fused_leaves_unscaling_to_the_step(fused_spec):
+    """The constructor told GradScaler so, whatever the groups say afterwards. (torch raises an AssertionError.)"""
+    params, plain = make_params(), make_params()
+    optimizer = fused_spec.ours(params, **fused_spec.typical, fused=True)
+    other = fused_spec.ours(plain, **fused_spec.typical)
+    optimizer.load_state_dict(fused_spec.base(make_params(), **fused_spec.typical).state_dict())
+    for step, skip in enumerate((False, True, False)):
+        give_grads(params, step)
+        give_grads(plain, step)
+        for p in params:
+            p.grad = p.grad * 8
+        set_amp(optimizer, torch.tensor(8.0), torch.tensor(float(skip)))
+        optimizer.step()
+        if not skip:
+            other.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))

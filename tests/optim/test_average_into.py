@@ -183,6 +183,63 @@ def test_replaced_average_tensors_are_followed():
     both.step(2).check()
 
 
+LONG = (20_000, 4)  # more than is averaged at a time
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "make, shape, expands",
+    [
+        (adamw, LONG, True),
+        (lambda params: optim_ext.SGD(params, lr=0.1, momentum=0.9), LONG, True),
+        (lambda params: optim_ext.Adafactor(params, lr=0.1), (64, 64, 3, 3), False),
+        (lambda params: optim_ext.Adafactor(params, lr=0.1), (5000, 8), False),
+    ],
+    ids=["AdamW", "SGD", "Adafactor, convolution", "Adafactor, narrow"],
+)
+def test_operands_that_repeat_are_walked_as_the_average_is(make, shape, expands, threads):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(shape))
+
+    def expand(model, optimizer):
+        if expands:
+            model.weight.grad = model.weight.grad[:1].expand(shape)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        Both(make, model).step(2, change=expand).check()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiled_step_that_is_skipped():
+    both = Both(lambda params: optim_ext.AdamW(params, lr=0.01, fused=True))
+    scales = iter([0.0, 0.0, 1.0, 1.0, 0.0])
+
+    def skip(model, optimizer):
+        if optimizer is both.optimizers[0]:
+            skip.found_inf = next(scales)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(skip.found_inf)
+
+    both.optimizers[1].average_into(both.averages[1])
+    both.averages[1].update_parameters = lambda model: None  # the eager step averages, too
+    both.optimizers[0].step = torch.compile(both.optimizers[0].step, backend="eager")
+    both.step(5, change=skip).check()
+    assert both.averages[0].n_averaged == 3
+    torch._dynamo.reset()
+
+
+def test_a_buffer_that_changed_its_shape_is_found_before_the_step():
+    both = Both(adamw).step(2)
+    both.models[0][1].running_mean.data = torch.zeros(61)
+    before = [bits(p) for p in (*both.models[0].parameters(), *both.averages[0].parameters())]
+    for fails in (both.optimizers[0].step, lambda: both.averages[0].update_parameters(both.models[0])):
+        with pytest.raises(ValueError, match="running_mean"):
+            fails()
+    assert before == [bits(p) for p in (*both.models[0].parameters(), *both.averages[0].parameters())]
+
+
 def test_compiled_step():
     both = Both(adamw)
     eager = both.optimizers[0].step
@@ -208,7 +265,7 @@ def test_an_error_leaves_everything_as_it_was():
 def test_copies_are_not_attached():
     both = Both(adamw).step(1)
     for twin in (pickle.loads(pickle.dumps(both.optimizers[0])), copy.deepcopy(both.optimizers[0])):
-        assert twin.__dict__.get("_averaging") is None
+        assert twin._asked().averaging is None
     averaged = pickle.loads(pickle.dumps(both.averages[0]))
     with pytest.raises(ValueError, match="the model behind this average is not known"):
         both.optimizers[0].average_into(averaged)

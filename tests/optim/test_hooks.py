@@ -304,6 +304,53 @@ def test_dynamic_subclass_over_a_copied_dict(spec):
     wrapped.step()
 
 
+@pytest.mark.parametrize("copies", [True, False], ids=["a copied dict", "attributes asked for"])
+def test_what_a_wrapper_is_told_reaches_the_optimizer(copies):
+    """Lightning's and Fabric's wrappers inherit our methods and step the optimizer they hold."""
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            if copies:
+                self.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k not in ("step", "__del__")}
+            self.__class__ = type("Wrapped" + type(optimizer).__name__, (Wrapper, type(optimizer)), {})
+            self._optimizer = optimizer
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["_optimizer"], name)
+
+        def step(self, closure=None):
+            return self._optimizer.step(closure)
+
+    def moved(ask):
+        model = torch.nn.Linear(1, 1, bias=False)
+        before = model.weight.detach().clone()
+        inner = optim_ext.SGD(model.parameters(), lr=1.0)
+        model.weight.grad = torch.ones(1, 1)
+        wrapper = Wrapper(inner)
+        ask(wrapper, inner, model)
+        model.weight.grad = torch.ones(1, 1)
+        wrapper.step()
+        return (before - model.weight.detach()).item()
+
+    assert moved(lambda wrapper, inner, model: wrapper.clip_grad_norm(0.1)) == pytest.approx(0.1, rel=1e-4)
+    assert moved(lambda wrapper, inner, model: wrapper.set_grad_policy(max_norm=0.2)) == pytest.approx(0.2, rel=1e-4)
+    average = None
+
+    def average_into(wrapper, inner, model):
+        nonlocal average
+        average = optim_ext.swa_utils.AveragedModel(model)
+        wrapper.average_into(average)
+        inner.average_into(average)  # the same optimizer
+
+    assert moved(average_into) == 1.0 and average.n_averaged == 1
+
+    def disarm(wrapper, inner, model):
+        inner.clip_grad_norm(0.1)
+        wrapper.zero_grad()
+
+    assert moved(disarm) == 1.0
+
+
 def test_share_of_the_dict_without_wrapping(spec):
     """Two objects with copies of one __dict__ step the same parameters and state by turns."""
     lockstep = Lockstep(spec, dtype=torch.float64).step(2)

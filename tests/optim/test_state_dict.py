@@ -19,6 +19,8 @@ from lockstep import (
 )
 from specs import SPECS, Tolerance
 
+import optim_ext
+
 EXACT = Tolerance(0, 0)
 CHECKPOINTS = {
     "as it is": lambda saved: saved,
@@ -158,6 +160,29 @@ def test_step_saved_as_a_number(counting, number):
         optimizer.load_state_dict(copy.deepcopy(saved))
         assert all(isinstance(e["step"], torch.Tensor) and e["step"].item() == 3 for e in optimizer.state.values())
     lockstep.step(3).check()
+
+
+@pytest.mark.torchs
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=str)
+def test_step_of_another_dtype_takes_torchs_code(spec, dtype):
+    """Which counts in any, or refuses it in its own words."""
+    lockstep = Lockstep(spec, spec.typical, params=make_params(((3, 4), (5, 2)), torch.float64)).step(2)
+    counters = [e["step"] for e in lockstep.ours.state.values() if isinstance(e.get("step"), torch.Tensor)]
+    if not counters:
+        pytest.skip("has no counter in a tensor")
+    for optimizer in lockstep.both:
+        for entry in optimizer.state.values():
+            entry["step"] = entry["step"].to(dtype)
+    assert "step counter" in optim_ext.explain(lockstep.ours)[0].reason
+    raised = []
+    for optimizer in lockstep.both:
+        try:
+            optimizer.step()
+        except Exception as error:
+            raised.append((type(error), str(error)))
+    assert len(set(raised)) <= 1 and len(raised) in (0, 2)
+    if not raised:
+        lockstep.check()
 
 
 @pytest.mark.torchs

@@ -108,3 +108,19 @@ def test_torchs_function_serves_what_no_kernel_does():
     param.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
     assert utils.get_total_norm([torch.ones(2, device="meta")]).device.type == "meta"
     assert utils.clip_grad_norm_([param], 1.0, norm_type=3.0) == torch.linalg.vector_norm(torch.tensor([3.0, 4.0]), 3)
+
+
+def test_a_gradient_that_is_there_twice():
+    results = []
+    for module in (torch.nn.utils, utils):
+        param = torch.nn.Parameter(torch.ones(4))
+        param.grad = torch.full((4,), 10.0)
+        norm = module.clip_grad_norm_([param, param], 1.0)
+        module.clip_grad_value_([param, param], 0.3)
+        results.append((norm, param.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_an_empty_generator_warns():
+    with pytest.warns(UserWarning, match="empty generator"):
+        assert utils.clip_grad_norm_((p for p in ()), 1.0) == 0

@@ -1,0 +1,263 @@
+"""What test_processes.py runs on several processes: python cases.py CASE RANK WORLD for each rank. They meet in a file."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import optim_ext
+from optim_ext import swa_utils
+
+SCRATCH = Path(os.environ.get("SCRATCH", "."))
+ROWS = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}),
+    ("Adam", {"amsgrad": True}),
+    ("AdamW", {"fused": True}),
+    ("RMSprop", {"centered": True, "momentum": 0.9}),
+    ("Adagrad", {}),
+    ("NAdam", {"foreach": True}),
+]
+
+
+def network(hidden=23):  # odd, so that shards are of two sizes
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, 3))
+
+
+def backward(model, index):
+    torch.manual_seed(100 * index + dist.get_rank())
+    nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 3, (8,))).backward()
+
+
+def train(model, optimizer, steps, clip=lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
+    for index in steps:
+        backward(model, index)
+        clip(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def values(model):
+    return [p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
+
+
+def side_by_side(run, rtol=2e-5, atol=2e-5, rows=ROWS):
+    """run(optimizer class, options) returns parameters: with torch's class and with ours they must be the same."""
+    for name, options in rows:
+        theirs, ours = (run(getattr(package, name), options) for package in (torch.optim, optim_ext))
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(
+                mine, other, rtol=rtol, atol=atol, msg=lambda text, row=(name, options): f"{row}: {text}"
+            )
+
+
+def assert_native(optimizer):
+    assert all(report.native for report in optim_ext.explain(optimizer))
+
+
+def whole_mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def sharded(cls, options):
+    mesh = whole_mesh()
+    model = network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, cls(model.parameters(), **options)
+
+
+def ddp():
+    for view in (False, True):
+
+        def run(cls, options, view=view):
+            model = DistributedDataParallel(network(), bucket_cap_mb=0.001, gradient_as_bucket_view=view)
+            optimizer = cls(model.parameters(), **options)
+            for index in range(5):
+                with model.no_sync():
+                    backward(model, 2 * index)
+                train(model, optimizer, [2 * index + 1])
+            if cls.__module__.startswith("optim_ext"):
+                assert_native(optimizer)
+            return values(model)
+
+        side_by_side(run)
+
+
+def ddp_clips_in_the_step():
+    """The norm of synchronised gradients is the same on every process, and so is what becomes of it."""
+    results = []
+    for how in ("torch", "armed", "policy"):
+        model = DistributedDataParallel(network(), gradient_as_bucket_view=True)
+        optimizer = optim_ext.AdamW(model.parameters(), lr=0.01)
+        if how == "policy":
+            optimizer.set_grad_policy(max_norm=0.1, skip_nonfinite=True)
+        clips = {
+            "torch": lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, 0.1),
+            "armed": lambda parameters, optimizer=optimizer: optimizer.clip_grad_norm(0.1),
+            "policy": lambda parameters: None,
+        }
+        train(model, optimizer, range(5), clips[how])
+        results.append(values(model))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+def zero():
+    def run(cls, options):
+        model = DistributedDataParallel(network())
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, **options)
+        train(model, optimizer, range(5))
+        if cls.__module__.startswith("optim_ext"):
+            assert_native(optimizer)
+        return values(model)
+
+    side_by_side(run)
+
+
+def fsdp1():
+    for originals in (False, True):
+
+        def run(cls, options, originals=originals):
+            model = FullyShardedDataParallel(network(), use_orig_params=originals, device_id=torch.device("cpu"))
+            optimizer = cls(model.parameters(), **options)
+            train(model, optimizer, range(5), lambda parameters: model.clip_grad_norm_(1.0))
+            with FullyShardedDataParallel.summon_full_params(model):
+                return values(model)
+
+        side_by_side(run)
+
+
+def fsdp1_norms_are_refused():
+    """Its shards are ordinary tensors, of whose gradients no process knows the norm."""
+    for originals in (False, True):
+        model = FullyShardedDataParallel(network(), use_orig_params=originals, device_id=torch.device("cpu"))
+        optimizer = optim_ext.AdamW(model.parameters())
+        backward(model, 0)
+        with pytest.raises(RuntimeError, match="shards of FullyShardedDataParallel"):
+            optimizer.clip_grad_norm(1.0)
+        optimizer.set_grad_policy(skip_nonfinite=True)
+        with pytest.raises(RuntimeError, match="shards of FullyShardedDataParallel"):
+            optimizer.step()
+        assert not optimizer.state
+        for cls in (optim_ext.LAMB, optim_ext.LARS):
+            with pytest.raises(RuntimeError, match="shard of FSDP"):
+                cls(model.parameters(), lr=0.1).step()
+
+
+def fsdp2():
+    def run(cls, options):
+        model, optimizer = sharded(cls, options)
+        train(model, optimizer, range(5))
+        return values(model)
+
+    side_by_side(run, rtol=0, atol=0, rows=[row for row in ROWS if row[0] != "NAdam"])  # torch's own code
+
+
+def fsdp2_checkpoints():
+    """Into and out of torch's class, by torch.distributed.checkpoint."""
+    for name, options in ROWS:
+        for first, second in ((torch.optim, optim_ext), (optim_ext, torch.optim)):
+            path = SCRATCH / f"{name}-{first.__name__}"
+            model, optimizer = sharded(getattr(first, name), options)
+            train(model, optimizer, range(3))
+            weights, state = get_state_dict(model, optimizer)
+            checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+            train(model, optimizer, range(3, 6))
+            other, resumed = sharded(getattr(second, name), options)
+            weights, state = get_state_dict(other, resumed)
+            checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state)
+            train(other, resumed, range(3, 6))
+            torch.testing.assert_close(values(other), values(model), rtol=0, atol=0)
+
+
+def fsdp2_compiled():
+    def run(cls, options):
+        model, optimizer = sharded(cls, options)
+        optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+        train(model, optimizer, range(3))
+        return values(model)
+
+    side_by_side(run, rows=[("AdamW", {}), ("SGD", {"lr": 0.1, "momentum": 0.9})])
+
+
+def fsdp2_controls():
+    model, optimizer = sharded(optim_ext.AdamW, {})
+    backward(model, 0)
+    before = values(model)
+    with pytest.raises(RuntimeError, match="no native norm of its gradient"):
+        optimizer.clip_grad_norm(1.0)
+    optimizer.set_grad_policy(skip_nonfinite=True)
+    with pytest.raises(RuntimeError, match="no native norm of its gradient"):
+        optimizer.step()
+    torch.testing.assert_close(values(model), before, rtol=0, atol=0)
+    assert not optimizer.state
+    optimizer.set_grad_policy()
+    with pytest.raises(RuntimeError, match="sharded"), optimizer.measure_step():
+        pass
+    optimizer.step()
+    ours, theirs = (package.clip_grad_norm_(model.parameters(), 1e9) for package in (optim_ext.utils, torch.nn.utils))
+    torch.testing.assert_close(ours.full_tensor(), theirs.full_tensor())
+    assert optimizer.find_nonfinite() == []
+    if dist.get_rank() == 1:
+        next(model.parameters()).grad.to_local().view(-1)[:2] = torch.inf
+    assert [found.grad for found in optimizer.find_nonfinite()] == [2] * dist.get_rank()  # this process's part
+
+
+def fsdp2_averages():
+    results = []
+    for package in (torch.optim.swa_utils, swa_utils):
+        model = network()
+        average = package.AveragedModel(model, multi_avg_fn=package.get_ema_multi_avg_fn(0.9))
+        fully_shard(model, mesh=whole_mesh())
+        fully_shard(average.module, mesh=whole_mesh())
+        optimizer = optim_ext.AdamW(model.parameters())
+        if package is swa_utils:
+            optimizer.average_into(average, model)
+        for index in range(3):
+            train(model, optimizer, [index])
+            if package is not swa_utils:
+                average.update_parameters(model)
+        results.append(values(average.module))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def a_step_that_only_makes_state():
+    """By which torch.distributed.checkpoint fills an optimizer: neither averages nor policies take part."""
+    model = network()
+    optimizer = optim_ext.AdamW(model.parameters())
+    average = swa_utils.AveragedModel(model)
+    optimizer.average_into(average)
+    policy = optimizer.set_grad_policy(max_norm=1.0)
+    get_optimizer_state_dict(model, optimizer)
+    assert len(optimizer.state) == len(list(model.parameters()))
+    assert average.n_averaged == 0 and policy.last_norm is None
+    backward(model, 0)
+    optimizer.step()
+    assert average.n_averaged == 1 and policy.last_norm > 0
+
+
+CASES = [
+    ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, fsdp2_compiled,
+    fsdp2_controls, fsdp2_averages, a_step_that_only_makes_state,
+]  # fmt: skip
+
+if __name__ == "__main__":
+    rank, world = map(int, sys.argv[2:])
+    dist.init_process_group("gloo", init_method=f"file://{SCRATCH}/meet", rank=rank, world_size=world)
+    {case.__name__: case for case in CASES}[sys.argv[1]]()
+    dist.barrier()
+    dist.destroy_process_group()
