@@ -268,7 +268,7 @@ def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[
 
 def deepspeed_class(algorithm: Algorithm, case: Case) -> Callable[..., Any] | None:
     """DeepSpeed's CPU optimizer for an algorithm, where there is one and it is installed and compiles."""
-    if case.dtype != torch.float32 or algorithm.options.get("amsgrad"):
+    if case.dtype != torch.float32 or case.rows is not None or algorithm.options.get("amsgrad"):
         return None
     if algorithm.class_name == "Adagrad":
         return DEEPSPEED_OPTIMIZERS.get("adagrad")

@@ -781,6 +781,8 @@ void Call::expect_writes() {
   for (const auto& writes : known_writes) {
     if (writes && !writes->in_order.empty() && writes->in_order.front().begin == first) expected_ = writes.get();
   }
+  const at::Tensor& grad = rule_.lists[kGrad].tensors[0];  // whose bundle was made before this was known
+  if (grad.layout() == at::kStrided) note_grad(memory_of(grad));
 }
 
 void Call::note_grad(const void* memory) const {
