@@ -181,8 +181,8 @@ struct Rest {
 // order of additions is that of the tiles, whatever this number is.
 constexpr int64_t kStretch = 16;
 
-// Asks for what will be read after the `count` elements at `from`, which belong to one of kRows rows that are read side by
-// side. The hardware does not fetch ahead far enough by itself: long histories are read a third faster with this.
+// Asks for what will be read after the `count` elements at `from`, which belong to one of kRows rows that are read side
+// by side. The hardware does not fetch ahead far enough by itself: long histories are read a third faster with this.
 constexpr int64_t kAheadOfAllRows = 8192, kLineBytes = 64;
 template <int kRows, class Row>
 OPTIM_EXT_INLINE void fetch_ahead(const Row* from, int64_t count) {
