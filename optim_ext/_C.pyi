@@ -10,6 +10,7 @@ class Plan:
 
     signature: Any
     besides: AveragePlan
+    of_shards: bool
     def __init__(
         self,
         op: str,

@@ -49,6 +49,9 @@ _NOT_COMPILED = (
     "Use set_grad_policy(max_norm=...), which is compiled into the step"
 )
 
+# Why a differentiable step takes torch's code.
+_RECORDED = "differentiable=True: the step itself is recorded by autograd"
+
 _COUNTED_IN = (torch.float32, torch.float64)  # step counters
 
 # Implementations of __torch_function__ that leave a tensor an ordinary one.
@@ -304,10 +307,11 @@ class FusedStep(Optimizer):
 
     def _only_makes_state(self) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes state: the first one, with rates and
-        gradients of zero. To averages and policies it is none."""
+        gradients of zero. To averages and policies it is none. Waits for gradients on a GPU where rates are zero only."""
         return (
-            not self.state
-            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
+            self.__dict__.get("_plan") is None
+            and not self.state
+            and all(_is_zero_on_the_host(group.get("lr")) for group in self.param_groups)
             and not any(
                 bool((p.grad != 0).any()) for group in self.param_groups for p in group["params"] if p.grad is not None
             )
@@ -413,6 +417,7 @@ class FusedStep(Optimizer):
             _restore(self.state, before)  # also of what was made for a first step
         elif reusable and not by_torch:
             plan.signature = signature
+            plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
             self._plan = plan
 
     def _what_is_missing(self) -> str:
@@ -453,7 +458,7 @@ class FusedStep(Optimizer):
         ``ahead`` also looks at parameters that have no gradient yet.
         """
         if group.get("differentiable"):
-            return "differentiable=True: the step itself is recorded by autograd"
+            return _RECORDED
         for index, p in enumerate(group["params"]):
             if p.grad is None and not (ahead and p.requires_grad):
                 continue
@@ -547,7 +552,7 @@ class FusedStep(Optimizer):
     def _traced_torch_reason(group: Group) -> str | None:
         """As _torch_reason, for what a compiler can trace."""
         if group.get("differentiable"):
-            return "differentiable=True: the step itself is recorded by autograd"
+            return _RECORDED
         if any(p.grad is not None and _grad_control.is_sharded(p) for p in group["params"]):
             return "a parameter is a tensor subclass that intercepts its operations"
         return None
@@ -569,6 +574,11 @@ class FusedStep(Optimizer):
 
 def _has_counter(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("step"), Tensor) and not entry["step"].requires_grad
+
+
+def _is_zero_on_the_host(lr: Any) -> bool:
+    """A rate on a GPU is not read: those of that step are numbers or on the CPU."""
+    return lr is not None and not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
 
 
 def _is_plain(tensor: Tensor) -> bool:

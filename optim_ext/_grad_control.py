@@ -204,7 +204,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def _refuse_flat_shards(optimizer: Optimizer) -> None:
     """Raise where a process has parts of gradients only, whose norm would be another one on each process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    plan = getattr(optimizer, "_plan", None)
+    if plan is not None and not plan.of_shards:  # parameters were looked at when it was made
         return
     if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError(

@@ -160,9 +160,10 @@ const void* memory_of(const at::Tensor& tensor) { return tensor.storage().data()
 
 }  // namespace
 
-// All that a call writes, found disjoint.
+// All that a call writes.
 struct Call::Writes {
-  explicit Writes(std::vector<Interval> given) : in_order(std::move(given)), by_address(in_order) {
+  explicit Writes(std::vector<Interval> given)
+      : in_order(std::move(given)), by_address(in_order), memory(memory_of_all(in_order)) {
     std::stable_sort(by_address.begin(), by_address.end(),
                      [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
     all_dense = std::all_of(in_order.begin(), in_order.end(), [](const Interval& written) { return written.key == 0; });
@@ -183,7 +184,14 @@ struct Call::Writes {
 
   std::vector<Interval> in_order, by_address;
   bool all_dense;
-  std::optional<Addresses> memory;
+  Addresses memory;
+
+ private:
+  static Addresses memory_of_all(const std::vector<Interval>& intervals) {
+    std::vector<const void*> memory;
+    for (const Interval& interval : intervals) memory.push_back(memory_of(*interval.tensor));
+    return Addresses(memory);
+  }
 };
 
 thread_local std::array<std::unique_ptr<const Call::Writes>, 8> Call::known_writes;
@@ -755,9 +763,6 @@ void Call::check_overlap() const {
   auto writes = std::make_unique<Writes>(std::move(written));
   const at::Tensor* const offender = find_overlap(writes->by_address);
   if (offender == nullptr) {
-    std::vector<const void*> memory;
-    for (const Interval& interval : writes->in_order) memory.push_back(memory_of(*interval.tensor));
-    writes->memory.emplace(memory);
     check_grads(*writes);
     known_writes[next++ % known_writes.size()] = std::move(writes);
     return;
@@ -786,7 +791,7 @@ void Call::expect_writes() {
 }
 
 void Call::note_grad(const void* memory) const {
-  if (expected_ && expected_->memory->contains(memory)) grads_meet_writes_ = true;
+  if (expected_ && expected_->memory.contains(memory)) grads_meet_writes_ = true;
 }
 
 // A gradient may be its own parameter, element by element, but nothing else that is written: what it is would depend on
@@ -796,7 +801,7 @@ void Call::check_grads(const Writes& writes) const {
   if (!rule_.reads_grads()) return;
   for (size_t i = 0; i < bundles.size(); ++i) {
     const at::Tensor& tensor = rule_.lists[kGrad].tensors[i];
-    if (bundles[i].numel == 0 || tensor.layout() != at::kStrided || !writes.memory->contains(memory_of(tensor)))
+    if (bundles[i].numel == 0 || tensor.layout() != at::kStrided || !writes.memory.contains(memory_of(tensor)))
       continue;
     const Interval grad = interval_of(bundles[i], kGrad, tensor);
     const bool is_own =

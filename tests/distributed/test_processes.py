@@ -7,14 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 FOLDER = Path(__file__).parent
 WORLD = 2
-
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch is without gloo"
-)
 
 
 def programs():

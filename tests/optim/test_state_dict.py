@@ -162,14 +162,14 @@ def test_step_saved_as_a_number(counting, number):
     lockstep.step(3).check()
 
 
-@pytest.mark.torchs
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=str)
-def test_step_of_another_dtype_takes_torchs_code(spec, dtype):
+COUNTING = [s for s in SPECS if s.in_torch and "step" in s.state(s.typical) and "step" not in s.ours._number_state]
+
+
+@pytest.mark.parametrize("row", COUNTING, ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float16], ids=str)
+def test_step_of_another_dtype_takes_torchs_code(row, dtype):
     """Which counts in any, or refuses it in its own words."""
-    lockstep = Lockstep(spec, spec.typical, params=make_params(((3, 4), (5, 2)), torch.float64)).step(2)
-    counters = [e["step"] for e in lockstep.ours.state.values() if isinstance(e.get("step"), torch.Tensor)]
-    if not counters:
-        pytest.skip("has no counter in a tensor")
+    lockstep = Lockstep(row, row.typical, params=make_params(((3, 4), (5, 2)), torch.float64)).step(2)
     for optimizer in lockstep.both:
         for entry in optimizer.state.values():
             entry["step"] = entry["step"].to(dtype)
