@@ -142,7 +142,7 @@ class AveragePlan {
     std::vector<TakenTensors> taken(calls_.size());
     for (size_t c = 0; c < calls_.size(); ++c) {
       const PlannedCall& call = calls_[c];
-      TORCH_CHECK(taken[c].take({&call.averages, &call.params}, call.device),
+      TORCH_CHECK(taken[c].take({&call.averages, &call.params}),
                   "optim_ext: the averaged model changed while it was being updated");
     }
     const py::gil_scoped_release no_gil;

@@ -27,8 +27,8 @@ std::optional<at::Tensor> moved_to(at::Device device, const std::optional<at::Te
 
 // Takes the gradients of `count` parameters, param(i) or null where that one is to be looked into, if all of them are
 // of the same kind as `first`, one of them. False where they are not, with nothing taken. The caller holds the GIL,
-// which the threads can do without: a gradient with a Python object has two owners already, and it is the second that
-// needs it.
+// which the threads can do without: a tensor counts its owners atomically, and tells its Python object of the second one
+// only. A gradient that has such an object has two already.
 template <class Param>
 bool take_usual(const at::Tensor& first, int64_t count, const Param& param, std::vector<at::Tensor>& grads) {
   constexpr int64_t kBlock = 16;

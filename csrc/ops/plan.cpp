@@ -311,7 +311,7 @@ class Plan {
     std::vector<const PythonTensors*> lists;
     for (const PythonTensors& list : call.lists) lists.push_back(&list);
     lists.push_back(&call.averages);
-    if (!out.taken.take(lists, call.device)) return false;
+    if (!out.taken.take(lists)) return false;
     const TensorList params = out.taken.get(kParams);
     const Tensor& first = params[0].grad();
     if (first.defined() && first.layout() == at::kStrided && !is_intercepted(first) && !first.is_conj() &&

@@ -4,11 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
-#include <atomic>
 #include <vector>
-
-#include "parallel.h"
 
 namespace optim_ext::ops {
 
@@ -46,8 +42,7 @@ class PythonTensors {
 
 // The tensors themselves while a step works on them: lists of one length, or empty. Their Python objects are owned
 // meanwhile, as the step lets other threads run; that is cheaper than owning tensors. Made, filled and destroyed with
-// the GIL, which the threads that share this work do without: nothing else runs Python meanwhile, and an object's last
-// owner lets go of it in the caller.
+// the GIL and on the thread that holds it: one object may stand in many places, so no two threads may count its owners.
 class TakenTensors {
  public:
   TakenTensors() = default;
@@ -57,56 +52,37 @@ class TakenTensors {
     for (std::vector<at::Tensor>& list : lists_) {
       for (at::Tensor& tensor : list) Traits::destroyBorrow(tensor);
     }
-    over_tensors(device_, count_, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * width_; i < end * width_; ++i) {
-        if (objects_[i] == nullptr || Py_REFCNT(objects_[i]) == 1) continue;
-        Py_DECREF(objects_[i]);
-        objects_[i] = nullptr;
-      }
-    });
-    for (PyObject* const object : objects_) Py_XDECREF(object);
+    for (PyObject* const object : objects_) Py_DECREF(object);
   }
 
-  // For work on `device`. False where an object is no longer what it was.
-  bool take(const std::vector<const PythonTensors*>& from, at::Device device) {
-    constexpr int64_t kAhead = 8;
-    std::vector<size_t> filled;
-    device_ = device;
-    lists_.resize(from.size());
-    for (size_t k = 0; k < from.size(); ++k) {
-      if (from[k]->size() == 0) continue;
-      filled.push_back(k);
-      count_ = static_cast<int64_t>(from[k]->size());
-      lists_[k].resize(count_);
-    }
-    width_ = static_cast<int64_t>(filled.size());
-    objects_.resize(width_ * count_, nullptr);
-    std::atomic<bool> same = true;
-    over_tensors(device, count_, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t w = 0; w < width_; ++w) {
-          const auto& places = from[filled[w]]->places_;
-          if (i + kAhead < end) __builtin_prefetch(places[i + kAhead].object, 1);
-          if (!places[i].is_same()) {
-            same = false;
-            return;
-          }
-          Py_XINCREF(places[i].object);
-          objects_[i * width_ + w] = places[i].object;
-          Traits::assignBorrow(lists_[filled[w]][i], places[i].tensor());
+  // False where an object is no longer what it was.
+  bool take(const std::vector<const PythonTensors*>& from) {
+    constexpr size_t kAhead = 16;
+    size_t count = 0;
+    for (const PythonTensors* const list : from) count += list->size();
+    objects_.reserve(count);
+    lists_.reserve(from.size());
+    for (const PythonTensors* const list : from) {
+      const auto& places = list->places_;
+      std::vector<at::Tensor>& tensors = lists_.emplace_back(places.size());
+      for (size_t i = 0; i < places.size(); ++i) {
+        if (i + kAhead < places.size()) __builtin_prefetch(places[i + kAhead].object, 1);
+        if (!places[i].is_same()) return false;
+        if (places[i].object != nullptr) {
+          Py_INCREF(places[i].object);
+          objects_.push_back(places[i].object);
         }
+        Traits::assignBorrow(tensors[i], places[i].tensor());
       }
-    });
-    return same;
+    }
+    return true;
   }
   at::TensorList get(size_t k) const { return lists_[k]; }
 
  private:
   using Traits = c10::MaybeOwnedTraits<at::Tensor>;
-  at::Device device_ = at::kCPU;
   std::vector<std::vector<at::Tensor>> lists_;
-  int64_t width_ = 0, count_ = 0;   // lists that are not empty, and what they hold
-  std::vector<PyObject*> objects_;  // element by element, list by list
+  std::vector<PyObject*> objects_;
 };
 
 }  // namespace optim_ext::ops

@@ -12,6 +12,8 @@ import torch
 from lockstep import give_grads, make_params, twin
 from specs import SPECS
 
+from optim_ext import _C
+
 SHAPES = ((8, 8), (8,), ())
 
 
@@ -173,6 +175,72 @@ def test_one_optimizer_from_two_threads_in_turn(spec):
         thread.join()
         reference.step()
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+MANY = 1000  # tensors, enough for every loop over them to be shared by two threads
+
+
+@pytest.mark.parametrize(
+    "sharing, key",
+    [(s, key) for s in SPECS for key in s.keys_of((4,), s.typical)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_one_state_tensor_in_many_places(sharing, key, two_threads):
+    """As in optimizers that keep one step count for all parameters. Its references are counted by one thread."""
+    params = make_params([(4,)] * MANY)
+    optimizer = sharing.ours(params, **sharing.typical)
+    give_grads(params, 0)
+    optimizer.step()
+    shared = optimizer.state[params[0]][key]
+    if not isinstance(shared, torch.Tensor):
+        return  # a Python number has no memory to share
+    for entry in optimizer.state.values():
+        entry[key] = shared
+    owners = sys.getrefcount(shared)
+    for _ in range(20):
+        if key == "step":
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match="overlaps in memory"):
+                optimizer.step()
+    assert sys.getrefcount(shared) == owners
+
+
+def test_one_gradient_for_many_parameters(two_threads):
+    spec = next(spec for spec in SPECS if spec.name == "AdamW")
+    params = make_params([(4,)] * MANY)
+    optimizer = spec.ours(params, **spec.typical)
+    grad = torch.ones(4)
+    for param in params:
+        param.grad = grad
+    optimizer.step()
+    owners = sys.getrefcount(grad), grad._use_count()
+    for _ in range(50):
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step()
+    assert (sys.getrefcount(grad), grad._use_count()) == owners
+
+
+def test_one_tensor_in_many_places_of_an_average(two_threads):
+    param, average = torch.ones(4), torch.zeros(4)
+    averages = [torch.zeros(4) for _ in range(MANY)]
+    names = [str(i) for i in range(MANY)]
+    of_one_param = _C.AveragePlan([], names, averages, [param] * MANY)
+    of_one_average = _C.AveragePlan([], names, [average] * MANY, averages)
+    owners = sys.getrefcount(param), sys.getrefcount(average)
+    for _ in range(50):
+        of_one_param.run(0.5)
+        with pytest.raises(RuntimeError, match="overlaps in memory"):
+            of_one_average.run(0.5)
+    assert (sys.getrefcount(param), sys.getrefcount(average)) == owners
 
 
 def test_step_releases_the_interpreter():
