@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from optim_ext._fused_step import Group, _is_plain
 from optim_ext._lbfgs_box import BoxedStep
@@ -162,9 +163,9 @@ class LBFGS(torch.optim.LBFGS):
 
     _native_how = "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         """Perform up to ``max_iter`` iterations.
 
         Args:
