@@ -61,7 +61,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
-	$(BIN)/mypy --strict tests/typing/user_script.py
+	$(BIN)/mypy --strict tests/typing/*.py
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/kernels || \
 	  { echo 'csrc/rules and csrc/kernels must not know torch (csrc/README.md)'; false; }

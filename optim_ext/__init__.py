@@ -41,5 +41,32 @@ from optim_ext.sparse_adam import SparseAdam as SparseAdam
 
 __version__: str = build_info()["version"]
 
-__all__ = [name for name in dir(torch.optim) if not name.startswith("_") and name in globals()]
-__all__ += ["LAMB", "LARS", "GroupReport", "Lion", "build_info", "explain", "utils"]
+__all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
+    "LBFGS",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "GroupReport",
+    "Lion",
+    "Muon",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SparseAdam",
+    "build_info",
+    "explain",
+    "lr_scheduler",
+    "swa_utils",
+    "utils",
+]
+# What this version of torch has besides.
+__all__ += [name for name in torch.optim.__all__ if name not in __all__]
