@@ -25,7 +25,7 @@ help:
 	@echo 'make demo        train a small network with torch.optim and with optim_ext and compare'
 	@echo 'make test        all tests (PYTEST_ARGS=...)'
 	@echo 'make bench       time of a step against torch.optim (BENCH_ARGS=...)'
-	@echo 'make lint        formatters in check mode, ruff, mypy, the include rule;  make format mends the layout'
+	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
 
@@ -61,6 +61,8 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/mypy --strict tests/typing/*.py
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/kernels || \
 	  { echo 'csrc/rules and csrc/kernels must not know torch (csrc/README.md)'; false; }
 	@! grep -rnE '#include *"' csrc/rules | grep -vE '"[a-z_]+\.h"' || \

@@ -4,15 +4,20 @@ The optimizers are subclasses of torch's classes of the same name whose ``step()
 torch's own. ``LAMB``, ``LARS`` and ``Lion`` are not in torch.
 """
 
-import torch.optim
-from torch.optim import *  # noqa: F403
-from torch.optim import (  # noqa: F401
-    Optimizer,
-    lr_scheduler,
-)
+from typing import TYPE_CHECKING
 
-from optim_ext import _fakes, utils  # noqa: F401
-from optim_ext import swa_utils as swa_utils  # type: ignore[no-redef]
+import torch.optim
+from torch.optim import Optimizer as Optimizer
+from torch.optim import lr_scheduler as lr_scheduler
+
+if TYPE_CHECKING:  # to type checkers the first definition of a name counts, so these must not be torch's classes
+    from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
+else:
+    from torch.optim import *  # noqa: F403
+
+from optim_ext import _fakes  # noqa: F401
+from optim_ext import swa_utils as swa_utils
+from optim_ext import utils as utils
 from optim_ext._explain import GroupReport, explain
 from optim_ext._load import build_info
 from optim_ext.adadelta import Adadelta as Adadelta
@@ -34,7 +39,34 @@ from optim_ext.rprop import Rprop as Rprop
 from optim_ext.sgd import SGD as SGD
 from optim_ext.sparse_adam import SparseAdam as SparseAdam
 
-__version__ = "0.1.0"
+__version__: str = build_info()["version"]
 
-__all__ = [name for name in dir(torch.optim) if not name.startswith("_") and name in globals()]
-__all__ += ["LAMB", "LARS", "GroupReport", "Lion", "build_info", "explain", "utils"]
+__all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
+    "LBFGS",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "GroupReport",
+    "Lion",
+    "Muon",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SparseAdam",
+    "build_info",
+    "explain",
+    "lr_scheduler",
+    "swa_utils",
+    "utils",
+]
+# What this version of torch has besides.
+__all__ += [name for name in torch.optim.__all__ if name not in __all__]

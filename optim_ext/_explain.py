@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch.optim import Optimizer
+from typing import Any
 
 from optim_ext._fused_step import FusedStep
 from optim_ext.lbfgs import LBFGS
@@ -22,29 +21,57 @@ class GroupReport:
         return f"group {self.group}: {'native' if self.native else 'torch'} ({self.reason})"
 
 
-def explain(optimizer: Optimizer) -> list[GroupReport]:
+def explain(optimizer: Any) -> list[GroupReport]:
     """Say for each parameter group whether ``optimizer.step()`` would run natively or in torch's own code, and why.
 
     Judged from the options, parameters and gradients as they are now; nothing is changed. Parameters that require a
-    gradient but have none yet are judged without it. Of a wrapper that holds an optimizer (accelerate's, ZeRO's), that
-    one is judged.
+    gradient but have none yet are judged without it. Of a wrapper that holds optimizers in its attributes (Lookahead,
+    SAM, schedulefree's, accelerate's, ZeRO's), those it holds are judged, one after the other, and the reason says which.
+
+    Raises:
+        TypeError: ``optimizer`` neither is an optimizer nor holds one.
 
     Example::
 
         >>> for report in optim_ext.explain(optimizer):
         ...     print(report)
         group 0: native (one call of optim_ext::adamw_ per device)
+        >>> print(*optim_ext.explain(Lookahead(optimizer)))
+        group 0: native (AdamW in Lookahead.optimizer: one call of optim_ext::adamw_ per device)
     """
-    while not isinstance(optimizer, (FusedStep, LBFGS)):
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
-        if not isinstance(inner, Optimizer):
-            break
-        optimizer = inner
+    if not _is_optimizer(optimizer):
+        raise TypeError(f"explain takes an optimizer, or a wrapper that holds one, found {type(optimizer).__name__}")
     reports = []
-    for index, group in enumerate(optimizer.param_groups):
-        if not isinstance(optimizer, (FusedStep, LBFGS)):
-            reports.append(GroupReport(index, False, f"{type(optimizer).__name__} has no native step in optim_ext"))
-            continue
-        reason = optimizer._torch_reason(group, ahead=True)
-        reports.append(GroupReport(index, reason is None, reason or optimizer._native_how))
+    for found, where in _innermost(optimizer, "", {id(optimizer)}):
+        for index, group in enumerate(found.param_groups):
+            native, reason = _judge(found, group)
+            reports.append(
+                GroupReport(index, native, f"{type(found).__name__} in {where}: {reason}" if where else reason)
+            )
     return reports
+
+
+def _judge(optimizer: Any, group: dict[str, Any]) -> tuple[bool, str]:
+    if not isinstance(optimizer, (FusedStep, LBFGS)):
+        return False, f"{type(optimizer).__name__} has no native step in optim_ext"
+    reason = optimizer._torch_reason(group, ahead=True)
+    return reason is None, reason or optimizer._native_how
+
+
+def _is_optimizer(thing: Any) -> bool:
+    """Also what only behaves like one, as schedulefree's wrapper does. Schedulers have no groups."""
+    return not isinstance(thing, type) and hasattr(thing, "step") and hasattr(thing, "param_groups")
+
+
+def _innermost(optimizer: Any, where: str, seen: set[int]) -> list[tuple[Any, str]]:
+    """Those that step in the end, each with the attributes that lead to it."""
+    found = []
+    if not isinstance(optimizer, (FusedStep, LBFGS)):
+        for name, value in getattr(optimizer, "__dict__", {}).items():
+            several = value if isinstance(value, (list, tuple)) else None
+            for place, inner in enumerate((value,) if several is None else several):
+                if _is_optimizer(inner) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    step = f"{where or type(optimizer).__name__}.{name}" + ("" if several is None else f"[{place}]")
+                    found += _innermost(inner, step, seen)
+    return found or [(optimizer, where)]

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from optim_ext._load import _C
 from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
 
 Group = dict[str, Any]
+Loss = TypeVar("Loss")  # whatever a closure returns
 # What every op takes besides its own arguments: (grad_scale, found_inf, grad_factor).
 Common = tuple[Tensor | None, Tensor | None, Tensor | None]
 # What one op call needs besides tensors: which entries of group["params"], and the op's hyper-parameters in order.
@@ -124,6 +125,12 @@ class FusedStep(Optimizer):
     def _takes_sparse(self, group: Group) -> bool:
         return False
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @_grad_mode_of_defaults
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
@@ -207,6 +214,39 @@ class FusedStep(Optimizer):
         controls.armed = None
         controls.armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
         return controls.armed.norm
+
+    @overload
+    def set_grad_policy(self) -> None: ...
+
+    @overload
+    def set_grad_policy(
+        self, *, max_norm: float, norm_type: float = ..., skip_nonfinite: bool = ..., skip_above: float | None = ...
+    ) -> GradPolicy: ...
+
+    @overload
+    def set_grad_policy(
+        self,
+        *,
+        max_norm: float | None = ...,
+        norm_type: float = ...,
+        skip_nonfinite: Literal[True],
+        skip_above: float | None = ...,
+    ) -> GradPolicy: ...
+
+    @overload
+    def set_grad_policy(
+        self, *, max_norm: float | None = ..., norm_type: float = ..., skip_nonfinite: bool = ..., skip_above: float
+    ) -> GradPolicy: ...
+
+    @overload
+    def set_grad_policy(
+        self,
+        *,
+        max_norm: float | None = ...,
+        norm_type: float = ...,
+        skip_nonfinite: bool = ...,
+        skip_above: float | None = ...,
+    ) -> GradPolicy | None: ...
 
     def set_grad_policy(
         self,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from optim_ext._fused_step import Group, _is_plain
+from optim_ext._fused_step import Group, Loss, _is_plain
 from optim_ext._lbfgs_box import BoxedStep
 from optim_ext._lbfgs_step import Bound, Method, Step, Workspace, span_of, working_dtype
 from optim_ext._load import _C
@@ -162,9 +163,9 @@ class LBFGS(torch.optim.LBFGS):
 
     _native_how = "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Loss]) -> Loss:  # type: ignore[override]
         """Perform up to ``max_iter`` iterations.
 
         Args:
@@ -192,10 +193,12 @@ class LBFGS(torch.optim.LBFGS):
                 return closure()
         reason = self._torch_reason(self.param_groups[0])
         if reason is not None:
-            return self._torch_step(closure, reason)
+            by_torch: Loss = self._torch_step(closure, reason)
+            return by_torch
         workspace = self._workspace_for(params, method)
         kind = BoxedStep if method.bounded else Step
-        return kind(self.state, workspace, method, torch.enable_grad()(closure)).run()
+        first: Loss = kind(self.state, workspace, method, torch.enable_grad()(closure)).run()
+        return first
 
     def _torch_step(self, closure: Callable[[], Any], reason: str) -> Any:
         beyond = [name for name in _OWN_OPTIONS if _is_on(self.param_groups[0].get(name))]

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim import swa_utils
 from torch.optim.swa_utils import SWALR as SWALR
@@ -449,7 +450,7 @@ class StepAveraging:
             n_averaged.add_(1 if found_inf is None or found_inf.device.type == "cpu" else found_inf.reshape(()) != 1)
         self.averaged._calls += 1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
     def update(self, found_inf: Tensor | None = None) -> None:
         """After a step that could not average: the update on its own."""
         pairing = self.pairing()

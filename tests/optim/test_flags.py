@@ -49,6 +49,73 @@ def test_explain_an_optimizer_that_is_not_ours():
     assert report.reason
 
 
+class Lookahead(torch.optim.Optimizer):
+    """As public wrappers are: an optimizer of its own by class, which shares the groups of the one it steps."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, {}
+
+
+class SAM(torch.optim.Optimizer):
+    def __init__(self, params, base):
+        super().__init__(params, {"rho": 0.05})
+        self.base_optimizer = base(self.param_groups, lr=0.1)
+
+
+class ScheduleFree:
+    """No optimizer by class."""
+
+    def __init__(self, base):
+        self.base = base
+
+    param_groups = property(lambda self: self.base.param_groups)
+
+    def step(self):
+        self.base.step()
+
+
+class Chained:
+    def __init__(self, *optimizers):
+        self.chained_optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self): ...
+
+
+WRAPPED = [
+    (
+        lambda params: Lookahead(optim_ext.AdamW(params)),
+        ["AdamW in Lookahead.optimizer: one call of optim_ext::adamw_"],
+    ),
+    (lambda params: SAM(params, optim_ext.SGD), ["SGD in SAM.base_optimizer: one call of optim_ext::sgd_"]),
+    (lambda params: ScheduleFree(optim_ext.Adam(params)), ["Adam in ScheduleFree.base: one call of optim_ext::adam_"]),
+    (
+        lambda params: Lookahead(ScheduleFree(optim_ext.Adam(params))),
+        ["Adam in Lookahead.optimizer.base: one call of optim_ext::adam_"],
+    ),
+    (
+        lambda params: Chained(optim_ext.Lion(params[:2]), torch.optim.SGD(params[2:])),
+        [
+            "Lion in Chained.chained_optimizers[0]: one call of optim_ext::lion_",
+            "SGD in Chained.chained_optimizers[1]: ",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("make, reasons", WRAPPED)
+def test_explain_looks_into_wrappers_and_says_what_it_found(make, reasons):
+    reports = optim_ext.explain(make(make_params()))
+    assert [report.native for report in reports] == ["optim_ext::" in reason for reason in reasons]
+    assert all(report.reason.startswith(reason) for report, reason in zip(reports, reasons, strict=True))
+
+
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), None, optim_ext.SGD])
+def test_explain_takes_optimizers_only(thing):
+    with pytest.raises(TypeError, match="explain takes an optimizer, or a wrapper that holds one, found"):
+        optim_ext.explain(thing)
+
+
 @pytest.mark.parametrize("fused_spec", FUSED, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fused_equals_torchs(fused_spec, dtype):

@@ -40,6 +40,24 @@ def test_build_info_is_a_copy():
     assert optim_ext.build_info()["torch"] != "changed"
 
 
+def test_import_costs_little_beyond_torch(python):
+    """The compiler alone is seconds and 160 MB; torch brings it in when somebody compiles or makes an optimizer."""
+    seconds, megabytes, *brought_in = python(
+        """
+import resource, sys, time, torch
+def now():
+    return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, start = set(sys.modules), now()
+import optim_ext
+seconds, megabytes = (after - before for before, after in zip(start, now()))
+print(seconds, megabytes, *sorted(name for name in set(sys.modules) - before if not name.startswith("optim_ext")))
+"""
+    ).stdout.split()
+    assert "torch._dynamo" not in brought_in and "sympy" not in brought_in
+    assert float(seconds) < 0.3
+    assert float(megabytes) < 30
+
+
 @pytest.mark.parametrize("torch_version", ["1.99.0", "2.1.0+cpu", "99.0.1"])
 def test_another_torch_minor(python, torch_version):
     info = {**optim_ext.build_info(), "torch": torch_version}
