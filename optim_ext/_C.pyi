@@ -11,6 +11,7 @@ class Plan:
     signature: Any
     besides: AveragePlan
     of_shards: bool
+    may_skip: bool
     def __init__(
         self,
         op: str,

@@ -91,6 +91,7 @@ class FusedStep(Optimizer):
     * ``_hypers(group)``: the hyper-parameters in the order of the op's schema.
     * ``_partial_state``: the keys among these that only some parameters have; the op's list holds theirs alone.
     * ``_number_state``: the keys among these under which torch keeps a Python number, a count of steps.
+    * ``_scalar_state``: the keys among these under which a parameter of any shape has a tensor with one element.
     * ``_takes_sparse(group)``: whether the op takes sparse gradients under these options.
     * ``_takes_dense``: False where ``_init_group`` refuses dense gradients.
     """
@@ -98,6 +99,7 @@ class FusedStep(Optimizer):
     _op: ClassVar[str]
     _partial_state: ClassVar[frozenset[str]] = frozenset()
     _number_state: ClassVar[frozenset[str]] = frozenset()
+    _scalar_state: ClassVar[frozenset[str]] = frozenset({"step"})
     _takes_dense: ClassVar[bool] = True
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
@@ -275,7 +277,9 @@ class FusedStep(Optimizer):
             ValueError: a limit is negative or NaN, or another ``norm_type``.
 
         ``clip_grad_norm`` takes the place of ``max_norm`` and of the norm for the step it arms. Skipping needs step
-        counts on the device of the gradients, which on a GPU means ``fused=True`` or ``capturable=True``.
+        counts where it is decided: a step that may be skipped moves those of parameters on a GPU there, to stay.
+        ``SparseAdam``, which counts in Python numbers, cannot skip on a GPU. The state that a first step makes is there
+        also if a GPU skips it: zeros and counts of zero, from which the next step starts as from none.
         """
         asked = max_norm is not None or skip_nonfinite or skip_above is not None
         self._asked().policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
@@ -376,7 +380,7 @@ class FusedStep(Optimizer):
             signature.append(pairing)
             weight = averaging.weight(common[1])
         plan = self.__dict__.get("_plan")
-        if plan is not None and plan.signature == signature:
+        if plan is not None and plan.signature == signature and (plan.may_skip or common[1] is None):
             hypers = [self._hypers(group) for group in self.param_groups]
             if averaging is not None and weight is not None:
                 plan.besides.run(weight, common[1], check_only=True)
@@ -424,7 +428,10 @@ class FusedStep(Optimizer):
             for index, group in enumerate(self.param_groups):
                 if any(group is other for other in by_torch):
                     continue
-                for members, values in self._prepare(group):
+                prepared = self._prepare(group)
+                if common[1] is not None:
+                    self._count_on_device(group)
+                for members, values in prepared:
                     reusable &= len(members) == len(group["params"])
                     takes = self._takes_sparse(group), self._takes_dense
                     calls.append((index, members, self._state_keys(group), *takes))
@@ -457,6 +464,7 @@ class FusedStep(Optimizer):
             _restore(self.state, before)  # also of what was made for a first step
         elif reusable and not by_torch:
             plan.signature = signature
+            plan.may_skip = common[1] is not None
             plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
             self._plan = plan
 
@@ -491,6 +499,25 @@ class FusedStep(Optimizer):
         """Let torch create missing state, and return the op calls for the step that is being prepared."""
         self._init_group(group, *([] for _ in range(2 + len(self._state_keys(group)))))
         return [(list(range(len(group["params"]))), self._hypers(group))]
+
+    def _count_on_device(self, group: Group) -> None:
+        """Move what counts the steps of a parameter to its device, where it is decided whether a step counts. Later steps
+        count there, too: a count that moved back and forth would be waited for."""
+        keys = self._scalar_state.intersection(key for key in self._state_keys(group) if key is not None)
+        for index, p in enumerate(group["params"]):
+            if p.device.type == "cpu" or p not in self.state:
+                continue
+            entry = self.state[p]
+            if not self._number_state.isdisjoint(entry):
+                raise RuntimeError(
+                    f"{self._described(group, index)}: {type(self).__name__} counts steps in Python numbers, but whether "
+                    f"this one is skipped is known on {p.device} only; use set_grad_policy without skip_nonfinite and "
+                    "skip_above"
+                )
+            for key in keys:
+                value = entry.get(key)
+                if isinstance(value, Tensor) and value.device.type == "cpu":
+                    entry[key] = value.to(p.device, non_blocking=True)
 
     def _torch_reason(self, group: Group, ahead: bool = False) -> str | None:
         """Why ``group`` takes torch's own code, or None if it runs natively.

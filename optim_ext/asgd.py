@@ -14,6 +14,7 @@ class ASGD(FusedStep, torch.optim.ASGD):
     __doc__ = torch.optim.ASGD.__doc__
 
     _op = "asgd_"
+    _scalar_state = frozenset({"step", "eta", "mu"})
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("mu", "ax", "eta", "step")

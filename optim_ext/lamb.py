@@ -23,8 +23,8 @@ class LAMB(BeyondTorch):
     The ratio is 1 where one of the two norms is zero. From "Large Batch Optimization for Deep Learning: Training BERT in
     76 minutes" (You et al. 2020, arXiv:1904.00962, algorithm 2, with the identity for its scaling function).
 
-    State of a parameter: ``step``, one number on the CPU; ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape and
-    dtype. A step needs memory for the updates of a group besides. Gradients must be dense; parameters are of floating
+    State of a parameter: ``step``, one number on the CPU (on the parameter's GPU once a step may be skipped there);
+    ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape and dtype. A step needs memory for the updates of a group besides. Gradients must be dense; parameters are of floating
     point or complex type (a complex one counts as two real ones).
 
     Args:

@@ -14,6 +14,7 @@ class NAdam(FusedStep, torch.optim.NAdam):
     __doc__ = torch.optim.NAdam.__doc__
 
     _op = "nadam_"
+    _scalar_state = frozenset({"step", "mu_product"})
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("exp_avg", "exp_avg_sq", "mu_product", "step")

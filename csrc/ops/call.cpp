@@ -714,8 +714,7 @@ void Call::read_pass() {
     for (size_t i = 0; i < list.tensors.size(); ++i) {
       if (list.tensors[i].is_cpu())
         refuse(list.name, static_cast<int64_t>(i),
-               text("is on cpu, but whether the step is skipped is known on ", device,
-                    " only; fused=True or capturable=True keep it there"));
+               text("is on cpu, but whether the step is skipped is known on ", device, " only; move it there"));
     }
   };
   if (spec_.state_steps) must_be_there({"state_steps", *spec_.state_steps});
@@ -819,8 +818,8 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
       const at::Tensor& tensor = *hyper.tensor;
       TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.common.op,
                         ": ", hyper.name, " must be a number or a real tensor with one element");
-      // Scalar state on the host may depend on this value, so it is waited for, as torch does.
-      if (!tensor.is_cpu() && tensor.device() == device && !host_scalars_) {
+      // Scalar state on the host that depends on this value makes the host wait for it, as torch does.
+      if (!tensor.is_cpu() && tensor.device() == device && !(host_scalars_ && hyper.in_scalars)) {
         const auto storage = storage_of(tensor.scalar_type());
         TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper.name, " has dtype ",
                           tensor.scalar_type(), ", expected a floating point type");

@@ -38,11 +38,14 @@ struct List {
 // One hyper-parameter: where the rule keeps it, and the number or one-element tensor the caller gave.
 struct Hyper {
   Hyper(const char* name, double& slot, double value) : name(name), slot(&slot), value(value) {}
-  Hyper(const char* name, double& slot, const at::Tensor& value) : name(name), slot(&slot), tensor(&value) {}
+  Hyper(const char* name, double& slot, const at::Tensor& value, bool in_scalars = true)
+      : name(name), slot(&slot), tensor(&value), in_scalars(in_scalars) {}
+  static constexpr bool kNotInScalars = false;
   const char* name;
   double* slot;
   double value = 0.0;
   const at::Tensor* tensor = nullptr;
+  bool in_scalars = false;  // whether the rule's scalar state after a step depends on it
 };
 
 // A hyper-parameter that lives on the device: where its double lies in the rule, and where the value is.

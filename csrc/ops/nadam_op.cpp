@@ -15,7 +15,7 @@ void nadam_(const Common& common, TensorList params, TensorList grads, TensorLis
                       state_steps,
                       {{"mu_products", mu_products}}};
   run<Driver>(rule, spec,
-              {{"lr", rule.lr, lr},
+              {{"lr", rule.lr, lr, Hyper::kNotInScalars},
                {"beta1", rule.beta1, beta1},
                {"beta2", rule.beta2, beta2},
                {"eps", rule.eps, eps},

@@ -124,6 +124,31 @@ def test_grad_scaler(spec, device):
 
 
 @pytest.mark.parametrize("spec_with_scaler", FUSED, ids=name)
+def test_a_fused_optimizer_with_the_counters_of_another_checkpoint(spec_with_scaler, device):
+    """Saved without `fused`, a checkpoint brings that option and counters on the CPU along. GradScaler goes on leaving
+    its word to the step, which then counts on the device."""
+    spec = spec_with_scaler
+    params, twins = make_params(device=device), make_params(device=device)
+    saved, loaded = spec.ours(twins, **spec.typical), spec.ours(params, **spec.typical, fused=True)
+    give_grads(twins, 0)
+    saved.step()
+    with torch.no_grad():
+        for p, q in zip(params, twins, strict=True):
+            p.copy_(q)
+    loaded.load_state_dict(saved.state_dict())
+    for step, found in enumerate((0.0, 1.0, 0.0)):
+        for own in (params, twins):
+            give_grads(own, step)
+        loaded.found_inf = torch.full((), found, device=device)
+        loaded.step()
+        if not found:
+            saved.step()
+    assert [bits(p) for p in params] == [bits(p) for p in twins]
+    steps = {entries["step"].device for entries in loaded.state.values() if "step" in entries}
+    assert steps <= {device}
+
+
+@pytest.mark.parametrize("spec_with_scaler", FUSED, ids=name)
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_scaler_on_the_gpu_and_a_parameter_on_the_cpu(spec_with_scaler, found, device):
     """The values follow the parameters to their device, and have arrived before they are read."""
@@ -282,19 +307,27 @@ def test_bad_input_of_one_device_leaves_the_other_alone(spec, device):
     optimizer.step()
 
 
-@pytest.mark.parametrize("spec_with_scaler", FUSED, ids=name)
-def test_found_inf_on_the_gpu_needs_counters_there(spec_with_scaler, device):
-    spec = spec_with_scaler
-    if "step" not in spec.state(spec.typical):
-        pytest.skip("counts no steps")
-    params = make_params(device=device)
-    optimizer = spec.ours(params, **spec.typical, fused=True)
-    give_grads(params, 0)
-    optimizer.step()
-    for entries in optimizer.state.values():
-        entries["step"] = entries["step"].cpu()
-    optimizer.found_inf = torch.zeros((), device=device)
-    refused(optimizer, RuntimeError, "state_steps", "move it there")
+def test_an_op_that_may_skip_refuses_counters_on_the_cpu(device):
+    """Optimizers move them first; whoever calls the op is told."""
+    param, grad, exp_avg, exp_avg_sq = (torch.ones(3, device=device) for _ in range(4))
+    with pytest.raises(
+        RuntimeError, match=r"state_steps\[0\] is on cpu, but .* is known on cuda:0 only; move it there"
+    ):
+        torch.ops.optim_ext.lamb_(
+            [param],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [torch.tensor(0.0)],
+            lr=torch.tensor(0.1),
+            beta1=0.9,
+            beta2=0.99,
+            eps=1e-6,
+            weight_decay=0.0,
+            maximize=False,
+            found_inf=torch.zeros((), device=device),
+        )
+    assert torch.equal(param, torch.ones_like(param)) and torch.equal(exp_avg, torch.ones_like(param))
 
 
 def test_overlapping_parameters(spec, device):

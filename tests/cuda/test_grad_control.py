@@ -6,11 +6,13 @@ import pytest
 import torch
 from device_trace import device_trace
 from lockstep import bits, copy_of, give_grads, make_params
+from specs import SPECS
 
 import optim_ext
 
 SHAPES = ((300, 301), (3,), (65537,), (), (255,), (1 << 15,), (0,), (1000, 7))
 MANY = [(64,)] * 1000
+COUNTING = [spec for spec in SPECS if "step" in spec.state(spec.typical)]
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
@@ -45,13 +47,16 @@ def test_three_launches_and_no_waiting(shapes, device, no_sync):
     assert policy.skipped_steps == 0 and policy.skipped_steps.device == device
 
 
+@pytest.mark.parametrize("skipped", [0, 1], ids=["the first step", "a later step"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_skipped_on_the_device(spec, bad, device):
+def test_skipped_on_the_device(spec, bad, skipped, device):
+    """What a skipped first step has made is as good as no state."""
     options = {**spec.typical, **spec.device_steps}
     params, twins = make_params(device=device), make_params(device=device)
     ours, other = (spec.ours(own, **copy_of(options)) for own in (params, twins))
     policy = ours.set_grad_policy(skip_nonfinite=True)
-    for step, skip in enumerate((False, True, False)):
+    for step in range(3):
+        skip = step == skipped
         for own in (params, twins):
             give_grads(own, step)
         if skip:
@@ -63,13 +68,36 @@ def test_skipped_on_the_device(spec, bad, device):
     assert [bits(p) for p in params] == [bits(p) for p in twins]
 
 
-def test_counters_on_the_host_are_refused(device):
-    params = make_params(device=device)
-    optimizer = optim_ext.AdamW(params)
+@pytest.mark.parametrize("counting_spec", COUNTING, ids=lambda s: s.name)
+def test_counters_go_where_skipping_is_decided(counting_spec, device, no_sync):
+    """Whatever the options, and not before a step may be skipped."""
+    spec = counting_spec
+    params, twins = make_params(device=device), make_params(device=device)
+    ours, other = (spec.ours(own, **spec.typical) for own in (params, twins))
+    for step in range(4):
+        for own in (params, twins):
+            give_grads(own, step)
+        other.step()
+        if step == 2:
+            policy = ours.set_grad_policy(skip_above=1e9)
+        numbers = {entry[key].device for entry in ours.state.values() for key in spec.numbers}
+        assert step == 0 or spec.name == "ASGD" or numbers == {device if step == 3 else torch.device("cpu")}
+        ours.step()
+    assert policy.skipped_steps == 0
+    assert [bits(p) for p in params] == [bits(p) for p in twins]
+    give_grads(params, 4)
+    with no_sync:
+        ours.step()
+
+
+def test_counts_in_python_numbers_cannot_skip(device):
+    param = torch.nn.Parameter(torch.zeros(5, 3, device=device))
+    optimizer = optim_ext.SparseAdam([param])
     optimizer.set_grad_policy(skip_nonfinite=True)
-    give_grads(params, 0)
-    with pytest.raises(RuntimeError, match="fused=True or capturable=True keep it there"):
+    param.grad = torch.ones(5, 3, device=device).to_sparse(1)
+    with pytest.raises(RuntimeError, match="SparseAdam counts steps in Python numbers"):
         optimizer.step()
+    assert not optimizer.state and not param.any()
 
 
 def test_in_a_graph(device):

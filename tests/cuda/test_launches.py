@@ -9,6 +9,8 @@ from specs import SPECS
 MANY = [(64,)] * 500 + [(8, 8)] * 500
 WAITS = ("Synchronize", "cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cudaFreeHost")
 COUNTING = [spec for spec in SPECS if "step" in spec.state(spec.typical)]
+# Torch's code, which makes the state, copies the rate to the device (ASGD) or reads it there (Rprop).
+WAITS_FOR_STATE = ("ASGD", "Rprop")
 
 
 def stepped(spec, options, shapes, device, dtype=torch.float32, steps=3):
@@ -34,6 +36,11 @@ def update(spec):
     return 1 + bool(spec.numbers - {"step"})
 
 
+def counting(spec, device_steps=False):
+    """Launches that count the step: one where counters are on the device, on which torch keeps those of ASGD always."""
+    return int(device_steps or spec.name == "ASGD")
+
+
 def check_trace(trace, kernels, copies):
     assert len(trace.kernels) == kernels and all("optim_ext" in name for name in trace.kernels), trace
     assert len(trace.copies) == copies, trace
@@ -45,14 +52,16 @@ def test_one_launch(variant, shapes, device):
     """However many tensors; a table too large for kernel arguments is one copy more."""
     optimizer, _ = stepped(variant.spec, copy_of(variant.options), shapes, device)
     in_memory = len(shapes) == 1000  # at some 60 bytes a tensor; arguments hold 32 KB
-    check_trace(device_trace(optimizer.step), kernels=update(variant.spec), copies=int(in_memory))
+    kernels = counting(variant.spec) + update(variant.spec)
+    check_trace(device_trace(optimizer.step), kernels=kernels, copies=int(in_memory))
 
 
 @pytest.mark.parametrize("counting_spec", COUNTING, ids=lambda s: s.name)
 def test_one_more_launch_for_counters_on_the_device(counting_spec, device):
     options = {**counting_spec.typical, **counting_spec.device_steps}
     optimizer, _ = stepped(counting_spec, options, MANY, device)
-    check_trace(device_trace(optimizer.step), kernels=1 + update(counting_spec), copies=1)
+    kernels = counting(counting_spec, device_steps=True) + update(counting_spec)
+    check_trace(device_trace(optimizer.step), kernels=kernels, copies=1)
 
 
 def test_one_launch_for_float_and_one_for_double(spec, device):
@@ -61,13 +70,13 @@ def test_one_launch_for_float_and_one_for_double(spec, device):
     for step in range(3):
         give_grads(params, step)
         optimizer.step()
-    check_trace(device_trace(optimizer.step), kernels=2 * update(spec), copies=0)
+    check_trace(device_trace(optimizer.step), kernels=counting(spec) + 2 * update(spec), copies=0)
 
 
 def test_hyper_parameters_on_the_device_cost_no_launch(spec, device):
     options = {**spec.typical, "lr": torch.tensor(0.01, device=device)}
     optimizer, _ = stepped(spec, options, MANY[:50], device)
-    check_trace(device_trace(optimizer.step), kernels=update(spec), copies=0)
+    check_trace(device_trace(optimizer.step), kernels=counting(spec) + update(spec), copies=0)
 
 
 def test_the_op_is_what_profilers_see(spec, device):
@@ -75,11 +84,18 @@ def test_the_op_is_what_profilers_see(spec, device):
     assert native_ops(optimizer.step) == [f"optim_ext::{spec.op}"]
 
 
+def make_state_where_torch_waits(spec, optimizer, params):
+    if spec.name in WAITS_FOR_STATE:
+        give_grads(params, 0)
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_the_host_never_waits(variant, dtype, device, no_sync):
     """Not even in the first step, which makes the state, nor where gradients come and go."""
     params = make_params(dtype=dtype, device=device)
     optimizer = variant.spec.ours(params, **copy_of(variant.options))
+    make_state_where_torch_waits(variant.spec, optimizer, params)
     for step in range(4):
         give_grads(params, step, frozen={step})
         with no_sync:
@@ -93,10 +109,27 @@ def test_the_host_never_waits_with_everything_on_the_device(spec, large, device,
     if spec.betas:
         options["betas"] = (torch.tensor(0.8, device=device), torch.tensor(0.95, device=device))
     optimizer = spec.ours(params, **options)
+    make_state_where_torch_waits(spec, optimizer, params)
     for step in range(3):
         give_grads(params, step)
         with no_sync:
             optimizer.step()
+
+
+def test_the_host_never_waits_for_a_rate_on_the_device(spec, device, no_sync):
+    """Also where counters are on the host, and other numbers with them: they do not depend on the rate (NAdam)."""
+    params, twins = make_params(device=device), make_params(device=device)
+    ours = spec.ours(params, **{**spec.typical, "lr": torch.tensor(0.01, dtype=torch.float64, device=device)})
+    other = spec.ours(twins, **{**spec.typical, "lr": 0.01})
+    make_state_where_torch_waits(spec, ours, params)
+    make_state_where_torch_waits(spec, other, twins)
+    for step in range(3):
+        for own in (params, twins):
+            give_grads(own, step)
+        with no_sync:
+            ours.step()
+        other.step()
+    assert [bits(p) for p in params] == [bits(p) for p in twins]
 
 
 def test_memory_does_not_grow(spec, device):

@@ -9,11 +9,14 @@ import pytest
 import torch
 from lockstep import SHAPES, Lockstep, assert_close, bits, copy_of, give_grads, make_params, random, snapshot
 from specs import SPECS, Tolerance
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim_ext
+from optim_ext import _fused_step
 
 NORM_TYPES = (1.0, 2.0, math.inf)
 FUSED = [spec for spec in SPECS if spec.fused]
+COUNTING = [spec for spec in SPECS if "step" in spec.state(spec.typical)]
 
 
 def norm_of(params, norm_type=2.0):
@@ -566,3 +569,90 @@ def test_measure_step():
             param, torch.cat([p.detach().flatten() for p in group["params"]]).norm(), rtol=1e-12, atol=0
         )
         torch.testing.assert_close(update, grad * group["lr"], rtol=1e-12, atol=1e-14)
+
+
+# Where steps are counted that a GPU may skip. No GPU is needed to see that: the tensors are fake and the plan is a stub.
+
+
+class PlanStub:
+    """In place of the native plan: notes the steps it is asked to take, or fails."""
+
+    made, fails = 0, False
+
+    def __init__(self, *_):
+        type(self).made += 1
+
+    def step(self, *_):
+        if self.fails:
+            raise RuntimeError("no such step")
+        return True
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    stub = type("Plan", (PlanStub,), {})
+    monkeypatch.setattr(_fused_step._C, "Plan", stub)
+    monkeypatch.setattr(_fused_step.FusedStep, "_torch_reason", lambda *_: None)
+    with FakeTensorMode():
+        yield stub
+
+
+def on_fake_gpu(make, options):
+    params = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in ((3, 4), (5,))]
+    optimizer = make(params, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return optimizer, (None, torch.zeros((), device="cuda"), None)
+
+
+def devices_of_numbers(optimizer, spec):
+    return {
+        value.device.type for entry in optimizer.state.values() for key, value in entry.items() if key in spec.numbers
+    }
+
+
+@pytest.mark.parametrize("counting_spec", COUNTING, ids=lambda s: s.name)
+def test_a_step_that_a_gpu_may_skip_is_counted_there(counting_spec, fake_gpu):
+    spec = counting_spec
+    optimizer, may_skip = on_fake_gpu(spec.ours, spec.typical)
+    optimizer._step_as_told((None, None, None))
+    before = devices_of_numbers(optimizer, spec)
+    assert before == ({"cuda"} if spec.name == "ASGD" else {"cpu"}) and fake_gpu.made == 1  # as torch has it
+    for _ in range(2):  # one more plan: the first one has the counters that were left behind
+        optimizer._step_as_told(may_skip)
+        assert devices_of_numbers(optimizer, spec) == {"cuda"} and fake_gpu.made == 2
+    optimizer._step_as_told((None, None, None))
+    assert devices_of_numbers(optimizer, spec) == {"cuda"} and fake_gpu.made == 2
+
+
+@pytest.mark.parametrize("fused_spec", [spec for spec in COUNTING if spec.fused], ids=lambda s: s.name)
+def test_a_fused_optimizer_with_the_counters_of_another_checkpoint(fused_spec, fake_gpu):
+    """Saved without `fused`, a checkpoint brings that option and counters on the CPU along; GradScaler goes on asking."""
+    saved, _ = on_fake_gpu(fused_spec.ours, fused_spec.typical)
+    saved._step_as_told((None, None, None))
+    loaded, may_skip = on_fake_gpu(fused_spec.ours, {**fused_spec.typical, "fused": True})
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded._step_supports_amp_scaling and devices_of_numbers(loaded, fused_spec) == {"cpu"}
+    loaded._step_as_told(may_skip)
+    assert devices_of_numbers(loaded, fused_spec) == {"cuda"}
+
+
+@pytest.mark.parametrize("counting_spec", COUNTING, ids=lambda s: s.name)
+def test_a_step_that_fails_leaves_counters_where_they_were(counting_spec, fake_gpu):
+    optimizer, may_skip = on_fake_gpu(counting_spec.ours, counting_spec.typical)
+    optimizer._step_as_told((None, None, None))
+    before = [dict(entry) for entry in optimizer.state.values()]
+    fake_gpu.fails = True
+    with pytest.raises(RuntimeError, match="no such step"):
+        optimizer._step_as_told(may_skip)
+    for entry, kept in zip(optimizer.state.values(), before, strict=True):
+        assert entry.keys() == kept.keys() and all(entry[key] is value for key, value in kept.items())
+
+
+def test_counts_in_python_numbers_cannot_skip_on_a_gpu(fake_gpu):
+    optimizer, _ = on_fake_gpu(optim_ext.SparseAdam, {})
+    group = optimizer.param_groups[0]
+    optimizer._count_on_device(group)  # there is nothing to be counted yet
+    optimizer.state[group["params"][1]] = {"step": 3}
+    with pytest.raises(RuntimeError, match="parameter 1 of group 0: SparseAdam counts steps in Python numbers"):
+        optimizer._count_on_device(group)
