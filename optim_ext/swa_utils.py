@@ -23,6 +23,7 @@ from torch.optim import swa_utils
 from torch.optim.swa_utils import SWALR as SWALR
 from torch.optim.swa_utils import update_bn as update_bn
 
+from optim_ext._grad_control import is_sharded
 from optim_ext._load import _C
 
 __all__ = [
@@ -113,7 +114,8 @@ class _MultiAvgFn:
     def __call__(self, averaged_params: Sequence[Tensor], current_params: Sequence[Tensor], num_averaged: Any) -> None:
         native: list[tuple[Tensor, Tensor]] = []
         others: list[tuple[Tensor, Tensor]] = []
-        for pair in zip(averaged_params, current_params, strict=True):
+        for average, current in zip(averaged_params, current_params, strict=True):
+            pair = _parts(average, current)
             (native if _is_native(*pair) and pair[0].device == pair[1].device else others).append(pair)
         if native:
             weight = self.rule.weight(_host_count(num_averaged))
@@ -265,7 +267,7 @@ class AveragedModel(swa_utils.AveragedModel):
                 pairing = self._pairing(model)
                 weight = _weight(rule, self.n_averaged)
                 pairing.plan.run(weight)
-                pairing.finish(rule, self.n_averaged)
+                pairing.finish(rule, self.n_averaged, weight)
                 self.n_averaged.add_(1)
         self._calls += 1
 
@@ -374,8 +376,12 @@ class _Pairing:
         copied = list(_matched(module, model, "buffers"))
         if use_buffers:
             matched, copied = matched + copied, []
-        native = [entry for entry in matched if _is_native(*entry[1:])]
-        self.others = [(average, current) for _, average, current in matched if not _is_native(average, current)]
+        native = list(_native(matched))
+        # DTensors whose parts, which the plan knows, may be replaced: those are told by their addresses.
+        self.sharded = [(whole, id(_part(whole))) for _, *pair in matched for whole in pair if is_sharded(whole)]
+        others = [(average, current) for _, average, current in matched if not _is_native(*_parts(average, current))]
+        self.shards = [pair for pair in others if all(is_sharded(t) and t.is_floating_point() for t in pair)]
+        self.others = [pair for pair in others if all(pair is not shard for shard in self.shards)]
         self.copied = [average for _, average, _ in copied], [current for _, _, current in copied]
         trees = [list(module.modules()), list(model.modules())]
         walked_as_usual = all(_has_usual_walk(*tree) for tree in trees)
@@ -383,14 +389,23 @@ class _Pairing:
 
     def is_current(self, module: Module, model: Module) -> bool:
         # The plan's own tensors are looked at by its op, before it writes; these come last.
-        pairs = itertools.chain(self.others, zip(*self.copied, strict=True))
-        return self.plan.is_current(module, model) and all(average.shape == now.shape for average, now in pairs)
+        pairs = itertools.chain(self.shards, self.others, zip(*self.copied, strict=True))
+        return (
+            all(id(_part(whole)) == part for whole, part in self.sharded)
+            and self.plan.is_current(module, model)
+            and all(average.shape == now.shape for average, now in pairs)
+        )
 
-    def finish(self, rule: _Rule, n_averaged: Tensor, found_inf: Tensor | None = None) -> None:
+    def finish(self, rule: _Rule, n_averaged: Tensor, weight: float | Tensor, found_inf: Tensor | None = None) -> None:
         """What is left once the plan has run: the tensors no kernel covers, and the buffers that are copied."""
-        if self.others:
+        others = self.others
+        if isinstance(weight, float) and (found_inf is None or found_inf.device.type == "cpu"):
+            self._average_shards(weight)
+        else:
+            others = [*self.shards, *others]
+        if others:
             first = n_averaged == 0
-            for average, current in self.others:
+            for average, current in others:
                 here = current.to(average.device)
                 n = n_averaged.to(average.device)
                 if n.device.type == "cpu":
@@ -399,6 +414,16 @@ class _Pairing:
                     new = torch.where(first.to(average.device), here, rule.average(average, here, n).to(average.dtype))
                 _copy([average], [new], found_inf)
         _copy(*self.copied, found_inf)
+
+    def _average_shards(self, weight: float) -> None:
+        """DTensors that are laid out differently, in as few operations as torch's own average takes: each of them moves
+        parts between processes."""
+        if weight == 1.0:
+            for average, current in self.shards:
+                average.copy_(current)
+        elif self.shards:
+            averages, currents = zip(*self.shards, strict=True)
+            torch._foreach_lerp_(averages, currents, weight)
 
 
 class StepAveraging:
@@ -415,7 +440,7 @@ class StepAveraging:
         """What a kernel averages. Looked up where it is needed: nothing here keeps replaced tensors alive."""
         kinds = ("parameters", "buffers") if self.averaged.use_buffers else ("parameters",)
         matched = itertools.chain.from_iterable(_matched(self.averaged.module, self.model, kind) for kind in kinds)
-        return [entry for entry in matched if _is_native(*entry[1:])]
+        return list(_native(matched))
 
     def weight(self, found_inf: Tensor | None) -> float | Tensor | None:
         """What average_ is to be given at this step; None where it is not this step's turn."""
@@ -446,7 +471,7 @@ class StepAveraging:
         if weight is not None and not skipped:
             n_averaged = self.averaged.n_averaged
             besides.run(weight, found_inf)
-            pairing.finish(self._rule(), n_averaged, found_inf)
+            pairing.finish(self._rule(), n_averaged, weight, found_inf)
             n_averaged.add_(1 if found_inf is None or found_inf.device.type == "cpu" else found_inf.reshape(()) != 1)
         self.averaged._calls += 1
 
@@ -539,6 +564,31 @@ def _kind(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else "floating point" if tensor.is_floating_point() else "integer"
 
 
+def _part(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, the object that the DTensor holds: to_local() may give a passing view of it."""
+    part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return part
+
+
+def _parts(average: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+    """What a pair means to this process: of two DTensors that are laid out alike, its parts, which no other process needs
+    to know; else the pair itself."""
+    if not (is_sharded(average) and is_sharded(current)):
+        return average, current
+    layouts = [(tensor.device_mesh, tensor.placements) for tensor in (average, current)]  # type: ignore[attr-defined]
+    mine, others = _part(average), _part(current)
+    alike = layouts[0] == layouts[1] and mine.shape == others.shape
+    return (mine, others) if alike and not any(place.is_partial() for place in layouts[0][1]) else (average, current)
+
+
+def _native(matched: Iterable[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of (name, average, current) those that average_ covers, in the tensors it is given."""
+    for name, *pair in matched:
+        average, current = _parts(*pair)
+        if _is_native(average, current):
+            yield name, average, current
+
+
 def _is_native(average: Tensor, current: Tensor) -> bool:
     """Whether average_ covers a pair; a parameter on another device is copied to the average's first."""
     return (
@@ -569,6 +619,8 @@ def _copy(to: list[Tensor], values: list[Tensor], found_inf: Tensor | None = Non
     """Copies in place, unless ``found_inf`` is one."""
     if not to:
         return
+    parts = [_parts(tensor, value) for tensor, value in zip(to, values, strict=True)]
+    to, values = [tensor for tensor, _ in parts], [value for _, value in parts]
     if found_inf is not None and found_inf.device.type != "cpu":
         keep = [found_inf.reshape(()).to(tensor.device) == 1 for tensor in to]
         values = [
@@ -577,6 +629,6 @@ def _copy(to: list[Tensor], values: list[Tensor], found_inf: Tensor | None = Non
         ]
     if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (*to, *values)):
         torch._foreach_copy_(to, values)
-    else:  # subclasses (DTensor) know single operations only
+    else:  # subclasses (DTensors that are laid out differently) know single operations only
         for tensor, value in zip(to, values, strict=True):
             tensor.copy_(value)

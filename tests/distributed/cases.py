@@ -1,7 +1,9 @@
 """What test_processes.py runs on several processes: python cases.py CASE RANK WORLD for each rank. They meet in a file."""
 
 import os
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import optim_ext
@@ -235,6 +239,106 @@ def fsdp2_averages():
     torch.testing.assert_close(results[1], results[0])
 
 
+def averages(package, model, decay=0.9):
+    """The mean and the exponential moving average of a model, of torch's package or ours."""
+    ema = {"multi_avg_fn": package.get_ema_multi_avg_fn(decay)}
+    return [package.AveragedModel(model), package.AveragedModel(model, **ema)]
+
+
+@torch.no_grad()
+def move(model):
+    for p in model.parameters():
+        p.mul_(1.5).add_(0.25)
+
+
+def averages_of_parts_alone():
+    """Of parameters that are laid out like their averages each process averages its own part, as if it were all there
+    is: the bits of the whole model's average, and nothing is communicated."""
+    whole, model = network(), network()
+    expected, found = averages(swa_utils, whole), averages(swa_utils, model)
+    ema = swa_utils.get_ema_multi_avg_fn(0.9)
+    expected.append(expected[1])
+    found.append(torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema))  # our function in torch's class
+    for each in (model, *(average.module for average in found)):
+        fully_shard(each, mesh=whole_mesh())
+    for _ in range(3):
+        for average in expected[:2]:
+            average.update_parameters(whole)
+        with CommDebugMode() as communication:
+            for average in found:
+                average.update_parameters(model)
+        assert communication.get_total_counts() == 0
+        move(whole)
+        move(model)
+    for right, average in zip(expected, found, strict=True):
+        torch.testing.assert_close(values(average.module), values(right.module), rtol=0, atol=0)
+    with found[1].swap_into(model), CommDebugMode() as communication:
+        assert communication.get_total_counts() == 0
+        torch.testing.assert_close(values(model), values(expected[1].module), rtol=0, atol=0)
+    torch.testing.assert_close(values(model), values(whole), rtol=0, atol=0)
+
+
+def averages_of_parts_that_are_replaced():
+    """A DTensor may be given another part, as FSDP does when a module is converted or loaded."""
+    model = network()
+    average = averages(swa_utils, model)[1]
+    for each in (model, average.module):
+        fully_shard(each, mesh=whole_mesh())
+    average.update_parameters(model)
+    for each in (model, average.module):
+        for p in each.parameters():
+            p._local_tensor = torch.full_like(p._local_tensor, 2.0 if each is model else 1.0)
+        average.update_parameters(model)
+    expected = 1.0 + (1 - 0.9) * (2.0 - 1.0)
+    for p in average.module.parameters():
+        torch.testing.assert_close(p.to_local(), torch.full_like(p.to_local(), expected))
+    for p in model.parameters():
+        p._local_tensor = torch.zeros_like(p._local_tensor, dtype=torch.float64)
+    average.update_parameters(model)
+    for p in average.module.parameters():
+        torch.testing.assert_close(p.to_local(), torch.full_like(p.to_local(), 0.9 * expected))
+
+
+def averages_of_another_layout():
+    """What is not laid out alike is torch's to average, part by part of the whole."""
+    results = []
+    for package in (torch.optim.swa_utils, swa_utils):
+        model = network()
+        found = averages(package, model)
+        for each, placement in ((model, Shard(0)), *((average.module, Replicate()) for average in found)):
+            for layer in each:
+                for name, p in list(layer.named_parameters()):
+                    setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), whole_mesh(), [placement])))
+        for _ in range(3):
+            for average in found:
+                average.update_parameters(model)
+            move(model)
+        results.append([value for average in found for value in values(average.module)])
+    torch.testing.assert_close(results[1], results[0])
+
+
+def averages_are_no_slower_than_torchs():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(50)))
+    packages = [torch.optim.swa_utils, swa_utils]
+    kinds = list(zip(*(averages(package, model) for package in packages), strict=True))
+    for each in (model, *(average.module for both in kinds for average in both)):
+        fully_shard(each, mesh=whole_mesh())
+    for name, both in zip(("the mean", "EMA"), kinds, strict=True):
+        for average in both * 2:
+            average.update_parameters(model)
+        ratios = []
+        for turn in range(15):
+            took = [0.0, 0.0]
+            for which in (0, 1) if turn % 2 else (1, 0):
+                dist.barrier()
+                begin = time.perf_counter()
+                both[which].update_parameters(model)
+                took[which] = time.perf_counter() - begin
+            ratios.append(took[0] / took[1])
+        assert statistics.median(ratios) >= 1.0, (name, ratios)
+
+
 def a_step_that_only_makes_state():
     """By which torch.distributed.checkpoint fills an optimizer: neither averages nor policies take part."""
     model = network()
@@ -252,7 +356,8 @@ def a_step_that_only_makes_state():
 
 CASES = [
     ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, fsdp2_compiled,
-    fsdp2_controls, fsdp2_averages, a_step_that_only_makes_state,
+    fsdp2_controls, fsdp2_averages, averages_of_parts_alone, averages_of_parts_that_are_replaced,
+    averages_of_another_layout, averages_are_no_slower_than_torchs, a_step_that_only_makes_state,
 ]  # fmt: skip
 
 if __name__ == "__main__":
