@@ -27,7 +27,7 @@ import report
 import shapes
 import torch
 from places import Cpu
-from step_time import LIMIT, OURS, environment, in_rounds, paired_ratios
+from step_time import LIMIT, OURS, environment, in_rounds, paired_ratios, times_together
 from torch import nn
 from torch.optim import swa_utils as torch_swa
 
@@ -89,10 +89,6 @@ def share(averaged: nn.Module, with_: nn.Module) -> None:
         mine.data = shared.data
 
 
-def medians(samples: dict[str, list[float]]) -> dict[str, float]:
-    return {mode: statistics.median(times) * 1e3 for mode, times in samples.items()}
-
-
 def measure_average(case: str, average: str, place: Cpu, repeats: int, seconds: float) -> Cell:
     title, sizes, small = CASES[case]
     model = make_model(sizes)
@@ -124,7 +120,7 @@ def measure_average(case: str, average: str, place: Cpu, repeats: int, seconds: 
         title,
         average,
         len(samples[OURS]),
-        medians(samples),
+        times_together(samples),
         statistics.median(paired_ratios(samples, TORCH)),
         REQUIRED.get((case, average)),
         None if small else statistics.median(paired_ratios(samples, LIMIT)),
@@ -171,7 +167,9 @@ def measure_step(case: str, place: Cpu, repeats: int, seconds: float) -> Cell:
         for mode, times in samples.items()
     }
     ratio = statistics.median(paired_ratios(samples, TORCH))
-    return Cell(case, title, "step", len(samples[OURS]), medians(samples), ratio, of_plain_step=of_plain)
+    plain_ms = statistics.median(samples[PLAIN]) * 1e3
+    ms = {mode: plain_ms * share for mode, share in of_plain.items()}
+    return Cell(case, title, "step", len(samples[OURS]), ms, ratio, of_plain_step=of_plain)
 
 
 def table(cells: list[Cell]) -> str:

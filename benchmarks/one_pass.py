@@ -23,7 +23,7 @@ from typing import Any
 import report
 import torch
 from places import Cpu, Gpu
-from step_time import CASES, OURS, Tensors, environment, hand_out, in_rounds, paired_ratios
+from step_time import CASES, OURS, Tensors, environment, hand_out, in_rounds, paired_ratios, times_together
 from torch import Tensor, nn
 
 import optim_ext
@@ -109,21 +109,18 @@ def measure(case_key: str, place: Cpu | Gpu, repeats: int, seconds: float) -> di
         }
     )
 
-    def ms(samples: dict[str, list[float]]) -> dict[str, float]:
-        return {mode: statistics.median(times) * 1e3 for mode, times in samples.items()}
-
     def ratio(samples: dict[str, list[float]], mode: str) -> float:
         return statistics.median(paired_ratios(samples, mode))
 
     return {
         "case": case_key,
         "title": case.title,
-        "chain_ms": ms(chain),
+        "chain_ms": times_together(chain),
         "chain_ratio": ratio(chain, "torch"),
-        "parts_ms": ms(parts),
-        "step_ms": ms(step),
+        "parts_ms": {part: statistics.median(times) * 1e3 for part, times in parts.items()},
+        "step_ms": times_together(step),
         "added": ratio(step, "armed"),
-        "norm_ms": ms(norm),
+        "norm_ms": times_together(norm),
         "norm_ratio": ratio(norm, "torch"),
         "of_read": None if case.small else ratio(norm, "read"),
     }

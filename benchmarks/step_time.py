@@ -1,16 +1,19 @@
 """Time of one optimizer step: optim_ext against every mode of torch.optim, and against the memory limit.
 
-    python benchmarks/step_time.py                                   # everything, 18 to 20 minutes on two cores
-    python benchmarks/step_time.py --case resnet50 --algorithm adamw rmsprop
+    python benchmarks/step_time.py                                   # everything, some 20 minutes on two cores
+    python benchmarks/step_time.py --case resnet50 --algorithm adamw rmsprop --compiled all
     python benchmarks/step_time.py --quick                           # few repeats, for a first look
     python benchmarks/step_time.py --device cuda                     # on a GPU, about three minutes
 
 All modes run in one process, in rounds: each round goes once through all modes, in shuffled order, so that a busy
-neighbour slows them alike. Times are medians over the rounds; a ratio is the median of the ratios within a round.
+neighbour slows them alike. A ratio is the median of the ratios within a round. The time of optim_ext is the median over
+the rounds, that of any other mode this time multiplied by their ratio: times of one row belong together.
 A mode's turn is one step where the tensors are large, and several steps in a row where they are small; small tensors
 are then measured a second time with the caches emptied before every step, as a backward pass leaves them.
 On a GPU a turn is timed by CUDA events, and small tensors are measured by the time the host takes and by launches.
-docs/performance.md explains the columns. Writes step_time.json and step_time.png to ``--output-dir``.
+torch.compile over torch's foreach mode is one more of torch's modes, where ``--compiled`` says so: by default for three
+algorithms on ResNet-50, as compiling takes half a minute each. docs/performance.md explains the columns. Writes
+step_time.json, step_time.png and step_time_small.png to ``--output-dir``.
 """
 
 from __future__ import annotations
@@ -43,6 +46,9 @@ OURS, LIMIT, DEEPSPEED = "optim_ext", "memory limit", "DeepSpeed"
 PEER = "pytorch_optimizer"  # measured where torch has no such optimizer
 PEER_MODES: dict[str, dict[str, Any]] = {PEER: {}, f"{PEER} loop": {"foreach": False}}
 TORCH_MODES: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+COMPILED = "compiled"  # foreach, by torch.compile
+TYPICALLY_COMPILED = {"resnet50": ("adamw", "rmsprop-centered", "nadam")}
+MOST_COMPILED = 200  # tensors: more of them make graphs that take minutes to compile
 REQUIRED_OF_LIMIT_FOR_OTHERS = 0.8  # algorithms that torch has no fused kernel for, or not at all
 MOST_ROUNDS = 100
 MOST_HOST_US = 100.0  # for a thousand small tensors on a GPU
@@ -198,6 +204,7 @@ class Cell:
     extra_mib: dict[str, float | None] = field(default_factory=dict)
     wrong_modes: list[str] = field(default_factory=list)
     best_torch_mode: str = ""
+    compile_s: float | None = None  # what the first step of torch.compile takes
     ratio: float = 0.0
     ratio_quartiles: tuple[float, float] = (0.0, 0.0)
     gb_moved: float | None = None
@@ -244,7 +251,44 @@ def hand_out(gradients: list[Tensor], optimizer: Any) -> None:
         p.grad = grad.clone() if overwrites else grad
 
 
-def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[str, Any]:
+class Compiled:
+    """An optimizer of torch's with its step compiled, which the first one waits for."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self.compile_s: float | None = None
+        torch._dynamo.reset()  # of all optimizers compiled before, whose number is limited
+
+        @torch.compile
+        def step() -> None:
+            optimizer.step()
+
+        self._step = step
+
+    def step(self) -> None:
+        begin = time.perf_counter()
+        self._step()
+        if self.compile_s is None:
+            self.compile_s = time.perf_counter() - begin
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+
+def is_compiled(which: str, case_key: str, algorithm_key: str) -> bool:
+    """Whether a cell has the compiled mode; ``which``: none, some or all of those where it is affordable."""
+    case = CASES[case_key]
+    able = case.rows is None and len(case.shapes) <= MOST_COMPILED
+    able &= hasattr(torch.optim, ALGORITHMS[algorithm_key].class_name)
+    return able and (which == "all" or (which == "some" and algorithm_key in TYPICALLY_COMPILED.get(case_key, ())))
+
+
+def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors, with_compiled: bool = False) -> dict[str, Any]:
     ours = getattr(optim_ext, algorithm.class_name)(tensors.parameters(), **algorithm.options)
     optimizers = {OURS: ours}
     if not hasattr(torch.optim, algorithm.class_name):
@@ -260,6 +304,8 @@ def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors) -> dict[
         refused = case.rows is not None and "fused" in flags  # torch's fused modes take no sparse gradients
         if flags.keys() <= inspect.signature(theirs).parameters.keys() and not refused:
             optimizers[mode] = theirs(tensors.parameters(), **algorithm.options, **flags)
+    if with_compiled and "foreach" in optimizers:
+        optimizers[COMPILED] = Compiled(theirs(tensors.parameters(), **algorithm.options, foreach=True))
     peer = deepspeed_class(algorithm, case)
     if peer is not None:
         optimizers[DEEPSPEED] = peer(tensors.parameters(), **algorithm.options)
@@ -331,7 +377,7 @@ def share_memory(optimizers: dict[str, Any]) -> None:
             state = optimizer.state.get(p, {})
             for key, tensor in ours.state.get(shared, {}).items():
                 if key in state and isinstance(tensor, Tensor) and tensor.shape == shared.shape:
-                    state[key] = tensor
+                    state[key].set_(tensor)  # the same objects as before, by which compiled code knows them
 
 
 def state_lists(optimizer: Any) -> list[list[Tensor]]:
@@ -346,11 +392,17 @@ def state_lists(optimizer: Any) -> list[list[Tensor]]:
 
 
 def measure(
-    case_key: str, algorithm_key: str, tensors: Tensors, repeats: int, seconds: float, place: Cpu | Gpu
+    case_key: str,
+    algorithm_key: str,
+    tensors: Tensors,
+    repeats: int,
+    seconds: float,
+    place: Cpu | Gpu,
+    with_compiled: bool = False,
 ) -> Cell:
     case, algorithm = CASES[case_key], ALGORITHMS[algorithm_key]
     on_gpu = isinstance(place, Gpu)
-    optimizers = make_optimizers(algorithm, case, tensors)
+    optimizers = make_optimizers(algorithm, case, tensors, with_compiled)
     calls: dict[str, Callable[[], Any]] = {mode: optimizer.step for mode, optimizer in optimizers.items()}
     extra = {}
     for mode, optimizer in optimizers.items():
@@ -385,9 +437,9 @@ def measure(
             calls, new_gradients, repeats, seconds, lambda call: place.turn(call, False, lambda: lines.add_(1))
         )
 
-    medians = {mode: statistics.median(times) for mode, times in samples.items()}
-    rivals = [mode for mode in (*TORCH_MODES, *PEER_MODES) if mode in medians and mode not in wrong]
-    best = min(rivals, key=lambda mode: medians[mode])
+    ms = times_together(samples)
+    rivals = [mode for mode in (*TORCH_MODES, COMPILED, *PEER_MODES) if mode in ms and mode not in wrong]
+    best = min(rivals, key=lambda mode: ms[mode])
     ratios = paired_ratios(samples, best)
     cell = Cell(
         case=case_key,
@@ -403,10 +455,11 @@ def measure(
             if algorithm_key in OTHERS
             else place.required_of_limit
         ),
-        ms={mode: median * 1e3 for mode, median in medians.items()},
+        ms=ms,
         extra_mib=extra,
         wrong_modes=wrong,
         best_torch_mode=best,
+        compile_s=optimizers[COMPILED].compile_s if COMPILED in optimizers else None,
         host_us=host_us,
         launches=launches,
         ratio=statistics.median(ratios),
@@ -417,8 +470,8 @@ def measure(
         cell.gb_moved = bytes_moved / 1e9
         cell.of_limit = statistics.median(paired_ratios(samples, LIMIT))
     if cold:
-        cell.cold_ms = {mode: statistics.median(times) * 1e3 for mode, times in cold.items()}
-        cell.cold_ratio = min(statistics.median(paired_ratios(cold, mode)) for mode in rivals)
+        cell.cold_ms = times_together(cold)
+        cell.cold_ratio = min(cell.cold_ms[mode] for mode in rivals) / cell.cold_ms[OURS]
     cell.met = (
         cell.ratio >= cell.required_ratio
         and (cell.required_of_limit is None or (cell.of_limit or 0.0) >= cell.required_of_limit)
@@ -463,6 +516,13 @@ def in_rounds(
 def paired_ratios(samples: dict[str, list[float]], mode: str) -> list[float]:
     """How many times longer ``mode`` took than optim_ext, round by round."""
     return [a / b for a, b in zip(samples[mode], samples[OURS], strict=True)]
+
+
+def times_together(samples: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds of every mode, as comparable as the rounds are: the median of ours, and for the others this times the
+    median of their ratio to it. (Where a machine has a fast and a slow state, medians of their own may be of either.)"""
+    ours = statistics.median(samples[OURS]) * 1e3
+    return {mode: ours * statistics.median(paired_ratios(samples, mode)) for mode in samples}
 
 
 def wrong_modes(
@@ -512,6 +572,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds at least; cheap cells take more (default 15)")
     parser.add_argument("--quick", action="store_true", help="three rounds and no more")
+    parser.add_argument(
+        "--compiled",
+        choices=("none", "some", "all"),
+        default="some",
+        help="where to measure torch.compile, too (default: three algorithms on ResNet-50; all: 20 minutes more)",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("bench_results"))
     options = parser.parse_args(arguments)
     repeats, seconds = (3, 0.0) if options.quick else (options.repeats, 2.0)
@@ -533,7 +599,8 @@ def main(arguments: list[str] | None = None) -> int:
     for case_key, algorithm_keys in planned:
         tensors = Tensors(CASES[case_key], place.device)
         for algorithm_key in algorithm_keys:
-            cell = measure(case_key, algorithm_key, tensors, repeats, seconds, place)
+            compiled = is_compiled(options.compiled, case_key, algorithm_key)
+            cell = measure(case_key, algorithm_key, tensors, repeats, seconds, place, compiled)
             print(f"{cell.case_title}: {cell.algorithm_title} {cell.ratio:.2f}x", file=sys.stderr, flush=True)
             cells.append(cell)
         del tensors
@@ -545,8 +612,9 @@ def main(arguments: list[str] | None = None) -> int:
     document = {"environment": started, "cells": [asdict(cell) for cell in cells]}
     (options.output_dir / "step_time.json").write_text(json.dumps(document, indent=1) + "\n")
     report.plot(cells, started, options.output_dir / "step_time.png")
+    report.plot_small(cells, started, options.output_dir / "step_time_small.png")
     print(f"{sum(cell.met for cell in cells)} of {len(cells)} cells meet what is required of them.")
-    print(f"Written: {options.output_dir}/step_time.json, step_time.png")
+    print(f"Written: {options.output_dir}/step_time.json, step_time.png, step_time_small.png")
     return 0
 
 

@@ -82,10 +82,12 @@ class Training:
         self.x = (2 * points[:, 0] - 1).requires_grad_()
         self.t = points[:, 1].clone().requires_grad_()
         self.losses: list[float] = []
-        self.seconds_in_closure = 0.0
+        self.own_seconds: list[float] = []  # the optimizer's, up to each of the losses
+        self.begin = self.seconds_in_closure = 0.0
 
     def closure(self, optimizer: torch.optim.Optimizer) -> Tensor:
         begin = time.perf_counter()
+        self.own_seconds.append(begin - self.begin - self.seconds_in_closure)
         optimizer.zero_grad()
         loss = residual(self.network, self.x, self.t).square().mean()
         loss.backward()
@@ -96,10 +98,10 @@ class Training:
     def run(self, optimizer: torch.optim.Optimizer, steps: int, title: str) -> float:
         """Take steps; returns the seconds they took outside of the closure."""
         self.seconds_in_closure = 0.0
-        begin = time.perf_counter()
+        self.begin = time.perf_counter()
         for _ in tqdm(range(steps), desc=f"{title:16s}", unit="step", mininterval=0.5):
             optimizer.step(lambda: self.closure(optimizer))
-        return time.perf_counter() - begin - self.seconds_in_closure
+        return time.perf_counter() - self.begin - self.seconds_in_closure
 
     def error(self) -> float:
         """The network's error relative to the exact solution, in the mean square over a grid."""
@@ -116,8 +118,9 @@ def grid(nx: int, nt: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def plot(trainings: dict[str, Training], adam_losses: list[float], path: Path) -> None:
-    """The solution at four times beside the exact one, where it is wrong, and the losses of all optimizers."""
-    figure, (solution, where, losses) = plt.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
+    """The solution at four times beside the exact one, where it is wrong, and the losses of all optimizers: by calls of
+    the closure, and of L-BFGS by time."""
+    figure, ((solution, where), (losses, timed)) = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
     ours = trainings["optim_ext.LBFGS"]
     device = ours.x.device
     x = torch.linspace(-1, 1, 201, device=device)
@@ -130,7 +133,7 @@ def plot(trainings: dict[str, Training], adam_losses: list[float], path: Path) -
     solution.set_title("Solution: exact (wide) and network (thin)")
     solution.set_xlabel("x")
     solution.set_ylabel("u")
-    solution.legend(fontsize="small")
+    solution.legend(fontsize="small", loc="upper right")
     xs, ts = grid(201, 101, device)
     with torch.no_grad():
         wrong = (ours.network(xs, ts).cpu().double() - exact(xs.cpu(), ts.cpu())).abs().clamp_min(1e-12)
@@ -145,11 +148,15 @@ def plot(trainings: dict[str, Training], adam_losses: list[float], path: Path) -
         colour, width, alpha = styles[name]
         calls = range(len(adam_losses), len(adam_losses) + len(training.losses))
         losses.plot(calls, training.losses, color=colour, linewidth=width, alpha=alpha, label=name)
-    losses.set_yscale("log")
+        timed.plot(training.own_seconds, training.losses, color=colour, linewidth=width, alpha=alpha, label=name)
     losses.set_title("Mean square of the equation's residual")
     losses.set_xlabel("calls of the closure")
-    losses.legend(fontsize="small")
-    for panel in (solution, losses):
+    timed.set_title("The same over the time of L-BFGS itself")
+    timed.set_xlabel("seconds outside of the closure")
+    for panel in (losses, timed):
+        panel.set_yscale("log")
+        panel.legend(fontsize="small", loc="upper right")
+    for panel in (solution, losses, timed):
         panel.grid(alpha=0.3)
     figure.suptitle(f"Viscous Burgers equation, nu = {VISCOSITY}")
     figure.savefig(path, dpi=110)
