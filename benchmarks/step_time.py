@@ -376,7 +376,8 @@ def share_memory(optimizers: dict[str, Any]) -> None:
             p.data = shared.data
             state = optimizer.state.get(p, {})
             for key, tensor in ours.state.get(shared, {}).items():
-                if key in state and isinstance(tensor, Tensor) and tensor.shape == shared.shape:
+                alike = key in state and isinstance(tensor, Tensor) and tensor.shape == shared.shape
+                if alike and state[key].dtype == tensor.dtype:
                     state[key].set_(tensor)  # the same objects as before, by which compiled code knows them
 
 
