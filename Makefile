@@ -61,8 +61,11 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
-	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/kernels || \
-	  { echo 'csrc/rules and csrc/kernels must not know torch (csrc/README.md)'; false; }
+	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/device csrc/kernels || \
+	  { echo 'csrc/rules, csrc/device and csrc/kernels must not know torch (csrc/README.md)'; false; }
+	@! grep -rnE '<<<|\b(cuda[A-Z]|threadIdx|blockIdx|gridDim|__(shared|global|grid_constant|sync|shfl|threadfence))' csrc \
+	  --include=*.h --include=*.cpp --include=*.cu --exclude-dir=device || \
+	  { echo 'only csrc/device/cuda speaks to CUDA (csrc/README.md)'; false; }
 	@! grep -rnE '#include *"' csrc/rules | grep -vE '"[a-z_]+\.h"' || \
 	  { echo 'csrc/rules includes only its own headers (csrc/README.md)'; false; }
 

@@ -10,11 +10,10 @@
 namespace optim_ext::ops {
 
 CudaPlace::CudaPlace(at::Device device)
-    : stream(c10::cuda::getCurrentCUDAStream(device.index())), multiprocessors(cuda::multiprocessors(device.index())) {
-  TORCH_CHECK(cuda::takes_arguments(), "optim_ext needs a CUDA driver of version 12.1 or newer");
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check_cuda(cudaStreamIsCapturing(stream, &status));
-  capturing = status != cudaStreamCaptureStatusNone;
+    : stream(c10::cuda::getCurrentCUDAStream(device.index())),
+      multiprocessors(device::multiprocessors(device.index())) {
+  TORCH_CHECK(device::takes_arguments(), "optim_ext needs a CUDA driver of version 12.1 or newer");
+  check_cuda(device::capturing(stream, capturing));
 }
 
 CudaTable::CudaTable(const CudaPlace& place, int64_t bytes)
@@ -24,8 +23,7 @@ CudaTable::CudaTable(const CudaPlace& place, int64_t bytes)
       device_(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes))) {}
 
 const unsigned char* CudaTable::send() {
-  check_cuda(
-      cudaMemcpyAsync(device_.get(), host_.get(), static_cast<size_t>(bytes_), cudaMemcpyHostToDevice, place_.stream));
+  check_cuda(device::upload(device_.get(), host_.get(), bytes_, place_.stream));
   const auto stream = c10::cuda::getCurrentCUDAStream(device_.device().index());
   at::getHostAllocator(at::kCUDA)->record_event(host_.get(), host_.get_context(), stream.unwrap());
   return static_cast<const unsigned char*>(device_.get());
@@ -34,7 +32,7 @@ const unsigned char* CudaTable::send() {
 CudaScratch::CudaScratch(int64_t bytes)
     : data_(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes))) {}
 
-void check_cuda(cudaError_t error) { C10_CUDA_CHECK(error); }
+void check_cuda(device::Status error) { C10_CUDA_CHECK(error); }
 
 namespace {
 

@@ -18,7 +18,7 @@ namespace optim_ext::ops {
 // Where a call runs.
 struct CudaPlace {
   explicit CudaPlace(at::Device device);
-  cudaStream_t stream;
+  device::Stream stream;
   bool capturing;  // into a CUDA graph: whatever is launched will be replayed when this call's memory is long gone
   int multiprocessors;
 };
@@ -49,7 +49,7 @@ class CudaScratch {
 };
 
 // Throws what torch throws for a CUDA error.
-void check_cuda(cudaError_t error);
+void check_cuda(device::Status error);
 
 // Adds one to every step counter that lives on the device, unless the step is skipped there.
 void advance_counters(const Work& call, const CudaPlace& place);
@@ -97,7 +97,7 @@ struct CudaDriver {
     const CudaScratch scratch((chunks * kReduceSlots + 1) * static_cast<int64_t>(sizeof(double)));
     auto* const finished = static_cast<unsigned*>(scratch.data());
     auto* slots = static_cast<double*>(scratch.data()) + 1;
-    check_cuda(cudaMemsetAsync(finished, 0, sizeof(unsigned), place.stream));
+    check_cuda(device::zero(finished, sizeof(unsigned), place.stream));
     cuda::Batch<cuda::ReduceJob<Reduction>> batch{};
     batch.chunk = kReduceChunk;
     batch.rule.finished = finished;
