@@ -1,22 +1,19 @@
 // The way into the kernels for the torch-facing side: arguments in, an error code out. Nothing here synchronises.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <type_traits>
 
+#include "../../device/device.h"
 #include "batch.h"
 
 namespace optim_ext::cuda {
 
+static_assert(kArgumentBytes <= device::kMaxArgumentBytes);
+
 // Launches that many blocks of kThreads.
-template <class Arguments>
-cudaError_t launch_blocks(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  void* pointers[] = {const_cast<Arguments*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                          pointers, 0, stream);
+template <class Kernel, class Arguments>
+device::Status launch_blocks(Kernel* kernel, const Arguments& args, int64_t blocks, device::Stream stream) {
+  return blocks == 0 ? device::kSuccess : device::launch(kernel, {blocks}, kThreads, stream, args);
 }
 
 // Step counters on the device, to be advanced by one before the update that reads them.
@@ -29,36 +26,31 @@ struct alignas(8) Counters {
   void* counter[kRoom];
 };
 
-// Whether the driver at hand takes kArgumentBytes.
-bool takes_arguments();
-
-int multiprocessors(int device);
-
 // Whether a step by this rule may also average what it has updated.
 template <class Rule>
 constexpr bool kCanAverage = !std::is_same_v<Rule, rules::Average>;
 
 // One block per chunk. V is the type the rule computes in: float, or double as soon as one operand is stored as f64.
 template <class Rule, class V, int64_t kBytes>
-cudaError_t launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, cudaStream_t stream);
+device::Status launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, device::Stream stream);
 
 // One block per chunk of kReduceChunk elements.
 template <class Reduction>
 struct ReduceJob;
 template <class Reduction, int64_t kBytes>
-cudaError_t launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream);
+device::Status launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_t chunks, device::Stream stream);
 
 // Then, where a result per tensor is wanted, one block for each of them.
 template <class Reduction, int64_t kBytes>
-cudaError_t launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, cudaStream_t stream);
+device::Status launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, device::Stream stream);
 
 // One block per chunk of the threads that fibers are given.
 template <class Reduction>
 struct FiberJob;
 template <class Reduction, int64_t kBytes>
-cudaError_t launch_fibers(const Args<FiberJob<Reduction>, kBytes>& args, int64_t chunks, cudaStream_t stream);
+device::Status launch_fibers(const Args<FiberJob<Reduction>, kBytes>& args, int64_t chunks, device::Stream stream);
 
 template <int64_t kBytes>
-cudaError_t launch_advance(const Counters<kBytes>& counters, cudaStream_t stream);
+device::Status launch_advance(const Counters<kBytes>& counters, device::Stream stream);
 
 }  // namespace optim_ext::cuda

@@ -1,0 +1,261 @@
+// The loop over the tensors of a call on a device, whoever owns the memory: torch's allocators in ops/, plain memory
+// where the tests run it on the double. Tables are filled, kernels launched on one stream, nothing is waited for.
+//
+// Place says where a call runs:
+//   stream, multiprocessors
+//   capturing                    whatever is launched goes into a graph and is replayed when the call's memory is gone
+//   Table(place, bytes)          memory for a table: host(), and send() gives its copy on the device
+//   Scratch(bytes), data()       memory of the device for the length of the call
+//   check(status), require(condition, message)    throw
+//
+// Call has the bundles, what happens to gradients on the way (pass), the device_hypers, and whether step counts live on
+// the device (steps_on_device).
+#pragma once
+
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+#include "history.h"
+#include "launch.h"
+#include "reduce_block.h"
+
+namespace optim_ext::cuda {
+
+template <class Place>
+class Driver {
+ public:
+  explicit Driver(const Place& place) : place_(place) {}
+
+  // One launch for all tensors computed in float and one for those in double, if there are any. While a graph is
+  // captured a table has to travel in the arguments, so a call of hundreds of tensors becomes several launches.
+  template <class Rule, class Call>
+  void run(const Rule& rule, const Call& call) const {
+    if (call.steps_on_device) advance_counters(call);
+    Batch<Rule> batch{};
+    batch.rule = rule;
+    batch.grad_scale = call.pass.device_grad_scale;
+    batch.found_inf = call.pass.device_found_inf;
+    batch.grad_factor = call.pass.device_grad_factor;
+    batch.grad_factor_storage = call.pass.grad_factor_storage;
+    batch.average_weight = call.pass.average_weight;
+    batch.live_average_weight = call.pass.device_average_weight;
+    batch.average_weight_storage = call.pass.average_weight_storage;
+    Place::require(call.device_hypers.size() <= static_cast<size_t>(kMaxLiveHypers),
+                   "optim_ext: more hyper-parameters on the device than a launch has room for");
+    for (const auto& hyper : call.device_hypers) {
+      batch.hypers[batch.hyper_count++] = {hyper.offset, hyper.value, hyper.storage};
+    }
+    sweep<float>(batch, call);
+    sweep<double>(batch, call);
+  }
+
+  // Adds one to every step counter that lives on the device, unless the step is skipped there.
+  template <class Call>
+  void advance_counters(const Call& call) const {
+    std::vector<void*> by_storage[2];  // floats, then doubles
+    for (const Bundle& bundle : call.bundles) {
+      if (bundle.device_step)
+        by_storage[bundle.step_storage == Storage::f64].push_back(const_cast<void*>(bundle.device_step));
+    }
+    using Table = Counters<kArgumentBytes>;
+    Table counters;
+    counters.found_inf = call.pass.device_found_inf;
+    counters.count = counters.floats = 0;
+    const auto launch = [&] {
+      Place::check(launch_advance(counters, place_.stream));
+      counters.count = counters.floats = 0;
+    };
+    for (const auto& of_storage : by_storage) {
+      for (void* counter : of_storage) {
+        if (counters.count == Table::kRoom) launch();
+        counters.counter[counters.count++] = counter;
+        if (&of_storage == &by_storage[0]) counters.floats = counters.count;
+      }
+    }
+    launch();
+  }
+
+  // One result for all tensors of the call: a launch, unless a graph is captured and the table is long.
+  template <class Reduction, class Call>
+  void reduce_all(const Call& call, const NormOutcome& outcome) const {
+    std::vector<const Bundle*> bundles;
+    int64_t chunks = 0;
+    double count = 0.0;
+    for (const Bundle& bundle : call.bundles) {
+      if (bundle.numel != 0) bundles.push_back(&bundle);
+      chunks += reduce_chunks(bundle.numel);
+      count += static_cast<double>(bundle.numel);
+    }
+    Place::require(chunks <= INT32_MAX, "optim_ext: more than 2^31 chunks of gradients");
+    const typename Place::Scratch scratch((chunks * kReduceSlots + 1) * static_cast<int64_t>(sizeof(double)));
+    auto* const finished = static_cast<unsigned*>(scratch.data());
+    auto* slots = static_cast<double*>(scratch.data()) + 1;
+    Place::check(device::zero(finished, sizeof(unsigned), place_.stream));
+    Batch<ReduceJob<Reduction>> batch{};
+    batch.chunk = kReduceChunk;
+    batch.rule.finished = finished;
+    batch.rule.blocks = static_cast<unsigned>(chunks);
+    batch.rule.all_slots = slots;
+    batch.rule.outcome = outcome;
+    batch.rule.count = count;
+    for_each_table(batch, bundles, [&](auto& args, int64_t of_table) {
+      args.batch.rule.slots = slots;
+      Place::check(launch_reduce<Reduction>(args, of_table, place_.stream));
+      slots += of_table * kReduceSlots;
+    });
+  }
+
+  // One result per tensor.
+  template <class Reduction, class Call>
+  void reduce_each(const Call& call, double* results) const {
+    std::vector<const Bundle*> bundles;
+    int64_t chunks = 0;
+    for (const Bundle& bundle : call.bundles) {
+      bundles.push_back(&bundle);
+      chunks += reduce_chunks(bundle.numel);
+    }
+    const typename Place::Scratch scratch(chunks * kReduceSlots * static_cast<int64_t>(sizeof(double)));
+    auto* slots = static_cast<double*>(scratch.data());
+    Batch<ReduceJob<Reduction>> batch{};
+    batch.chunk = kReduceChunk;
+    for_each_table(batch, bundles, [&](auto& args, int64_t of_table) {
+      args.batch.rule.slots = slots;
+      args.batch.rule.each = results;
+      args.batch.rule.chunks = static_cast<int32_t>(of_table);
+      Place::check(launch_reduce<Reduction>(args, of_table, place_.stream));
+      Place::check(launch_finish_each<Reduction>(args, place_.stream));
+      slots += of_table * kReduceSlots;
+      results += args.batch.count;
+    });
+  }
+
+  // The pieces of all fibers.
+  template <class Reduction>
+  void reduce_fibers(const std::vector<Fibers>& tensors) const {
+    std::vector<Layout> layouts(tensors.size());
+    std::vector<Bundle> all(tensors.size());
+    std::vector<const Bundle*> bundles;
+    int64_t threads = 0;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      all[t] = bundle_of(tensors[t], layouts[t]);
+      bundles.push_back(&all[t]);
+      threads += all[t].numel;
+    }
+    Batch<FiberJob<Reduction>> batch{};
+    batch.chunk = chunk_for(threads, place_.multiprocessors);
+    for_each_table(batch, bundles, [&](const auto& args, int64_t chunks) {
+      Place::check(launch_fibers<Reduction>(args, chunks, place_.stream));
+    });
+  }
+
+  // The vectors of L-BFGS. The task's lists of rows and coefficients are on the host, `out` is on the device.
+  void history_dots(HistoryDots task, double* out) const {
+    const int64_t count = task.history.count;
+    typename Place::Table table(place_, count > 0 ? 16 * count : 8);
+    const unsigned char* const sent = send(table, {{task.history.old_dirs, count}, {task.history.old_stps, count}});
+    task.history.old_dirs = rows_at(sent, 0);
+    task.history.old_stps = rows_at(sent, count);
+    const typename Place::Scratch sums(8 * task.sums() * history_tiles(task.numel));
+    Place::check(launch_history_dots(task, static_cast<double*>(sums.data()), out, place_.stream));
+  }
+
+  void history_combine(HistoryCombination task, Norms* out) const {
+    const int64_t count = task.history.count;
+    typename Place::Table table(place_, count > 0 ? 32 * count : 8);
+    const unsigned char* const sent = send(table, {{task.history.old_dirs, count},
+                                                   {task.history.old_stps, count},
+                                                   {task.y_coefficient, count},
+                                                   {task.s_coefficient, count}});
+    task.history.old_dirs = rows_at(sent, 0);
+    task.history.old_stps = rows_at(sent, count);
+    task.y_coefficient = reinterpret_cast<const double*>(sent) + 2 * count;
+    task.s_coefficient = reinterpret_cast<const double*>(sent) + 3 * count;
+    const typename Place::Scratch norms(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
+    Place::check(launch_history_combine(task, static_cast<Norms*>(norms.data()), out, place_.stream));
+  }
+
+  void norms(const NormsOf& task, Norms* out) const {
+    const typename Place::Scratch norms(static_cast<int64_t>(sizeof(Norms)) * history_tiles(task.numel));
+    Place::check(launch_norms(task, static_cast<Norms*>(norms.data()), out, place_.stream));
+  }
+
+ private:
+  template <class V, class Rule, class Call>
+  void sweep(Batch<Rule> batch, const Call& call) const {
+    std::vector<const Bundle*> bundles;
+    bundles.reserve(call.bundles.size());
+    int64_t elements = 0;
+    for (const Bundle& bundle : call.bundles) {
+      if (bundle.in_double != (sizeof(V) == sizeof(double))) continue;
+      if (bundle.numel == 0 && !rules::kStoresScalars<Rule>) continue;
+      bundles.push_back(&bundle);
+      elements += bundle.numel;
+    }
+    batch.chunk = chunk_for(elements, place_.multiprocessors);
+    batch.averaged = false;
+    for (const Bundle* bundle : bundles) batch.averaged |= bundle->average != nullptr;
+    for_each_table(batch, bundles, [&](const auto& args, int64_t chunks) {
+      Place::check(launch_sweep<Rule, V>(args, chunks, place_.stream));
+    });
+  }
+
+  // Launches with as few tables as hold all tensors.
+  template <class Rule, class Launch>
+  void for_each_table(const Batch<Rule>& batch, const std::vector<const Bundle*>& bundles, const Launch& launch) const {
+    const int64_t room = Args<Rule, kArgumentBytes>::kRoom;
+    const auto count = static_cast<int64_t>(bundles.size());
+    for (int64_t done = 0; done < count;) {
+      const Bundle* const* const next = bundles.data() + done;
+      auto shape = fitting<Rule>(next, count - done, room);
+      if (shape.count < count - done && !place_.capturing) {
+        shape = fitting<Rule>(next, count - done, INT64_MAX);
+        launch_remote(batch, next, shape, launch);
+      } else {
+        launch_local(batch, next, shape, launch);
+      }
+      done += shape.count;
+    }
+  }
+
+  template <class Rule, class Launch>
+  void launch_local(const Batch<Rule>& batch, const Bundle* const* bundles, const TableShape<Rule>& shape,
+                    const Launch& launch) const {
+    Args<Rule, kArgumentBytes> args;  // the room that no table fills stays as it is
+    args.batch = batch;
+    args.batch.count = static_cast<int32_t>(shape.count);
+    const int64_t chunks = fill_table(bundles, shape, batch.chunk, args.room);
+    launch(args, chunks);
+  }
+
+  template <class Rule, class Launch>
+  void launch_remote(const Batch<Rule>& batch, const Bundle* const* bundles, const TableShape<Rule>& shape,
+                     const Launch& launch) const {
+    typename Place::Table table(place_, shape.bytes());
+    Args<Rule, kArgumentBytes> args;
+    args.batch = batch;
+    args.batch.count = static_cast<int32_t>(shape.count);
+    const int64_t chunks = fill_table(bundles, shape, batch.chunk, table.host());
+    args.batch.remote = table.send();
+    launch(args, chunks);
+  }
+
+  // Sends what a task keeps on the host, one block of 8-byte values after the other, to the device.
+  static const unsigned char* send(typename Place::Table& table,
+                                   std::initializer_list<std::pair<const void*, int64_t>> blocks) {
+    unsigned char* to = table.host();
+    for (const auto& [data, count] : blocks) {
+      if (count > 0) std::memcpy(to, data, static_cast<size_t>(8 * count));
+      to += 8 * count;
+    }
+    return table.send();
+  }
+
+  static void* const* rows_at(const unsigned char* table, int64_t index) {
+    return reinterpret_cast<void* const*>(table + 8 * index);
+  }
+
+  const Place& place_;
+};
+
+}  // namespace optim_ext::cuda
