@@ -63,10 +63,12 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests/typing/*.py
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
-	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/kernels || \
-	  { echo 'csrc/rules and csrc/kernels must not know torch (csrc/README.md)'; false; }
+	@! grep -rnE '#include *[<"](torch|ATen|c10|Python|pybind11)' csrc/rules csrc/memory csrc/kernels || \
+	  { echo 'csrc/rules, csrc/memory and csrc/kernels must not know torch (csrc/README.md)'; false; }
 	@! grep -rnE '#include *"' csrc/rules | grep -vE '"[a-z_]+\.h"' || \
 	  { echo 'csrc/rules includes only its own headers (csrc/README.md)'; false; }
+	@! grep -rnE '#include *"' csrc/memory | grep -vE '"[a-z_]+\.h"' || \
+	  { echo 'csrc/memory includes only its own headers (csrc/README.md)'; false; }
 
 format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix --exit-zero .
