@@ -3,22 +3,24 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/SparseTensorImpl.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/hash.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <sstream>
-#include <unordered_set>
 
 #include "../kernels/convert.h"
+#include "../memory/overlap.h"
 #include "parallel.h"
 
 namespace optim_ext::ops {
 
 namespace {
+
+using memory::Extent;
 
 const at::SparseTensorImpl& sparse_parts(const at::Tensor& tensor) {
   return *static_cast<const at::SparseTensorImpl*>(tensor.unsafeGetTensorImpl());
@@ -67,15 +69,6 @@ double host_value(const void* data, Storage storage) {
   }
 }
 
-// Memory one tensor of a call writes. `key` tells apart strided tensors that span the same addresses.
-struct Interval {
-  const char* begin;
-  const char* end;
-  size_t key;  // 0 for dense memory
-  const at::Tensor* tensor;
-  bool operator==(const Interval& other) const { return begin == other.begin && end == other.end && key == other.key; }
-};
-
 // From its first element to its last, in elements.
 int64_t span_of(const at::Tensor& tensor) {
   int64_t span = 1;
@@ -83,55 +76,37 @@ int64_t span_of(const at::Tensor& tensor) {
   return span;
 }
 
-Interval interval_of(const at::Tensor& tensor) {
-  const char* const begin = static_cast<const char*>(tensor.const_data_ptr());
-  if (tensor.is_non_overlapping_and_dense()) return {begin, begin + tensor.numel() * tensor.element_size(), 0, &tensor};
-  size_t key = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    key = c10::hash_combine(key, c10::get_hash(tensor.size(d), tensor.stride(d)));
-  }
-  return {begin, begin + span_of(tensor) * tensor.element_size(), key | 1, &tensor};
+Extent extent_of(const at::Tensor& tensor) {
+  const void* const data = tensor.const_data_ptr();
+  const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  if (tensor.is_non_overlapping_and_dense()) return memory::dense_extent(data, tensor.numel() * bytes);
+  return memory::strided_extent(data, bytes, tensor.sizes(), tensor.strides());
 }
 
 // The same for operand `k` of a bundle, which already knows where dense memory lies.
-Interval interval_of(const Bundle& bundle, int k, const at::Tensor& tensor) {
-  if (bundle.layout != nullptr) return interval_of(tensor);
-  const char* const begin = static_cast<const char*>(bundle.data[k]);
-  return {begin, begin + bundle.numel * bytes_of(bundle.storage[k]), 0, &tensor};
+Extent extent_of(const Bundle& bundle, int k, const at::Tensor& tensor) {
+  if (bundle.layout != nullptr) return extent_of(tensor);
+  return memory::dense_extent(bundle.data[k], bundle.numel * bytes_of(bundle.storage[k]));
 }
 
-void collect_addresses(const at::Tensor& tensor, int64_t d, const char* at, std::unordered_set<const char*>& out) {
-  if (d == tensor.dim()) {
-    out.insert(at);
-    return;
-  }
-  for (int64_t i = 0; i < tensor.size(d); ++i) {
-    collect_addresses(tensor, d + 1, at + i * tensor.stride(d) * tensor.element_size(), out);
-  }
+// Whether two extents share an element, as far as that is known within the budget; else they are taken to do so.
+bool share_elements(const Extent& a, const Extent& b) {
+  int64_t budget = memory::kPairBudget;
+  return memory::overlap(a, b, budget) != memory::Overlap::none;
 }
 
-// Whether two tensors whose intervals meet share an element. Views may interleave (the columns of one matrix), so where
-// one of them is strided the elements themselves are compared.
-bool share_elements(const Interval& a, const Interval& b) {
-  if (a.key == 0 && b.key == 0) return true;
-  std::unordered_set<const char*> first, second;
-  collect_addresses(*a.tensor, 0, a.begin, first);
-  collect_addresses(*b.tensor, 0, b.begin, second);
-  return std::any_of(second.begin(), second.end(), [&](const char* at) { return first.count(at) != 0; });
-}
-
-// Memory written by one call must be disjoint: the sweep runs in parallel. `intervals` are in the order of addresses.
-// Returns the offender.
-const at::Tensor* find_overlap(const std::vector<Interval>& intervals) {
-  std::vector<Interval> open;
-  for (const Interval& interval : intervals) {
-    std::erase_if(open, [&](const Interval& other) { return other.end <= interval.begin; });
-    for (const Interval& other : open) {
-      if (share_elements(other, interval)) return interval.tensor;
+// Memory written by one call must be disjoint: the sweep runs in parallel. `by_address` are the extents in the order of
+// addresses. Returns the place of the offender, -1 if there is none.
+int64_t find_overlap(const std::vector<Extent>& extents, const std::vector<int64_t>& by_address) {
+  std::vector<int64_t> open;
+  for (const int64_t i : by_address) {
+    std::erase_if(open, [&](int64_t other) { return extents[other].end <= extents[i].begin; });
+    for (const int64_t other : open) {
+      if (share_elements(extents[other], extents[i])) return i;
     }
-    open.push_back(interval);
+    open.push_back(i);
   }
-  return nullptr;
+  return -1;
 }
 
 // A set of addresses that is asked much more often than it is made.
@@ -160,38 +135,33 @@ const void* memory_of(const at::Tensor& tensor) { return tensor.storage().data()
 
 }  // namespace
 
-// All that a call writes.
+// All that a call writes, by value: these lists are compared with those of later calls, whose tensors are others.
 struct Call::Writes {
-  explicit Writes(std::vector<Interval> given)
-      : in_order(std::move(given)), by_address(in_order), memory(memory_of_all(in_order)) {
+  Writes(std::vector<Extent> given, const std::vector<const void*>& memory)
+      : in_order(std::move(given)), by_address(in_order.size()), memory(memory) {
+    std::iota(by_address.begin(), by_address.end(), 0);
     std::stable_sort(by_address.begin(), by_address.end(),
-                     [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-    all_dense = std::all_of(in_order.begin(), in_order.end(), [](const Interval& written) { return written.key == 0; });
+                     [&](int64_t a, int64_t b) { return in_order[a].begin < in_order[b].begin; });
+    all_dense = std::all_of(in_order.begin(), in_order.end(), [](const Extent& written) { return written.is_dense(); });
   }
 
   // Whether memory that is read overlaps any of it.
-  bool meet(const Interval& read) const {
+  bool meet(const Extent& read) const {
     auto first = by_address.begin();
     if (all_dense) {  // then they end in the order in which they begin
       first = std::partition_point(first, by_address.end(),
-                                   [&](const Interval& written) { return written.end <= read.begin; });
+                                   [&](int64_t written) { return in_order[written].end <= read.begin; });
     }
-    for (; first != by_address.end() && first->begin < read.end; ++first) {
-      if (read.begin < first->end && share_elements(*first, read)) return true;
+    for (; first != by_address.end() && in_order[*first].begin < read.end; ++first) {
+      if (share_elements(in_order[*first], read)) return true;
     }
     return false;
   }
 
-  std::vector<Interval> in_order, by_address;
+  std::vector<Extent> in_order;
+  std::vector<int64_t> by_address;
   bool all_dense;
   Addresses memory;
-
- private:
-  static Addresses memory_of_all(const std::vector<Interval>& intervals) {
-    std::vector<const void*> memory;
-    for (const Interval& interval : intervals) memory.push_back(memory_of(*interval.tensor));
-    return Addresses(memory);
-  }
 };
 
 thread_local std::array<std::unique_ptr<const Call::Writes>, 8> Call::known_writes;
@@ -721,22 +691,25 @@ void Call::read_pass() {
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
-// Calls visit(interval) for the memory of all tensors that are written, until it returns false.
+// Calls visit(extent, tensor, list) for the memory of all tensors that are written, until it returns false.
 template <class Visit>
 bool Call::visit_written(const Visit& visit) const {
   for (size_t i = 0; i < bundles.size(); ++i) {
     for (int k = 0; bundles[i].numel != 0 && k < rule_.count; ++k) {
-      if (rule_.is_written(k) && !visit(interval_of(bundles[i], k, rule_.lists[k].tensors[i]))) return false;
+      if (!rule_.is_written(k)) continue;
+      const List& list = rule_.lists[k];
+      if (!visit(extent_of(bundles[i], k, list.tensors[i]), list.tensors[i], list)) return false;
     }
-    if (bundles[i].numel != 0 && bundles[i].average &&
-        !visit(interval_of(averages_[i], kParam, averaging_lists_[kParam].tensors[i])))
-      return false;
+    if (bundles[i].numel != 0 && bundles[i].average) {
+      const List& list = averaging_lists_[kParam];
+      if (!visit(extent_of(averages_[i], kParam, list.tensors[i]), list.tensors[i], list)) return false;
+    }
     for (const List& list : spec_.scalars) {
-      if (!visit(interval_of(list.tensors[i]))) return false;
+      if (!visit(extent_of(list.tensors[i]), list.tensors[i], list)) return false;
     }
     for (const PartialList& partial : spec_.partial) {
       const at::Tensor& tensor = partial.list.tensors[i];
-      if (tensor.defined() && tensor.numel() != 0 && !visit(interval_of(tensor))) return false;
+      if (tensor.defined() && tensor.numel() != 0 && !visit(extent_of(tensor), tensor, partial.list)) return false;
     }
   }
   return true;
@@ -750,38 +723,38 @@ void Call::check_overlap() const {
     if (writes == nullptr) break;
     auto at = writes->in_order.begin();
     const auto end = writes->in_order.end();
-    if (!visit_written([&](const Interval& interval) { return at != end && *at++ == interval; }) || at != end) continue;
+    const auto is_next = [&](const Extent& extent, const at::Tensor&, const List&) {
+      return at != end && *at++ == extent;
+    };
+    if (!visit_written(is_next) || at != end) continue;
     if (writes.get() != expected_ || grads_meet_writes_) check_grads(*writes);
     return;
   }
-  std::vector<Interval> written;
-  visit_written([&](const Interval& interval) {
-    written.push_back(interval);
+  std::vector<Extent> written;
+  std::vector<const void*> memory;
+  visit_written([&](Extent extent, const at::Tensor& tensor, const List&) {
+    written.push_back(std::move(extent));
+    memory.push_back(memory_of(tensor));
     return true;
   });
-  auto writes = std::make_unique<Writes>(std::move(written));
-  const at::Tensor* const offender = find_overlap(writes->by_address);
-  if (offender == nullptr) {
+  auto writes = std::make_unique<Writes>(std::move(written), memory);
+  int64_t offender = find_overlap(writes->in_order, writes->by_address);
+  if (offender < 0) {
     check_grads(*writes);
     known_writes[next++ % known_writes.size()] = std::move(writes);
     return;
   }
-  const auto refuse_if_in = [&](const List& list) {
-    const auto found = std::find_if(list.tensors.begin(), list.tensors.end(),
-                                    [&](const at::Tensor& tensor) { return &tensor == offender; });
-    if (found != list.tensors.end()) refuse(list.name, found - list.tensors.begin(), kOverlaps);
-  };
-  std::for_each(rule_.lists, rule_.lists + rule_.count, refuse_if_in);
-  refuse_if_in(averaging_lists_[kParam]);
-  std::for_each(spec_.scalars.begin(), spec_.scalars.end(), refuse_if_in);
-  for (const PartialList& partial : spec_.partial) refuse_if_in(partial.list);
+  visit_written([&](const Extent&, const at::Tensor& tensor, const List& list) {
+    if (offender-- == 0) refuse(list.name, &tensor - list.tensors.data(), kOverlaps);
+    return true;
+  });
 }
 
 // What this call is going to write, most likely: so the threads that look at the tensors can also see to it that no
 // gradient lies in that memory.
 void Call::expect_writes() {
   if (!rule_.reads_grads() || bundles[0].numel == 0) return;
-  const void* const first = bundles[0].data[std::countr_zero(rule_.written)];
+  const auto first = reinterpret_cast<uintptr_t>(bundles[0].data[std::countr_zero(rule_.written)]);
   for (const auto& writes : known_writes) {
     if (writes && !writes->in_order.empty() && writes->in_order.front().begin == first) expected_ = writes.get();
   }
@@ -802,9 +775,9 @@ void Call::check_grads(const Writes& writes) const {
     const at::Tensor& tensor = rule_.lists[kGrad].tensors[i];
     if (bundles[i].numel == 0 || tensor.layout() != at::kStrided || !writes.memory.contains(memory_of(tensor)))
       continue;
-    const Interval grad = interval_of(bundles[i], kGrad, tensor);
+    const Extent grad = extent_of(bundles[i], kGrad, tensor);
     const bool is_own =
-        rule_.is_written(kParam) && grad == interval_of(bundles[i], kParam, rule_.lists[kParam].tensors[i]);
+        rule_.is_written(kParam) && grad == extent_of(bundles[i], kParam, rule_.lists[kParam].tensors[i]);
     if (!is_own && writes.meet(grad)) refuse(rule_.lists[kGrad].name, static_cast<int64_t>(i), kOverlaps);
   }
 }
