@@ -1,5 +1,6 @@
 """Types of the compiled module."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ class AveragePlan:
     def is_current(self, *roots: torch.nn.Module) -> bool: ...
     def run(self, weight: float | Tensor, found_inf: Tensor | None = None, check_only: bool = False) -> None: ...
 
+def describe(param_groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str: ...
 def grad_norm(
-    param_groups: list[dict[str, Any]],
+    param_groups: Iterable[Mapping[str, Any]],
     norm_type: float = 2.0,
     max_norm: float | None = None,
     skip_nonfinite: bool = False,

@@ -60,6 +60,8 @@ def check_not_negative(**options: Any) -> None:
 
 
 def check_betas(betas: tuple[float, float]) -> None:
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}, expected 2 values")
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -53,6 +54,8 @@ _NOT_COMPILED = (
 # Why a differentiable step takes torch's code.
 _RECORDED = "differentiable=True: the step itself is recorded by autograd"
 
+_PLANS_KEPT = 32  # of an optimizer whose groups are stepped some at a time
+
 _COUNTED_IN = (torch.float32, torch.float64)  # step counters
 
 # Implementations of __torch_function__ that leave a tensor an ordinary one.
@@ -78,6 +81,7 @@ class Controls:
     armed: ArmedClip | None = None  # by clip_grad_norm, for the next step
     policy: GradPolicy | None = None
     averaging: StepAveraging | None = None
+    groups: int = 0  # how many parameter groups the optimizer had when it was last asked for one of these
 
 
 class FusedStep(Optimizer):
@@ -104,7 +108,7 @@ class FusedStep(Optimizer):
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
-    _plan: _C.Plan | None
+    _plan: _C.Plan | None  # of the last step
     _controls: Controls
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
@@ -185,7 +189,7 @@ class FusedStep(Optimizer):
                 to another optimizer, or its model is not known.
         """
         self._plan = None
-        self._asked().averaging = None if averaged is None else step_averaging(averaged, model, self)
+        self._ask().averaging = None if averaged is None else step_averaging(averaged, model, self)
 
     def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients of the next step by their norm: instead of ``torch.nn.utils.clip_grad_norm_``.
@@ -212,7 +216,7 @@ class FusedStep(Optimizer):
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(_NOT_COMPILED)
-        controls = self._asked()
+        controls = self._ask()
         controls.armed = None
         controls.armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
         return controls.armed.norm
@@ -282,7 +286,7 @@ class FusedStep(Optimizer):
         also if a GPU skips it: zeros and counts of zero, from which the next step starts as from none.
         """
         asked = max_norm is not None or skip_nonfinite or skip_above is not None
-        self._asked().policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
+        self._ask().policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
         return self.grad_policy
 
     @property
@@ -329,6 +333,7 @@ class FusedStep(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         self._asked()  # there from the constructor on, which adds the first group
         super().add_param_group(param_group)
+        self._ask()
 
     add_param_group.__doc__ = Optimizer.add_param_group.__doc__
 
@@ -338,16 +343,33 @@ class FusedStep(Optimizer):
             self._controls = controls = Controls()
         return controls
 
+    def _ask(self) -> Controls:
+        """The controls, for a caller who is about to change them and sees every group."""
+        controls = self._asked()
+        controls.groups = len(self.param_groups)
+        return controls
+
     def _eager_step(self) -> None:
+        if not self._in_plain_containers():
+            with self._plain_containers():
+                return self._eager_step()
         asked = self._asked()
-        if (asked.averaging is not None or asked.policy is not None) and self._only_makes_state():
-            self._controls = Controls()
-            try:
-                self._controlled_step()
-            finally:
-                self._controls = asked
-        else:
+        if asked.armed is None and asked.policy is None and asked.averaging is None:
+            return self._controlled_step()
+        if len(self.param_groups) < asked.groups:
+            raise RuntimeError(
+                f"this step has {len(self.param_groups)} of {asked.groups} parameter groups, but clip_grad_norm, "
+                "set_grad_policy and average_into are about all of them: a norm of some is not the model's. Where a "
+                "framework steps group by group (DeepSpeed's ZeRO), clip and average there; if the other groups are gone "
+                "for good, call the method again"
+            )
+        if (asked.averaging is None and asked.policy is None) or not self._only_makes_state():
+            return self._controlled_step()
+        self._controls = Controls()
+        try:
             self._controlled_step()
+        finally:
+            self._controls = asked
 
     def _only_makes_state(self) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes state: the first one, with rates and
@@ -379,22 +401,89 @@ class FusedStep(Optimizer):
             pairing = averaging.pairing()
             signature.append(pairing)
             weight = averaging.weight(common[1])
-        plan = self.__dict__.get("_plan")
-        if plan is not None and plan.signature == signature and (plan.may_skip or common[1] is None):
-            hypers = [self._hypers(group) for group in self.param_groups]
-            if averaging is not None and weight is not None:
-                plan.besides.run(weight, common[1], check_only=True)
-            if plan.step(self.state, self.param_groups, hypers, *common, weight):
-                if averaging is not None and pairing is not None:
-                    averaging.finish(pairing, weight, plan.besides, common[1])
-                return
+        arguments = signature, common, averaging, pairing, weight
+        last = self.__dict__.get("_plan")
+        if last is not None and self._step_by(last, *arguments):
+            return
+        other = self._plans_of_others().get(self._key_of_groups())
+        if other is not None and other is not last and self._step_by(other, *arguments):
+            self._plan = other
+            return
         self._plan = None
         self._planning_step(signature, common, averaging, weight)
 
+    def _step_by(
+        self,
+        plan: _C.Plan,
+        signature: list[Any],
+        common: Common,
+        averaging: StepAveraging | None,
+        pairing: Any,
+        weight: float | Tensor | None,
+    ) -> bool:
+        """Step by a plan, or return False without having written anything where it is not one for this step."""
+        if plan.signature != signature or not (plan.may_skip or common[1] is None):
+            return False
+        hypers = [self._hypers(group) for group in self.param_groups]
+        if averaging is not None and weight is not None:
+            plan.besides.run(weight, common[1], check_only=True)
+        if not plan.step(self.state, self.param_groups, hypers, *common, weight):
+            return False
+        if averaging is not None and pairing is not None:
+            averaging.finish(pairing, weight, plan.besides, common[1])
+        return True
+
+    def _plans_of_others(self) -> dict[tuple[int, ...], _C.Plan]:
+        """The last plan of each set of groups that was stepped, where they are stepped some at a time."""
+        plans: dict[tuple[int, ...], _C.Plan] = self.__dict__.setdefault("_plans", {})
+        return plans
+
+    def _key_of_groups(self) -> tuple[int, ...]:
+        """A set of groups by its first parameters. That it is the same set is for the plan to say."""
+        return tuple(id(group["params"][0]) if group["params"] else 0 for group in self.param_groups)
+
+    def _keep(self, plan: _C.Plan) -> None:
+        self._plan = plan
+        plans, key = self._plans_of_others(), self._key_of_groups()
+        plans.pop(key, None)
+        if len(plans) == _PLANS_KEPT:
+            del plans[next(iter(plans))]
+        plans[key] = plan
+
+    def _in_plain_containers(self) -> bool:
+        """Whether groups, their parameters and the state are in dicts and lists, as torch makes them."""
+        groups = self.param_groups
+        for group in groups:  # no generator: this is part of every step
+            if not (isinstance(group, dict) and isinstance(group["params"], (list, tuple))):
+                return False
+        return isinstance(groups, list) and isinstance(self.state, dict)
+
+    @contextmanager
+    def _plain_containers(self) -> Iterator[None]:
+        """Torch takes any mappings and iterables, a plan dicts and lists: copies of that kind take their place for one
+        step, and what was made or replaced in the state's is put into the caller's own."""
+        groups, state = self.param_groups, self.state
+        entries = {p: dict(entry) if _is_other_mapping(entry) else entry for p, entry in state.items()}
+        self.param_groups = [{**group, "params": list(group["params"])} for group in groups]
+        self.state = defaultdict(dict, entries)
+        try:
+            yield
+            made = self.state
+        finally:
+            self.param_groups, self.state = groups, state
+        for p, entry in made.items():
+            own = state[p] if p in state else None
+            if own is None:
+                state[p] = entry
+            elif own is not entry:
+                for key in [key for key, value in entry.items() if own.get(key) is not value]:
+                    own[key] = entry[key]
+
     def _signature(self, group: Group) -> tuple[Any, ...]:
         """The options a plan is built for: where one changes, the plan is built anew."""
-        flags = (group.get(name) for name in ("differentiable", "capturable", "fused"))
-        return (self._state_keys(group), self._takes_sparse(group), *flags)
+        get = group.get
+        flags = get("differentiable"), get("capturable"), get("fused")
+        return self._state_keys(group), self._takes_sparse(group), *flags
 
     def _verdict(self) -> Verdict:
         """What this step is told of its gradients: by GradScaler, by ``clip_grad_norm`` and by the standing policy.
@@ -413,6 +502,11 @@ class FusedStep(Optimizer):
         self, signature: list[Any], common: Common, averaging: StepAveraging | None, weight: float | Tensor | None
     ) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
+        if any(_is_other_mapping(entry) for entry in self.state.values()):
+            with self._plain_containers():
+                self._planning_step(signature, common, averaging, weight)
+            self._plan = None  # it is of copies
+            return
         by_torch = [group for group in self.param_groups if self._torch_reason(group) is not None]
         if by_torch:
             self._refuse_controls(self._torch_reason(by_torch[0]))
@@ -466,26 +560,49 @@ class FusedStep(Optimizer):
             plan.signature = signature
             plan.may_skip = common[1] is not None
             plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
-            self._plan = plan
+            self._keep(plan)
 
     def _what_is_missing(self) -> str:
         """Why no plan can be made although ``_init_group`` has made what state there was none of."""
         for group in self.param_groups:
-            keys = (
-                {key for key in self._state_keys(group) if key is not None} - self._partial_state - self._number_state
-            )
+            keys = [key for key in self._state_keys(group) if key is not None and key not in self._partial_state]
             for index, p in enumerate(group["params"]):
-                for key in keys if p.grad is not None else ():
+                if p.grad is None:
+                    continue
+                for key in keys:
+                    counted = key in self._number_state
                     value = self.state[p].get(key) if p in self.state else None
-                    if not isinstance(value, Tensor):
-                        return f"{self._described(group, index)}: its state '{key}' is {value!r}, expected a tensor"
-        return f"the state of {type(self).__name__} changed while it was being prepared"
+                    if not isinstance(value, (Tensor, float, int) if counted else Tensor):
+                        expected = "a number" if counted else "a tensor"
+                        return f"{self._described(group, index)}: its state '{key}' is {value!r}, expected {expected}"
+        return (
+            f"gradients or state of {type(self).__name__} were replaced during its step, by another thread: step when it "
+            "has ended"
+        )
 
     def _described(self, group: Group, index: int) -> str:
-        """A parameter as messages name it: by its name, or by its place."""
-        names = group.get("param_names")
-        number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return f"parameter '{names[index]}'" if names else f"parameter {index} of group {number}"
+        """A parameter as every message names it: by its name, or by its place."""
+        return _C.describe(self.param_groups, self._number_of(group), index)
+
+    def _number_of(self, group: Group) -> int:
+        return next(i for i, other in enumerate(self.param_groups) if other is group)
+
+    def _values(self, group: Group, option: str, count: int) -> tuple[Any, ...]:
+        """An option that holds ``count`` values. (Torch finds out when its step unpacks them.)"""
+        values = group[option]
+        if type(values) is tuple and len(values) == count:
+            return values
+        try:
+            found = tuple(values)
+        except TypeError:
+            raise TypeError(
+                f"{option} of group {self._number_of(group)} is {values!r}, expected {count} values"
+            ) from None
+        if len(found) != count:
+            raise ValueError(
+                f"{option} of group {self._number_of(group)} has {len(found)} values, expected {count}: {values!r}"
+            )
+        return found
 
     def _refuse_controls(self, reason: str | None) -> None:
         """Raise where torch's own code is to run, for the reason given, which knows nothing of factors and skipping."""
@@ -533,16 +650,23 @@ class FusedStep(Optimizer):
             if problem is None and self._measures_tensors and _grad_control.is_flat_shard(p):
                 problem = "it is a shard of FSDP, whose norm is not that of the parameter"
             if problem is not None:
-                return f"parameter {index}: {problem}"
-            counter = self.state[p].get("step") if p in self.state else None
+                return f"{self._described(group, index)}: {problem}"
+            entry = self.state[p] if p in self.state else {}
+            if not isinstance(entry, Mapping):
+                raise RuntimeError(f"{self._described(group, index)}: its state is {entry!r}, expected a dict")
+            counter = entry.get("step")
             if self._has_torch_step() and isinstance(counter, Tensor) and counter.dtype not in _COUNTED_IN:
-                return f"parameter {index}: its step counter is of {counter.dtype}"
+                return f"{self._described(group, index)}: its step counter is of {counter.dtype}"
             if group.get("capturable"):
                 if p.device.type == "cpu":
-                    return f"parameter {index}: capturable=True is for parameters on an accelerator; torch refuses it on the CPU"
+                    return (
+                        f"{self._described(group, index)}: capturable=True is for parameters on an accelerator; torch "
+                        "refuses it on the CPU"
+                    )
                 if isinstance(counter, Tensor) and counter.device != p.device:
                     return (
-                        f"parameter {index}: capturable=True needs its step counter on {p.device}; torch refuses others"
+                        f"{self._described(group, index)}: capturable=True needs its step counter on {p.device}; torch "
+                        "refuses others"
                     )
             if p.grad is not None:
                 takes_sparse = self._takes_sparse(group) and not group.get("fused")  # with fused, torch refuses
@@ -550,7 +674,7 @@ class FusedStep(Optimizer):
                 if problem is None and p.grad.is_sparse and not p.is_contiguous():
                     problem = "it is sparse, and its parameter is not contiguous"
                 if problem is not None:
-                    return f"gradient of parameter {index}: {problem}"
+                    return f"gradient of {self._described(group, index)}: {problem}"
         return None
 
     def _has_torch_step(self) -> bool:
@@ -637,6 +761,10 @@ class FusedStep(Optimizer):
             name: torch.ones((), dtype=torch.float64) * value if is_tensor and not isinstance(value, Tensor) else value
             for (name, is_tensor), value in named
         }
+
+
+def _is_other_mapping(entry: Any) -> bool:
+    return not isinstance(entry, dict) and isinstance(entry, Mapping)
 
 
 def _has_counter(entry: Any) -> bool:

@@ -236,9 +236,7 @@ def find_nonfinite(optimizer: Optimizer) -> list[NonFinite]:
         grads = _count([p.grad for p in group["params"]])
         for place, (grad, value) in enumerate(zip(grads, values, strict=True)):
             if grad or value:
-                names = group.get("param_names")
-                name = f"parameter '{names[place]}'" if names else f"parameter {place} of group {index}"
-                found.append(NonFinite(name, grad, value))
+                found.append(NonFinite(_C.describe(optimizer.param_groups, index, place), grad, value))
     return found
 
 

@@ -20,4 +20,4 @@ class Adam(FusedStep, torch.optim.Adam):
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         names = ("weight_decay", "eps", "amsgrad", "maximize", "decoupled_weight_decay")
-        return (group["lr"], *group["betas"], *(group[name] for name in names))
+        return (group["lr"], *self._values(group, "betas", 2), *(group[name] for name in names))

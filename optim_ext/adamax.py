@@ -19,4 +19,4 @@ class Adamax(FusedStep, torch.optim.Adamax):
         return ("exp_avg", "exp_inf", "step")
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+        return (group["lr"], *self._values(group, "betas", 2), group["eps"], group["weight_decay"], group["maximize"])

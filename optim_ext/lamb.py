@@ -62,4 +62,4 @@ class LAMB(BeyondTorch):
         return ("exp_avg", "exp_avg_sq", "step")
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+        return (group["lr"], *self._values(group, "betas", 2), group["eps"], group["weight_decay"], group["maximize"])

@@ -58,4 +58,4 @@ class Lion(BeyondTorch):
         return ("exp_avg",)
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *group["betas"], group["weight_decay"], group["maximize"])
+        return (group["lr"], *self._values(group, "betas", 2), group["weight_decay"], group["maximize"])

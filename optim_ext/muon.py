@@ -18,8 +18,7 @@ class Muon(FusedStep, torch.optim.Muon):
         return ("momentum_buffer",)
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError("Coefficients must be a tuple of exactly 3 values")
+        coefficients = self._values(group, "ns_coefficients", 3)
         options = (group[name] for name in ("lr", "weight_decay", "momentum", "nesterov"))
         match_rms_adamw = group["adjust_lr_fn"] == "match_rms_adamw"
-        return (*options, *group["ns_coefficients"], group["eps"], group["ns_steps"], match_rms_adamw)
+        return (*options, *coefficients, group["eps"], group["ns_steps"], match_rms_adamw)

@@ -22,7 +22,7 @@ class NAdam(FusedStep, torch.optim.NAdam):
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return (
             group["lr"],
-            *group["betas"],
+            *self._values(group, "betas", 2),
             group["eps"],
             group["weight_decay"],
             group["momentum_decay"],

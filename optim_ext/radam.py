@@ -21,7 +21,7 @@ class RAdam(FusedStep, torch.optim.RAdam):
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         return (
             group["lr"],
-            *group["betas"],
+            *self._values(group, "betas", 2),
             group["eps"],
             group["weight_decay"],
             group["maximize"],

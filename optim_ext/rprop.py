@@ -19,4 +19,4 @@ class Rprop(FusedStep, torch.optim.Rprop):
         return ("prev", "step_size", "step")
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (*group["etas"], *group["step_sizes"], group["maximize"])
+        return (*self._values(group, "etas", 2), *self._values(group, "step_sizes", 2), group["maximize"])

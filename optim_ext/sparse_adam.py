@@ -44,4 +44,4 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
         return ("exp_avg", "exp_avg_sq", "step")
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *group["betas"], group["eps"], group.get("maximize", False))
+        return (group["lr"], *self._values(group, "betas", 2), group["eps"], group.get("maximize", False))

@@ -1,6 +1,7 @@
 #include "average_plan.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -146,7 +147,8 @@ class AveragePlan {
                   "optim_ext: the averaged model changed while it was being updated");
     }
     const py::gil_scoped_release no_gil;
-    if (check_only || calls_.size() > 1) run_all(taken, number, found, true);
+    if (check_only || calls_.size() > 1 || c10::impl::TorchDispatchModeTLS::any_modes_set())
+      run_all(taken, number, found, true);
     if (!check_only) run_all(taken, number, found, false);
   }
 

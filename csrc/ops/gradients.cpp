@@ -7,7 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <iterator>
-#include <sstream>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -67,20 +67,22 @@ GradNorm call_grad_norm(TensorList grads, double norm_type, std::optional<double
 // All gradients of a group, if they are of one kind, and of one a kernel can read as it is.
 bool take_usual_of(const py::list& params, std::vector<Tensor>& grads) {
   const auto param = [&](int64_t i) -> const c10::TensorImpl* {
-    return THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).unsafeGetTensorImpl();
+    PyObject* const object = PyList_GET_ITEM(params.ptr(), i);
+    return is_tensor(object) ? THPVariable_Unpack(object).unsafeGetTensorImpl() : nullptr;
   };
   const auto count = static_cast<int64_t>(PyList_GET_SIZE(params.ptr()));
-  if (count == 0) return false;
+  if (count == 0 || param(0) == nullptr) return false;
   const Tensor& first = param(0)->grad();
   if (!first.defined() || first.is_conj() || first.is_neg() || unsupported(first)) return false;
   return take_usual(first, count, param, grads);
 }
 
 // The gradients of all groups by device, in order.
-std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& param_groups) {
+std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::object& param_groups) {
   std::vector<std::pair<at::Device, std::vector<Tensor>>> found;
-  for (size_t g = 0; g < param_groups.size(); ++g) {
-    const py::list params(py::cast<py::dict>(param_groups[g])["params"]);
+  size_t g = 0;
+  for (const py::handle group : param_groups) {
+    const py::list params = params_of(group);
     const auto place_of = [&](at::Device device) -> std::vector<Tensor>& {
       auto place = std::find_if(found.begin(), found.end(), [&](const auto& of) { return of.first == device; });
       if (place == found.end()) place = found.insert(found.end(), {device, {}});
@@ -93,10 +95,14 @@ std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& p
       } else {
         std::move(usual.begin(), usual.end(), std::back_inserter(all));
       }
+      ++g;
       continue;
     }
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      Tensor grad = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).grad();
+      PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+      TORCH_CHECK_TYPE(is_tensor(param), describe(g, i, param_groups), " is a ", Py_TYPE(param)->tp_name,
+                       ", expected a tensor");
+      Tensor grad = THPVariable_Unpack(param).grad();
       if (!grad.defined()) continue;
       if (grad.is_conj() || grad.is_neg()) grad = grad.resolve_conj().resolve_neg();
       if (grad.is_sparse() && !is_intercepted(grad)) grad = grad.coalesce()._values();
@@ -106,12 +112,13 @@ std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::list& p
       }
       place_of(grad.device()).push_back(std::move(grad));
     }
+    ++g;
   }
   return found;
 }
 
 // The norm over several devices is the norm of their norms, taken on the first, as torch does.
-GradNorm grad_norm_of(const py::list& param_groups, double norm_type, std::optional<double> max_norm,
+GradNorm grad_norm_of(const py::object& param_groups, double norm_type, std::optional<double> max_norm,
                       bool skip_nonfinite, std::optional<double> skip_above, const py::object& grad_scale,
                       const py::object& found_inf, const py::object& skips) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -140,8 +147,15 @@ bool is_intercepted(const Tensor& tensor) {
   return (tensor.key_set() & intercepting) != c10::DispatchKeySet();
 }
 
+bool is_tensor(PyObject* object) {
+  return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
 std::optional<Tensor> optional_tensor(const py::object& value) {
-  return value.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(value.ptr()));
+  if (value.is_none()) return std::nullopt;
+  TORCH_CHECK_TYPE(is_tensor(value.ptr()), "optim_ext: expected a tensor or None, found a ",
+                   Py_TYPE(value.ptr())->tp_name);
+  return THPVariable_Unpack(value.ptr());
 }
 
 std::optional<Tensor> moved_to(at::Device device, const OptionalTensor& value) {
@@ -149,21 +163,27 @@ std::optional<Tensor> moved_to(at::Device device, const OptionalTensor& value) {
                                             : value;
 }
 
-std::string describe(size_t group, int64_t index, const py::list& param_groups) {
-  const auto options = py::cast<py::dict>(param_groups[group]);
-  std::ostringstream out;
+py::list params_of(const py::handle& group) { return py::list(py::object(group[py::str("params")])); }
+
+std::string describe(size_t group, int64_t index, const py::object& param_groups) {
+  const py::object options = param_groups[py::int_(group)];
   if (options.contains("param_names")) {
-    out << "parameter '" << py::cast<std::string>(py::str(py::object(options["param_names"])[py::int_(index)])) << "'";
-  } else {
-    out << "parameter " << index << " of group " << group;
+    const py::object names = options["param_names"];
+    if (index < static_cast<int64_t>(py::len(names)))
+      return "parameter '" + py::cast<std::string>(py::str(py::object(names[py::int_(index)]))) + "'";
   }
-  return out.str();
+  return "parameter " + std::to_string(index) + " of group " + std::to_string(group);
 }
 
 void bind_gradients(py::module_& m) {
   m.def(
+      "describe",
+      [](const py::object& param_groups, size_t group, int64_t index) { return describe(group, index, param_groups); },
+      py::arg("param_groups"), py::arg("group"), py::arg("index"),
+      "A parameter as every message names it: by its name, or by its place.");
+  m.def(
       "grad_norm",
-      [](const py::list& param_groups, double norm_type, std::optional<double> max_norm, bool skip_nonfinite,
+      [](const py::object& param_groups, double norm_type, std::optional<double> max_norm, bool skip_nonfinite,
          std::optional<double> skip_above, const py::object& grad_scale, const py::object& found_inf,
          const py::object& skips) {
         const auto [norm, grad_factor, skip] = as_torch_raises([&] {
@@ -182,11 +202,12 @@ void bind_gradients(py::module_& m) {
   m.def(
       "unsupported_grad",
       [](const py::object& grad, bool takes_sparse) {
-        return unsupported_grad(THPVariable_Unpack(grad.ptr()), takes_sparse);
+        return unsupported_grad(*as_torch_raises([&] { return optional_tensor(grad); }), takes_sparse);
       },
       py::arg("grad"), py::arg("takes_sparse") = false, "Why no kernel can read the gradient, or None.");
   m.def(
-      "unsupported", [](const py::object& tensor) { return unsupported(THPVariable_Unpack(tensor.ptr())); },
+      "unsupported",
+      [](const py::object& tensor) { return unsupported(*as_torch_raises([&] { return optional_tensor(tensor); })); },
       "Why no kernel of this build can update the tensor, or None.");
 }
 

@@ -19,7 +19,7 @@ namespace py = pybind11;
 // A tensor whose operations are intercepted (DTensor, FakeTensor, functorch): only the dispatcher knows what it is.
 bool is_intercepted(const at::Tensor& tensor);
 
-// The tensor behind a Python object, nothing for None.
+// The tensor behind a Python object, nothing for None. Throws c10::TypeError for anything else.
 std::optional<at::Tensor> optional_tensor(const py::object& value);
 
 // The same value on another device. Nothing waits, unless it goes to the CPU, where it may be read at once.
@@ -27,8 +27,8 @@ std::optional<at::Tensor> moved_to(at::Device device, const std::optional<at::Te
 
 // Takes the gradients of `count` parameters, param(i) or null where that one is to be looked into, if all of them are
 // of the same kind as `first`, one of them. False where they are not, with nothing taken. The caller holds the GIL,
-// which the threads can do without: a tensor counts its owners atomically, and tells its Python object of the second one
-// only. A gradient that has such an object has two already.
+// which the threads can do without: a tensor counts its owners atomically, and tells its Python object of the second
+// one only. A gradient that has such an object has two already.
 template <class Param>
 bool take_usual(const at::Tensor& first, int64_t count, const Param& param, std::vector<at::Tensor>& grads) {
   constexpr int64_t kBlock = 16;
@@ -69,10 +69,16 @@ inline void let_go(at::Device device, std::vector<at::Tensor>& grads) {
   });
 }
 
-// A parameter as messages name it: by its name, or by its place.
-std::string describe(size_t group, int64_t index, const py::list& param_groups);
+// Whether a Python object is a tensor, by its type alone: no Python code runs.
+bool is_tensor(PyObject* object);
 
-// Adds grad_norm(), unsupported() and unsupported_grad() to the module.
+// The parameters of a group, which may be any mapping that holds any iterable of them.
+py::list params_of(const py::handle& group);
+
+// A parameter as every message names it: by its name, or by its place.
+std::string describe(size_t group, int64_t index, const py::object& param_groups);
+
+// Adds describe(), grad_norm(), unsupported() and unsupported_grad() to the module.
 void bind_gradients(py::module_& m);
 
 }  // namespace optim_ext::ops

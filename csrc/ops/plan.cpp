@@ -7,6 +7,7 @@
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -62,16 +63,16 @@ class Plan {
       : op_(std::move(op)), groups_(py::len(param_groups)), partial_(partial), number_keys_(numbers) {
     for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state, averages);
     for (size_t g = 0; g < groups_.size(); ++g) {
-      for (const auto& param : params_of(param_groups, g)) groups_[g].push_back(param.ptr());
+      for (const auto& param : params_of(param_groups[g])) groups_[g].push_back(param.ptr());
     }
     remember_state(state);
   }
 
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
   // hypers: one tuple per call, in the order of the op's schema.
-  bool step(const py::dict& state, const py::list& param_groups, const py::list& hypers, const py::object& grad_scale,
-            const py::object& found_inf, const py::object& grad_factor, const py::object& average_weight,
-            bool check_only) {
+  bool step(const py::object& state, const py::object& param_groups, const py::list& hypers,
+            const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
+            const py::object& average_weight, bool check_only) {
     if (!is_current(state, param_groups)) return false;
     TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
     const CommonTensors common{
@@ -87,9 +88,11 @@ class Plan {
       to_make += !gathered[c].grads.empty();
       to_make += common.average_weight && calls_[c].is_averaged() && !gathered[c].all;
     }
-    read_numbers();
-    // One call checks itself before it writes. Several must all be sound before the first of them writes.
-    if (check_only || to_make > 1) run_all(gathered, hypers, common, param_groups, true);
+    if (!read_numbers()) return false;
+    // One call checks itself before it writes. Several must all be sound before the first of them writes; and what a
+    // mode in Python lets through comes back without its index.
+    if (check_only || to_make > 1 || c10::impl::TorchDispatchModeTLS::any_modes_set())
+      run_all(gathered, hypers, common, param_groups, true);
     if (!check_only) {
       run_all(gathered, hypers, common, param_groups, false);
       write_numbers();
@@ -142,13 +145,9 @@ class Plan {
   static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
   static constexpr int64_t kAhead = 8;  // entries of the state
 
-  static py::list params_of(const py::list& param_groups, size_t g) {
-    return py::list(py::cast<py::dict>(param_groups[g])["params"]);  // of a tuple, too
-  }
-
   void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state, const py::dict& averages) {
     const auto group = py::cast<size_t>(spec[0]);
-    const auto params = params_of(param_groups, group);
+    const auto params = params_of(param_groups[group]);
     const auto keys = py::cast<py::tuple>(spec[2]);
     TORCH_CHECK(keys.size() + kFirstState == op_->lists(), "optim_ext: ", keys.size(),
                 " state keys given, the op takes ", op_->lists() - kFirstState);
@@ -159,6 +158,8 @@ class Plan {
     for (const auto& index : spec[1]) {
       const auto i = py::cast<int64_t>(index);
       const py::object param = params[i];
+      TORCH_CHECK_TYPE(is_tensor(param.ptr()), describe(group, i, param_groups), " is a ",
+                       Py_TYPE(param.ptr())->tp_name, ", expected a tensor");
       const Tensor& tensor = THPVariable_Unpack(param.ptr());
       TORCH_CHECK(!tensor.is_conj(), describe(group, i, param_groups),
                   " is a lazy conjugate view, expected a tensor of its own; call resolve_conj() on it");
@@ -190,6 +191,9 @@ class Plan {
             entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         const bool is_number = value != nullptr && number_keys_.contains(keys[k]);
+        TORCH_CHECK(!is_number || number_of(value), describe(group, i, param_groups), ": its state '",
+                    std::string(py::str(py::object(keys[k]))), "' is ", std::string(py::repr(value)),
+                    ", expected a number");
         const bool there = value != nullptr && (is_number || THPVariable_Check(value));
         // The dispatcher would take a call with one of these for one that only asks for shapes.
         TORCH_CHECK(!there || is_number || !THPVariable_Unpack(value).is_meta() || tensor.is_meta(),
@@ -217,13 +221,22 @@ class Plan {
     return number.tensor;
   }
 
-  void read_numbers() {
+  // False where one is no longer a number.
+  bool read_numbers() {
     for (auto& [place, number] : numbers_) {
       PyObject* const value = PyDict_GetItemWithError(place.first, number.key.ptr());
-      const py::object as_float = py::reinterpret_steal<py::object>(value ? PyNumber_Float(value) : nullptr);
-      if (!as_float) throw py::error_already_set();
-      number.value = *number.tensor.mutable_data_ptr<double>() = PyFloat_AS_DOUBLE(as_float.ptr());
+      const std::optional<double> found = value ? number_of(value) : std::nullopt;
+      if (!found) return false;
+      number.value = *number.tensor.mutable_data_ptr<double>() = *found;
     }
+    return true;
+  }
+
+  static std::optional<double> number_of(PyObject* value) {
+    const py::object as_float = py::reinterpret_steal<py::object>(PyNumber_Float(value));
+    if (as_float) return PyFloat_AS_DOUBLE(as_float.ptr());
+    PyErr_Clear();
+    return std::nullopt;
   }
 
   void write_numbers() {
@@ -247,7 +260,8 @@ class Plan {
     ours_.clear();
   }
 
-  bool is_current(const py::dict& state, const py::list& param_groups) const {
+  bool is_current(const py::object& state, const py::object& param_groups) const {
+    if (!PyDict_Check(state.ptr()) || !PyList_Check(param_groups.ptr())) return false;
     if (static_cast<size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) return false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
@@ -263,7 +277,7 @@ class Plan {
   }
 
   // The caller holds the GIL, which the threads can do without: they only read.
-  bool state_is_current(const py::dict& state) const {
+  bool state_is_current(const py::object& state) const {
     if (static_cast<size_t>(PyDict_Size(state.ptr())) != entries_.size()) return false;
     PyObject *key, *value;
     auto entry = entries_.begin();
@@ -287,8 +301,8 @@ class Plan {
 
   bool is_unchanged(size_t i) const {
     PyObject* const value = entries_[i].value;
-    if (!PyDict_Check(value)) return true;
     const size_t end = i + 1 < entries_.size() ? entries_[i + 1].first_item : items_.size();
+    if (!PyDict_Check(value)) return entries_[i].first_item == end;  // not a dict that has died, at its address
     auto expected = items_.begin() + static_cast<int64_t>(entries_[i].first_item);
     if (static_cast<size_t>(PyDict_GET_SIZE(value)) != end - entries_[i].first_item) return false;
     PyObject *name, *item;
@@ -311,7 +325,7 @@ class Plan {
     std::vector<const PythonTensors*> lists;
     for (const PythonTensors& list : call.lists) lists.push_back(&list);
     lists.push_back(&call.averages);
-    if (!out.taken.take(lists)) return false;
+    if (!out.taken.take(std::move(lists))) return false;
     const TensorList params = out.taken.get(kParams);
     const Tensor& first = params[0].grad();
     if (first.defined() && first.layout() == at::kStrided && !is_intercepted(first) && !first.is_conj() &&
@@ -346,7 +360,7 @@ class Plan {
   }
 
   void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const CommonTensors& common,
-               const py::list& param_groups, bool check_only) const {
+               const py::object& param_groups, bool check_only) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (size_t c = 0; c < calls_.size(); ++c) {
       if (!gathered[c].grads.empty())
@@ -358,7 +372,7 @@ class Plan {
 
   // Parameters without a gradient stay as they are, but their averages still move towards them.
   static void average_idle(const PlannedCall& call, const Gathered& gathered, const CommonTensors& common,
-                           const py::list& param_groups, bool check_only) {
+                           const py::object& param_groups, bool check_only) {
     std::vector<Tensor> averages, params;
     for (const int64_t i : gathered.idle) {
       averages.push_back(gathered.taken.get(call.lists.size())[i]);
@@ -369,9 +383,10 @@ class Plan {
   }
 
   void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const CommonTensors& common,
-               const py::list& param_groups, bool check_only) const {
+               const py::object& param_groups, bool check_only) const {
     TORCH_CHECK(PyTuple_Check(hypers) && static_cast<size_t>(PyTuple_GET_SIZE(hypers)) == op_->hypers(),
-                "optim_ext: the op takes ", op_->hypers(), " hyper-parameters");
+                "optim_ext: group ", call.group, " gives ", PyObject_Length(hypers), " hyper-parameters, its op takes ",
+                op_->hypers());
     std::vector<TensorList> lists(op_->lists());
     std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : op_->lists());
     const auto taking_part = [&](TensorList all) {
@@ -413,7 +428,7 @@ class Plan {
   // Runs the body; what it refuses by index is told with the parameter's name. members: into the call's lists, all of
   // them if empty.
   template <class Body>
-  static void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::list& param_groups,
+  static void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::object& param_groups,
                      const Body& body) {
     try {
       body();
@@ -449,7 +464,7 @@ void bind_plan(py::module_& m, PlannedOps ops) {
            py::arg("partial") = py::set(), py::arg("numbers") = py::set())
       .def(
           "step",
-          [](Plan& plan, const py::dict& state, const py::list& param_groups, const py::list& hypers,
+          [](Plan& plan, const py::object& state, const py::object& param_groups, const py::list& hypers,
              const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
              const py::object& average_weight, bool check_only) {
             return as_torch_raises([&] {

@@ -1,12 +1,15 @@
 """All or nothing: bad input is refused by name before anything is written, and the optimizer works once it is mended."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lockstep import copy_of, give_grads, make_params, snapshot
 from specs import SPECS, TENSOR_LRS
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from optim_ext.swa_utils import AveragedModel
 
 SHAPES = ((3, 4), (5,), (2, 2), (6,))
 READS_LR = [spec for spec in SPECS if spec.name != "Rprop"]  # which has it in step_size
@@ -420,6 +423,44 @@ def test_nan_hyper_parameters(lr_spec, group_index):
     scene.works()
 
 
+# Options that hold several numbers.
+SEVERAL = [
+    (s, key)
+    for s in SPECS
+    for key, value in s.ours(make_params(), **s.typical).defaults.items()
+    if isinstance(value, tuple)
+]
+
+
+@pytest.mark.parametrize("several, key", SEVERAL, ids=[f"{s.name}-{key}" for s, key in SEVERAL])
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("group_index", [0, 1])
+def test_options_of_several_values(several, key, steps, group_index):
+    """Too many, too few, none; a list serves as a tuple does."""
+    scene = Scene(several, steps=steps)
+    group = scene.optimizer.param_groups[group_index]
+    right = group[key]
+    wrongs = [
+        ((*right, right[-1]), ValueError, f"has {len(right) + 1} values"),
+        (right[:1], ValueError, "has 1 values"),
+    ]
+    for wrong, error, words in (*wrongs, (0.9, TypeError, "is 0.9")):
+        group[key] = wrong
+        before = snapshot(scene.optimizer)
+        with pytest.raises(error, match=f"{key} of group {group_index} {words}, expected {len(right)}"):
+            scene.optimizer.step()
+        assert snapshot(scene.optimizer) == before
+    group[key] = list(right)
+    scene.works()
+
+
+@pytest.mark.parametrize("wrong", [(0.9,), (0.9, 0.99, 0.999)], ids=["one", "three"])
+@pytest.mark.parametrize("own", [s for s, key in SEVERAL if key == "betas" and not s.in_torch], ids=lambda s: s.name)
+def test_constructors_of_this_package_count_betas(own, wrong):
+    with pytest.raises(ValueError, match="expected 2 values"):
+        own.ours(make_params(), betas=wrong)
+
+
 @pytest.mark.parametrize("lr_spec", READS_LR, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
 @pytest.mark.parametrize("wrong", ["fast", None, [0.1], torch.tensor([0.1, 0.2])], ids=repr)
@@ -500,6 +541,35 @@ def test_exceptions_from_closure_and_hooks(spec):
 
 class Fault(Exception):
     pass
+
+
+class PassThrough(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@scenes()
+def test_names_survive_a_mode(spec, place, named, steps):
+    """Which hands on what the op raises, but not which tensor it was about."""
+    scene = Scene(spec, place, named, steps)
+    right, kept = scene.param.grad, scene.param.data
+    scene.param.data = torch.zeros(9)
+    scene.param.grad = torch.zeros(9)
+    scene.param.data = kept
+    with PassThrough():
+        scene.refused("grad", "[9]", str(list(kept.shape)))
+        scene.param.grad = right
+        scene.works()
+
+
+def test_names_survive_a_mode_in_an_average():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    model[1].weight.data = torch.zeros(5, 5)
+    for mode in (nullcontext(), PassThrough()):
+        with mode, pytest.raises((RuntimeError, ValueError), match="1.weight"):
+            averaged.update_parameters(model)
 
 
 class FailAt(TorchDispatchMode):

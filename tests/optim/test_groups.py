@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from lockstep import Lockstep, copy_of, make_params, twin
+from lockstep import Lockstep, copy_of, give_grads, make_params, snapshot, twin
 from specs import TENSOR_LRS, Tolerance
 from torch.optim import lr_scheduler
+
+from optim_ext.swa_utils import AveragedModel
 
 
 def test_group_options_win(case):
@@ -145,6 +147,86 @@ def test_a_tuple_of_parameters(spec):
 def test_empty_groups_do_nothing(spec):
     lockstep = Lockstep(spec, groups=lambda p: [{"params": []}, {"params": p}, {"params": []}]).step(3).check()
     lockstep.step(1, frozen=range(len(lockstep.params))).check()
+
+
+def step_group_by_group(optimizer):
+    """As DeepSpeed's ZeRO does."""
+    groups = optimizer.param_groups
+    for group in groups:
+        optimizer.param_groups = [group]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+
+
+def test_group_by_group(variant):
+    """Each group is stepped on its own, with a plan of its own once all state is there."""
+    thirds = lambda params: [{"params": params[:2]}, {"params": params[2:5], "lr": 0.02}, {"params": params[5:]}]  # noqa: E731
+    lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64, groups=thirds)
+    plans = set()
+    for _ in range(6):
+        for params in (lockstep.params, lockstep.twins):
+            give_grads(params, lockstep.taken)
+        for optimizer in lockstep.both:
+            step_group_by_group(optimizer)
+        lockstep.taken += 1
+        plans.add(tuple(map(id, lockstep.ours._plans.values())))
+    lockstep.check()
+    assert len(plans) <= 2 and len(lockstep.ours._plans) == 3
+    lockstep.step(2).check()
+
+
+def test_sets_of_groups_that_come_and_go_do_not_pile_up(spec):
+    optimizer = spec.ours(make_params(((2,),)), **spec.typical)
+    group = optimizer.param_groups[0]
+    for seed in range(100):
+        optimizer.param_groups = [{**group, "params": make_params(((2,),), seed=seed)}]
+        optimizer.state.clear()
+        if spec.name == "Adagrad":  # whose state torch makes in the constructor only
+            optimizer.state[optimizer.param_groups[0]["params"][0]] = {"step": torch.zeros(()), "sum": torch.zeros(2)}
+        give_grads(optimizer.param_groups[0]["params"], seed)
+        optimizer.step()
+    assert len(optimizer._plans) <= 32
+
+
+ABOUT_ALL_GROUPS = {
+    "set_grad_policy": lambda optimizer, averaged: optimizer.set_grad_policy(max_norm=0.1),
+    "clip_grad_norm": lambda optimizer, averaged: optimizer.clip_grad_norm(0.1),
+    "average_into": lambda optimizer, averaged: optimizer.average_into(averaged),
+}
+
+
+@pytest.mark.parametrize("ask", ABOUT_ALL_GROUPS.values(), ids=ABOUT_ALL_GROUPS.keys())
+@pytest.mark.parametrize("steps", [0, 1], ids=["first step", "second step"])
+def test_what_concerns_all_groups_is_refused_group_by_group(spec, ask, steps):
+    """A norm of one group is not the model's, and an average would move once for each group."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    averaged = AveragedModel(model)
+    optimizer = spec.ours([{"params": list(layer.parameters())} for layer in model], **spec.typical)
+    for step in range(steps):
+        give_grads(model.parameters(), step)
+        step_group_by_group(optimizer)
+    give_grads(model.parameters(), steps)
+    ask(optimizer, averaged)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="this step has 1 of 2 parameter groups"):
+        step_group_by_group(optimizer)
+    assert snapshot(optimizer) == before
+    optimizer.step()
+    optimizer.param_groups = optimizer.param_groups[:1]
+    ask(optimizer, averaged)  # said again: these are all
+    optimizer.step()
+
+
+def test_groups_added_after_a_policy_are_part_of_it(spec):
+    params = make_params(((3,), (4,)))
+    optimizer = spec.ours(params[:1], **spec.typical)
+    optimizer.set_grad_policy(max_norm=0.1)
+    optimizer.add_param_group({"params": params[1:]})
+    give_grads(params, 0)
+    with pytest.raises(RuntimeError, match="this step has 1 of 2 parameter groups"):
+        step_group_by_group(optimizer)
 
 
 SCHEDULERS = {
