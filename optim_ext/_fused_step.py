@@ -148,8 +148,10 @@ class FusedStep(Optimizer):
             What the closure returned, or None without one.
 
         Raises:
-            RuntimeError: a gradient or state tensor has the wrong dtype, device, layout or shape, or tensors overlap.
-            ValueError: a hyper-parameter is NaN.
+            RuntimeError: a gradient or state tensor has the wrong dtype, device, layout or shape, or tensors overlap; or
+                ``param_groups`` holds some of the groups only, and ``clip_grad_norm``, ``set_grad_policy`` or
+                ``average_into`` was asked for when there were more.
+            ValueError: a hyper-parameter is NaN, or an option of several values (``betas``) holds another number of them.
 
         Nothing has been written when one of these is raised.
         """
@@ -340,7 +342,7 @@ class FusedStep(Optimizer):
     def _asked(self) -> Controls:
         controls: Controls | None = getattr(self, "_controls", None)
         if controls is None:
-            self._controls = controls = Controls()
+            self._controls = controls = Controls(groups=len(self.__dict__.get("param_groups", ())))
         return controls
 
     def _ask(self) -> Controls:

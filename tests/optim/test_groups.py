@@ -1,5 +1,7 @@
 """param_groups: overrides, live edits by hand and by schedulers, groups added later."""
 
+import copy
+
 import pytest
 import torch
 from lockstep import Lockstep, copy_of, give_grads, make_params, snapshot, twin
@@ -219,12 +221,13 @@ def test_what_concerns_all_groups_is_refused_group_by_group(spec, ask, steps):
     optimizer.step()
 
 
-def test_groups_added_after_a_policy_are_part_of_it(spec):
-    params = make_params(((3,), (4,)))
-    optimizer = spec.ours(params[:1], **spec.typical)
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+def test_groups_added_after_a_policy_are_part_of_it(spec, copied):
+    optimizer = spec.ours(make_params(((3,),)), **spec.typical)
     optimizer.set_grad_policy(max_norm=0.1)
-    optimizer.add_param_group({"params": params[1:]})
-    give_grads(params, 0)
+    optimizer.add_param_group({"params": make_params(((4,),))})
+    optimizer = copy.deepcopy(optimizer) if copied else optimizer
+    give_grads((p for group in optimizer.param_groups for p in group["params"]), 0)
     with pytest.raises(RuntimeError, match="this step has 1 of 2 parameter groups"):
         step_group_by_group(optimizer)
 
