@@ -1,8 +1,10 @@
 """``python -m optim_ext``: a report to paste into a bug report, ending in a self-test of a few seconds.
 
-The exit status is 1 where the self-test finds an optimizer that differs from torch.optim's.
+The exit status is 1 where the self-test finds an optimizer that differs from torch.optim's or, where torch has none, from
+its formula.
 """
 
+import functools
 import inspect
 import os
 import platform
@@ -14,9 +16,10 @@ import torch
 from torch.optim import Optimizer
 
 import optim_ext
+from optim_ext._formulas import FORMULAS, ByFormula
 from optim_ext._load import _C
 
-# Largest difference from torch.optim in float64, relative to the largest parameter, that STEPS roundings may explain.
+# Largest difference from torch.optim or the formula in float64, relative to the largest parameter, that STEPS roundings may explain.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 STEPS = 5
 SHAPES: list[tuple[int, ...]] = [(), (7,), (33, 65), (0, 3)]
@@ -48,8 +51,9 @@ def main() -> int:
                 good = difference <= tolerance  # false for NaN too
                 failures += not good
                 chosen = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
-                line = f"{theirs.__name__}({chosen}) {str(dtype).split('.')[-1]} on {device}, {path}"
-                print(f"self-test {'ok  ' if good else 'FAIL'} {line}: differs from torch.optim by {difference:.1e}")
+                line = f"{ours.__name__}({chosen}) {str(dtype).split('.')[-1]} on {device}, {path}"
+                other = "its formula" if ours.__name__ in FORMULAS else "torch.optim"
+                print(f"self-test {'ok  ' if good else 'FAIL'} {line}: differs from {other} by {difference:.1e}")
     print(f"self-test {'passed' if failures == 0 else f'failed {failures} times'}")
     return int(failures > 0)
 
@@ -91,7 +95,8 @@ def _kernels() -> Iterator[tuple[str, list[str]]]:
 
 
 def _cases() -> Iterator[tuple[Callable[..., Optimizer], Callable[..., Optimizer], dict[str, object]]]:
-    """The optimizers of ours with torch's twin, as they come and with each switch their constructors have."""
+    """The optimizers of ours with torch's twin or, where torch has none, their formula: as they come and with each switch
+    their constructors have."""
     switches: dict[str, dict[str, object]] = {
         "amsgrad": {"amsgrad": True},
         "centered": {"centered": True},
@@ -102,7 +107,7 @@ def _cases() -> Iterator[tuple[Callable[..., Optimizer], Callable[..., Optimizer
         "maximize": {"maximize": True},
     }
     for name, ours in sorted(vars(optim_ext).items()):
-        theirs = getattr(torch.optim, name, None)
+        theirs = functools.partial(ByFormula, ours=ours) if name in FORMULAS else getattr(torch.optim, name, None)
         is_optimizer = isinstance(ours, type) and issubclass(ours, Optimizer)
         if not is_optimizer or theirs is None or ours is theirs:
             continue
@@ -122,7 +127,7 @@ def _compare(
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> list[torch.Tensor]:
-        shapes = OWN_SHAPES.get(theirs.__name__, SHAPES)
+        shapes = OWN_SHAPES.get(ours.__name__, SHAPES)
         return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
     params = draw()
