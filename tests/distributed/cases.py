@@ -1,9 +1,7 @@
 """What test_processes.py runs on several processes: python cases.py CASE RANK WORLD for each rank. They meet in a file."""
 
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -317,28 +315,6 @@ def averages_of_another_layout():
     torch.testing.assert_close(results[1], results[0])
 
 
-def averages_are_no_slower_than_torchs():
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(50)))
-    packages = [torch.optim.swa_utils, swa_utils]
-    kinds = list(zip(*(averages(package, model) for package in packages), strict=True))
-    for each in (model, *(average.module for both in kinds for average in both)):
-        fully_shard(each, mesh=whole_mesh())
-    for name, both in zip(("the mean", "EMA"), kinds, strict=True):
-        for average in both * 2:
-            average.update_parameters(model)
-        ratios = []
-        for turn in range(15):
-            took = [0.0, 0.0]
-            for which in (0, 1) if turn % 2 else (1, 0):
-                dist.barrier()
-                begin = time.perf_counter()
-                both[which].update_parameters(model)
-                took[which] = time.perf_counter() - begin
-            ratios.append(took[0] / took[1])
-        assert statistics.median(ratios) >= 1.0, (name, ratios)
-
-
 def a_step_that_only_makes_state():
     """By which torch.distributed.checkpoint fills an optimizer: neither averages nor policies take part."""
     model = network()
@@ -357,7 +333,7 @@ def a_step_that_only_makes_state():
 CASES = [
     ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, fsdp2_compiled,
     fsdp2_controls, fsdp2_averages, averages_of_parts_alone, averages_of_parts_that_are_replaced,
-    averages_of_another_layout, averages_are_no_slower_than_torchs, a_step_that_only_makes_state,
+    averages_of_another_layout, a_step_that_only_makes_state,
 ]  # fmt: skip
 
 if __name__ == "__main__":
