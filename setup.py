@@ -5,9 +5,11 @@ Environment:
   CUDA_HOME             the CUDA toolkit, looked at first
   TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0"; unset: those of the GPUs at hand, else those torch has
   MAX_JOBS              compilers to run at a time
+  OPTIM_EXT_NINJA       0: build without ninja, one file at a time
 """
 
 import datetime
+import fcntl
 import os
 import platform
 import re
@@ -30,6 +32,11 @@ USUAL_TOOLKIT = Path("/usr/local/cuda")
 NEEDS_TORCH = (
     "optim_ext is built against the torch you have, and here (perhaps in pip's isolated build) there is none; run: "
     "pip install --no-build-isolation . (after pip install torch, if you have none yet)"
+)
+
+NEEDS_NINJA = (
+    "ninja is missing; without it one source is compiled at a time, and every one after each change. Run: "
+    "pip install ninja (or set OPTIM_EXT_NINJA=0 to build without it)"
 )
 
 
@@ -122,6 +129,8 @@ def build_switches():
     compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(f"The C++ compiler {compiler} is missing: install g++, or set CXX to another one.")
+    if os.environ.get("OPTIM_EXT_NINJA") != "0" and shutil.which("ninja") is None:
+        sys.exit(NEEDS_NINJA)
     toolkit, why = choose_cuda(torch)
     archs = cuda_archs(torch, toolkit) if toolkit else None
     timestamp = float(os.environ.get("SOURCE_DATE_EPOCH", datetime.datetime.now().timestamp()))
@@ -142,6 +151,18 @@ def build_switches():
     }
 
 
+def wait_for_other_builds(folder):
+    """Returns once this process is the only one that builds in `folder`, which it then is until it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Never closed: the lock is the process's own (so a build tool may run this file twice) and goes with it.
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"Another build of {ROOT} is running; waiting for its end.", file=sys.stderr, flush=True)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+
+
 def write_build_info(switches, folder):
     lines = [f"    {key!r}: {value!r}," for key, value in switches.items()]
     Path(folder, "_build_info.py").write_text("\n".join(["# Written by setup.py.", "BUILD_INFO = {", *lines, "}", ""]))
@@ -149,8 +170,11 @@ def write_build_info(switches, folder):
 
 def native_build():
     """The setup() arguments of a build; a source distribution needs none of this, and no torch."""
+    # A virtual environment's own ninja is found although the environment may not be activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     switches = build_switches()
     print("\n".join(f"optim_ext {key} = {value}" for key, value in switches.items()), flush=True)
+    wait_for_other_builds(ROOT / "build")
     if switches["cuda"]:  # read by torch.utils.cpp_extension when it is imported
         os.environ["CUDA_HOME"] = switches["cuda_toolkit"]
         os.environ["TORCH_CUDA_ARCH_LIST"] = switches["cuda_archs"]

@@ -21,7 +21,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_generate_tests(metafunc):
     """A test that takes `spec` runs once per optimizer, `case` once per option set of each, `variant` once per kind of
-    state, `counting` once per variant that counts steps. Marked `torchs`, it runs for those that torch has a class for."""
+    state, `counting` once per variant that counts steps. Marked `torchs`, it runs for those that torch has a class for;
+    marked `only_for`, for those whose spec fulfils the condition: what a test is not about is no row of it."""
     rows = {
         "spec": SPECS,
         "case": CASES,
@@ -29,8 +30,12 @@ def pytest_generate_tests(metafunc):
         "counting": [variant for variant in VARIANTS if "step" in variant.spec.state(variant.options)],
     }
     torchs_only = metafunc.definition.get_closest_marker("torchs") is not None
+    conditions = [mark.args[0] for mark in metafunc.definition.iter_markers("only_for")]
     for name in rows.keys() & set(metafunc.fixturenames):
-        chosen = [row for row in rows[name] if not torchs_only or getattr(row, "spec", row).in_torch]
+        specs = ((row, getattr(row, "spec", row)) for row in rows[name])
+        chosen = [
+            row for row, spec in specs if (spec.in_torch or not torchs_only) and all(fits(spec) for fits in conditions)
+        ]
         metafunc.parametrize(name, chosen, ids=[row.id for row in chosen])
 
 

@@ -124,9 +124,8 @@ def test_gradient_of_a_wrong_dtype(spec, place, named, steps, dtype):
     scene.works()
 
 
+@pytest.mark.only_for(lambda spec: not spec.is_real, reason="takes no complex parameters")
 def test_real_gradient_of_a_complex_parameter(spec):
-    if spec.is_real:
-        pytest.skip("takes no complex parameters")
     scene = Scene(spec, dtype=torch.complex64)
     right = scene.param.grad
     scene.param.grad_dtype = None

@@ -171,9 +171,8 @@ def test_eager_after_compiled_and_back(spec):
     assert all(torch.equal(mine, other) for mine, other in zip(params, others, strict=True))
 
 
+@pytest.mark.only_for(lambda spec: spec.differentiable, reason="torch's class does not have the flag")
 def test_differentiable_takes_torchs_code(spec):
-    if not spec.differentiable:
-        pytest.skip("torch's class does not have the flag")
     results: list[object] = []
     for cls in (spec.torch, spec.ours):
         leaf = torch.arange(1.0, 4.0, dtype=torch.float64, requires_grad=True)

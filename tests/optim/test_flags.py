@@ -154,11 +154,10 @@ def test_fused_on_meta_is_torchs_error_and_leaves_nothing(fused_spec):
     assert not torch.equal(real[0], before)
 
 
+@pytest.mark.only_for(lambda spec: not spec.reads_numbers, reason="torch reads its numbers")
 @pytest.mark.torchs
 def test_meta_parameters_take_torchs_path(spec):
     """Shapes without data: torch's code runs on them, so does ours."""
-    if spec.reads_numbers:
-        pytest.skip("torch reads its numbers")
     param = torch.nn.Parameter(torch.empty(3, device="meta"))
     optimizer = spec.ours([param], **{k: v for k, v in spec.typical.items() if k != "momentum"})
     param.grad = torch.empty(3, device="meta")
@@ -208,10 +207,9 @@ def differentiable_step(make, options, through):
     return run
 
 
+@pytest.mark.only_for(lambda spec: spec.differentiable, reason="torch's class does not have the flag")
 @pytest.mark.torchs
 def test_differentiable_gradcheck(spec):
-    if not spec.differentiable:
-        pytest.skip("torch's class does not have the flag")
     keys = sorted(spec.tensors(spec.typical))
     param = torch.rand(6, dtype=torch.float64, requires_grad=True)
     grad = torch.rand(6, dtype=torch.float64, requires_grad=True)
@@ -240,10 +238,9 @@ def test_differentiable_hyper_parameters(betas_spec):
     assert decay.grad is not None and decay.grad.item() != 0
 
 
+@pytest.mark.only_for(lambda spec: spec.differentiable, reason="torch's class does not have the flag")
 @pytest.mark.torchs
 def test_differentiable_is_explained_and_equals_torch(spec):
-    if not spec.differentiable:
-        pytest.skip("torch's class does not have the flag")
     lockstep = Lockstep(spec, {**spec.typical, "differentiable": True}, dtype=torch.float64)
     report = optim_ext.explain(lockstep.ours)[0]
     assert not report.native and "differentiable" in report.reason and "differentiable" in str(report)
@@ -365,14 +362,13 @@ def test_tensor_subclass_takes_torchs_path(spec):
     assert native_ops(optimizer.step) == []
 
 
+@pytest.mark.torchs
 def test_groups_on_both_paths(spec):
     """One group takes torch's code and makes its state there, the other is native, from the first step on."""
 
     def groups(params):
         return [{"params": [params[0].detach().as_subclass(Tagged)]}, {"params": params[1:]}]
 
-    if not spec.in_torch:
-        pytest.skip("runs natively only")
     lockstep = Lockstep(spec, dtype=torch.float64, groups=groups)
     for i in range(3):
         for optimizer in lockstep.both:

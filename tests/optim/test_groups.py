@@ -93,12 +93,13 @@ def test_replacing_the_group_and_the_list(spec):
     lockstep.step(2).check()
 
 
+@pytest.mark.only_for(
+    lambda spec: spec.takes_late_params, reason="this torch's class makes state in its constructor only"
+)
 def test_add_param_group_after_steps(variant):
     lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64).step(2)
     late = make_params(((4,), (2, 2)), torch.float64, seed=90)
     late_twins = twin(late)
-    if not variant.spec.takes_late_params:
-        pytest.skip("this torch's class makes state in its constructor only")
     for optimizer, params in zip(lockstep.both, (late, late_twins), strict=True):
         if variant.spec.name == "Adagrad":  # torch makes Adagrad's state in the constructor only, or where it is empty
             optimizer.add_param_group({"params": params, "lr": 0.2})

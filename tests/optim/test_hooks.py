@@ -102,9 +102,10 @@ def test_pre_hook_that_returns_nonsense(spec):
             optimizer.step()
 
 
+@pytest.mark.only_for(
+    lambda spec: spec.takes_late_params, reason="this torch's class makes state in its constructor only"
+)
 def test_pre_hook_that_adds_a_group(spec):
-    if not spec.takes_late_params:
-        pytest.skip("this torch's class makes state in its constructor only")
     lockstep = Lockstep(spec, dtype=torch.float64)
     late = make_params(((4,),), torch.float64, seed=80)
     late_twins = twin(late)

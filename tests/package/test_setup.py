@@ -1,6 +1,11 @@
 """setup.py: what it decides, what it refuses and how, and what a source distribution holds."""
 
+import os
 import runpy
+import select
+import shutil
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -120,12 +125,65 @@ def test_without_torch_it_stops_with_one_sentence(python, root, command):
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_without_ninja_it_stops_with_one_sentence(setup, monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        setup.native_build.__globals__, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path))
+    )
+    monkeypatch.setattr(
+        setup.native_build.__globals__["shutil"], "which", lambda name: None if name == "ninja" else name
+    )
+    (tmp_path / "Python.h").touch()
+    with pytest.raises(SystemExit, match="ninja is missing.*pip install ninja"):
+        setup.native_build()
+
+
+def test_the_ninja_of_an_environment_that_is_not_activated_is_found(setup, monkeypatch, tmp_path):
+    """pip does not put its environment's programs on PATH."""
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setitem(
+        setup.native_build.__globals__, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path))
+    )
+
+    def stop():
+        raise StopIteration(shutil.which("ninja"))
+
+    monkeypatch.setitem(setup.native_build.__globals__, "build_switches", stop)
+    with pytest.raises(StopIteration, match=f"{tmp_path}/ninja"):
+        setup.native_build()
+
+
+BUILD = """
+import pathlib, runpy, sys
+wait = runpy.run_path("setup.py")["wait_for_other_builds"]
+wait(pathlib.Path(sys.argv[1]))
+wait(pathlib.Path(sys.argv[1]))  # build tools may run setup.py twice in one process
+print("builds", flush=True)
+input()
+"""
+
+
+def test_two_builds_of_one_tree_take_turns(root, tmp_path):
+    def start():
+        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        return subprocess.Popen([sys.executable, "-c", BUILD, str(tmp_path)], cwd=root, text=True, **pipes)
+
+    first = start()
+    assert first.stdout.readline() == "builds\n"
+    second = start()
+    assert "Another build" in second.stderr.readline()
+    assert not select.select([second.stdout], [], [], 0.5)[0]
+    first.communicate("\n")
+    assert second.stdout.readline() == "builds\n"
+    second.communicate("\n")
+
+
 def test_source_distribution_needs_no_torch(python, root, tmp_path):
     python(WITHOUT_TORCH, "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, cwd=root)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         files = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
-    for folder in ("csrc", "optim_ext", "tests", "examples"):
+    for folder in ("csrc", "optim_ext", "tests", "examples", "tools"):
         for path in (root / folder).rglob("*"):
             name = str(path.relative_to(root))
             generated = path.suffix in (".so", ".pyc") or path.name in ("_build_info.py", "__pycache__")
@@ -133,3 +191,44 @@ def test_source_distribution_needs_no_torch(python, root, tmp_path):
                 assert name in files, f"{name} is missing"
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "CMakeLists.txt"} <= files
     assert not [name for name in files if name.endswith((".so", ".pyc", "_build_info.py"))]
+
+
+def quietly(root, log, code):
+    command = [sys.executable, root / "tools/quietly.py", log, sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_build_shows_how_far_it_is(root, tmp_path):
+    log = tmp_path / "build/test.log"
+    code = "for i in range(1, 4): print(f'  [{i}/3] c++ -c file.cpp'); print('file.cpp: warning')"
+    done = quietly(root, log, code)
+    assert done.returncode == 0 and "compiled 3 of 3 files" in done.stdout and "built in" in done.stdout
+    assert "warning" not in done.stdout and log.read_text().count("warning") == 3
+
+
+def test_a_build_that_fails_shows_the_end_of_its_log(root, tmp_path):
+    log = tmp_path / "test.log"
+    done = quietly(root, log, "for i in range(100): print('line', i, '.')\nraise SystemExit('no compiler')")
+    assert done.returncode == 1 and f"all of its output is in {log}" in done.stdout
+    assert "line 99 ." in done.stdout and "no compiler" in done.stdout and "line 9 ." not in done.stdout
+    assert "line 9 ." in log.read_text()
+
+
+@pytest.mark.parametrize("switch, says", [("", True), ("0", False), ("1", False)])
+def test_make_builds_for_the_cpu_where_no_gpu_is_visible(root, tmp_path, switch, says):
+    """The recipe runs with stand-ins for the environment's Python and pip."""
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "tools", tmp_path / "tools")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/torch.stamp").touch()
+    for name, code in (("python", f'exec {sys.executable} "$@"'), ("pip", 'echo "switch=$OPTIM_EXT_CUDA"')):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    environment = {**os.environ, "OPTIM_EXT_CUDA": switch, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["make", ".venv/demo.stamp"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ("no GPU is visible: building for the CPU only" in done.stdout) == says
+    assert (tmp_path / "build/demo.log").read_text() == f"switch={switch or '0'}\n"

@@ -62,9 +62,8 @@ def test_every_sixteen_bit_value_survives_a_step_that_changes_nothing(spec, dtyp
     assert found[~finite].isnan().all()
 
 
+@pytest.mark.only_for(lambda spec: spec.name != "ASGD", reason="its lambd decays parameters without a gradient")
 def test_zero_gradient_without_decay_changes_nothing(spec):
-    if spec.name == "ASGD":
-        pytest.skip("its lambd decays parameters without a gradient")
     options = {**spec.typical, "weight_decay": 0.0} if "weight_decay" in spec.typical else spec.typical
     lockstep = Lockstep(spec, options)
     before = [p.detach().clone() for p in lockstep.params]
@@ -116,10 +115,9 @@ def test_double_counter(counting):
     assert {e["step"].dtype for e in lockstep.ours.state.values()} == {torch.float64}
 
 
+@pytest.mark.only_for(lambda spec: spec.name != "Rprop", reason="has no weight decay")
 def test_plain_numbers_given_as_tensors_stay_native(spec):
     """weight_decay as a tensor is what torch documents for SGD; with gradients off it is a number like another."""
-    if spec.name == "Rprop":
-        pytest.skip("has no weight decay")
     options = {**spec.typical, "weight_decay": torch.tensor(0.1)}
     lockstep = Lockstep(spec, options, dtype=torch.float64).step(3)
     for mine, other in zip(lockstep.params, lockstep.twins, strict=True):

@@ -186,8 +186,11 @@ constexpr int64_t kStretch = 16;
 constexpr int64_t kAheadOfAllRows = 8192, kLineBytes = 64;
 template <int kRows, class Row>
 OPTIM_EXT_INLINE void fetch_ahead(const Row* from, int64_t count) {
-  const char* const ahead = reinterpret_cast<const char*>(from) + kAheadOfAllRows / kRows;
-  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Row)); at += kLineBytes) __builtin_prefetch(ahead + at);
+  // A number, as near the end of a row it is beyond what a pointer into the row may point to.
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(from) + kAheadOfAllRows / kRows;
+  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Row)); at += kLineBytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(at)));
+  }
 }
 
 // Dot products of kRows rows with kColumns vectors over the n elements of a tile.
