@@ -53,7 +53,7 @@ $(PURPOSES:%=$(VENV)/%.stamp): $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
 	  echo 'no GPU is visible: building for the CPU only (OPTIM_EXT_CUDA=1 builds the CUDA part all the same)'; \
 	  export OPTIM_EXT_CUDA=0; \
 	fi; \
-	$(BIN)/python tools/quietly.py build/$*.log $(BIN)/$(PIP) --no-build-isolation --verbose -e '.[$*]'
+	$(BIN)/python .ci/quietly.py build/$*.log $(BIN)/$(PIP) --no-build-isolation --verbose -e '.[$*]'
 	touch $@
 
 # What optim_ext is measured against besides torch. The benchmark goes on where that cannot be installed; the next call of
@@ -88,7 +88,7 @@ cuda-check: .venv-cuda/torch.stamp
 	tar cf - --exclude='*.so' --exclude=_build_info.py --exclude=__pycache__ --exclude='./build' --exclude='./.[!c]*' . | \
 	  tar xf - -C $(CUDA_TREE)
 	cd $(CUDA_TREE) && OPTIM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCHS) \
-	  '$(CURDIR)'/.venv-cuda/bin/python tools/quietly.py build/test.log \
+	  '$(CURDIR)'/.venv-cuda/bin/python .ci/quietly.py build/test.log \
 	  '$(CURDIR)'/.venv-cuda/bin/$(PIP) --no-build-isolation --verbose -e '.[test]'
 	cd $(CUDA_TREE) && '$(CURDIR)'/.venv-cuda/bin/python -m optim_ext
 	cd $(CUDA_TREE) && '$(CURDIR)'/.venv-cuda/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(CUDA_CHECK_TESTS)

@@ -194,7 +194,7 @@ def test_source_distribution_needs_no_torch(python, root, tmp_path):
 
 
 def quietly(root, log, code):
-    command = [sys.executable, root / "tools/quietly.py", log, sys.executable, "-c", code]
+    command = [sys.executable, root / ".ci/quietly.py", log, sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True)
 
 
