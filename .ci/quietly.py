@@ -1,4 +1,4 @@
-"""Runs a build: ``python tools/quietly.py LOG COMMAND...``. Shows how far it is; all that it says goes to the file LOG, whose
+"""Runs a build: ``python .ci/quietly.py LOG COMMAND...``. Shows how far it is; all that it says goes to the file LOG, whose
 end is shown, and whose name is told, where the build fails."""
 
 import re
