@@ -15,13 +15,14 @@ from optim_ext._fused_step import Group, Loss, _is_plain
 from optim_ext._lbfgs_box import BoxedStep
 from optim_ext._lbfgs_step import Bound, Method, Step, Workspace, span_of, working_dtype
 from optim_ext._load import _C
+from optim_ext._native_step import NativeStep
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
 # Options that describe the method, not a parameter: every group has the same. torch has `maximize` since 2.14.
 _COMMON = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "maximize")
 
 
-class LBFGS(torch.optim.LBFGS):
+class LBFGS(NativeStep, torch.optim.LBFGS):
     """L-BFGS (Liu & Nocedal 1989), torch's optimizer with a native iteration.
 
     The arguments up to ``maximize`` (in versions of torch that have it) are those of :class:`torch.optim.LBFGS`, and so
@@ -32,8 +33,10 @@ class LBFGS(torch.optim.LBFGS):
     Args:
         strict_max_eval: never call the closure more than ``max_eval`` times in a step. (torch's line search may
             overshoot; a step without line search calls it at least twice.)
-        recover: when the loss or the gradient becomes non-finite, go back to the best point seen, forget the history
-            and go on from there with shorter steps; warns once. The line search treats non-finite values as too high.
+        recover: when the loss or the gradient becomes non-finite, or the loss rises above the one the step began with,
+            go back to the best point seen, forget the history and go on from there with shorter steps; warns once. The
+            line search treats non-finite values as too high. Every step ends at the best point it has seen, so one
+            without line search evaluates its last point too.
         damping: mix the model's own curvature into pairs that have less than this share of it, as Powell (1978); 0.2 is
             usual. Keeps the history positive definite without a line search.
         history_dtype: ``torch.bfloat16`` stores the history at 2 bytes an element. Sums are taken in double all the
@@ -96,27 +99,17 @@ class LBFGS(torch.optim.LBFGS):
             self._workspace.disown()  # its tensors may be kept: they are not written again
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` of this class or of torch's returned.
-
-        Vectors are cast to the type the parameters are computed in, as torch casts them to the parameters' own: float32
-        for 16-bit parameters. A bfloat16 history stays one where ``history_dtype`` says so.
-        """
-        loaded: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        saved = loaded[-1]["state"].get(loaded[-1]["param_groups"][0]["params"][0], {})
+    def _undo_casts(self, saved: dict[str, Any]) -> None:
+        """All state has the type the parameters are computed in: float32 for 16-bit ones. A bfloat16 history stays one
+        where ``history_dtype`` says so."""
+        kept = saved["state"].get(saved["param_groups"][0]["params"][0], {})
         params = [p for group in self.param_groups for p in group["params"]]
         if not params or params[0] not in self.state or self._torch_reason(self.param_groups[0]) is not None:
             return
         state, dtype = self.state[params[0]], working_dtype(params)
         stored = self.param_groups[0].get("history_dtype") or dtype
-        for key, wanted in (("d", dtype), ("prev_flat_grad", dtype), ("old_dirs", stored), ("old_stps", stored)):
-            if key in saved:
-                state[key] = _cast(saved[key], params[0].device, wanted)
+        for key in kept.keys() & {"d", "prev_flat_grad", "old_dirs", "old_stps", "ro", "al", "H_diag"}:
+            state[key] = _cast(kept[key], params[0].device, stored if key in ("old_dirs", "old_stps") else dtype)
 
     def _method(self) -> Method:
         """The options as they stand, checked."""
@@ -146,6 +139,11 @@ class LBFGS(torch.optim.LBFGS):
             raise ValueError(f"Invalid history_dtype: {method.history_dtype}, only torch.bfloat16 is supported")
         if method.damping is not None and not 0.0 < method.damping < 1.0:
             raise ValueError(f"Invalid damping: {method.damping}, expected a number between 0 and 1")
+        if method.recover and method.strict_max_eval and method.max_eval < 2:
+            raise ValueError(
+                f"Invalid max_eval: {method.max_eval}, with recover and strict_max_eval a step needs 2: where it begins "
+                "and where it leads"
+            )
         if method.damping is not None and method.bounded:
             raise ValueError("damping and bounds cannot be combined: a projected step is not the model's own")
         return method

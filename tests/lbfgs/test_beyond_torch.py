@@ -210,7 +210,7 @@ def test_recover_from_a_step_that_was_not_evaluated():
 
 
 def test_a_restart_survives_a_checkpoint_of_torch():
-    """After it the next step begins as short as a first one."""
+    """After it the next step begins as short as a first one, and ten times shorter than the one that led astray."""
 
     def loss(x):
         return 10 * (-torch.log(x) + x).sum()
@@ -226,7 +226,7 @@ def test_a_restart_survives_a_checkpoint_of_torch():
     again.optimizer.load_state_dict(through.state_dict())
     before = param.detach().clone()
     grad = 10 * (1 - 1 / before)
-    tried = before - grad / grad.abs().sum()
+    tried = before - 0.1 ** run.state["restarts"] * grad / grad.abs().sum()
     assert grad.abs().sum() > 1
     again.steps(1)
     assert again.losses[1] == pytest.approx(loss(tried).item(), rel=1e-12)
@@ -246,6 +246,45 @@ def test_recover_from_a_bad_start_leaves_everything():
     with pytest.warns(UserWarning, match="where it began"):
         run.steps(1)
     assert run.params[0].item() == -1.0
+
+
+@pytest.mark.parametrize("lr", [2.5, 8.0, 1000.0])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_iter": 1}, {"max_iter": 3, "max_eval": 3, "strict_max_eval": True}, {"damping": 0.2}, {"bounds": (-9, 9)},
+     WOLFE, {"bounds": (-9, 9), **WOLFE}],
+    ids=["fixed", "one", "strict", "damped", "bounded", "wolfe", "bounded wolfe"],
+)  # fmt: skip
+@pytest.mark.parametrize("problem", ["rosenbrock-10", "beale", "himmelblau", "logistic"])
+def test_every_step_ends_at_the_best_point_it_has_seen(problem, options, lr):
+    """Rates far too high, with finite losses: steps get shorter until the loss falls, however few a step may try."""
+    run = start(LBFGS, problem, lr=lr, recover=True, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(8):
+            before = run.calls
+            run.steps(1)
+            assert run.loss(run.params).item() == min(run.losses[before:])
+    assert run.loss(run.params).item() < 0.99 * run.losses[0]
+
+
+def test_what_shortens_a_step_is_saved_with_the_state():
+    run = start(LBFGS, "rosenbrock-2", lr=1000.0, recover=True, max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.steps(2)
+        assert run.state["restarts"] == 2
+        again = start(LBFGS, "rosenbrock-2", lr=1000.0, recover=True, max_iter=1)
+        again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        before = run.calls
+        assert run.steps(3).losses[before:] == again.steps(3).losses
+        kept = ["restarts" in run.steps(1).state for _ in range(4)]
+    assert not all(kept) and min(run.losses) < run.losses[0]
+
+
+def test_a_step_of_one_evaluation_cannot_recover():
+    with pytest.raises(ValueError, match="a step needs 2"):
+        LBFGS([torch.zeros(1)], recover=True, strict_max_eval=True, max_eval=1)
 
 
 # Damping

@@ -10,6 +10,7 @@ from lockstep import (
     Lockstep,
     assert_close,
     assert_same_state,
+    bits,
     copy_of,
     give_grads,
     make_params,
@@ -135,7 +136,7 @@ def test_loading_leaves_the_dict_alone(spec):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_casts_state_to_the_parameter(spec, dtype):
-    """Float state takes the parameter's dtype, `step` keeps its own."""
+    """Float state takes the parameter's dtype, numbers keep their own."""
     lockstep = Lockstep(spec, dtype=torch.float64).step(2)
     saved = lockstep.theirs.state_dict()
     pair = Lockstep(spec, params=make_params(dtype=dtype))
@@ -147,7 +148,27 @@ def test_loading_casts_state_to_the_parameter(spec, dtype):
         pair.check()
     for entries in pair.ours.state.values():
         for key, value in entries.items():
-            assert value.dtype == (torch.float32 if key == "step" else dtype)
+            assert value.dtype == (torch.float32 if key in spec.numbers else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_was_loaded_is_what_is_saved(variant, dtype):
+    """Every key, to the bit and in its dtype: by the same optimizer, by another one, and through copies of either."""
+    params = make_params(dtype=dtype)
+    optimizer = variant.spec.ours(params, **copy_of(variant.options))
+    for step in range(2):
+        give_grads(params, step)
+        optimizer.step()
+    before = {index: bits_of(entries) for index, entries in optimizer.state_dict()["state"].items()}
+    other = variant.spec.ours(twin(params), **copy_of(variant.options))
+    other.load_state_dict(through_file(optimizer.state_dict(), weights_only=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert {index: bits_of(entries) for index, entries in one.state_dict()["state"].items()} == before
+
+
+def bits_of(entries):
+    return {key: bits(value) if isinstance(value, torch.Tensor) else value for key, value in entries.items()}
 
 
 @pytest.mark.parametrize("number", [3, 3.0], ids=["int", "float"])
