@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from optim_ext import _grad_control
-from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite, Verdict
+from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
 from optim_ext._load import _C
 from optim_ext._native_step import NativeStep
 from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
@@ -296,25 +296,6 @@ class FusedStep(NativeStep):
     def grad_policy(self) -> GradPolicy | None:
         """What ``set_grad_policy`` made, or None."""
         return self._asked().policy
-
-    def find_nonfinite(self) -> list[NonFinite]:
-        """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
-        process's part, for sharded parameters).
-
-        An empty list if there are none. Reads everything, and waits for the device.
-        """
-        return _grad_control.find_nonfinite(self)
-
-    def measure_step(self) -> AbstractContextManager[list[GroupNorms]]:
-        """Norms of gradient, parameter and update of each group for a step taken inside, there when it ends::
-
-            with optimizer.measure_step() as norms:
-                optimizer.step()
-            print(norms[0].update / norms[0].param)
-
-        Keeps a copy of all parameters meanwhile.
-        """
-        return _grad_control.measure_step(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

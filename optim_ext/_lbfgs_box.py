@@ -76,11 +76,9 @@ class BoxedStep(Step):
             work.move(inside, 0.0, inside)
         try:
             return super().run()
-        except BaseException:
-            if outside and self.evals == 0:
-                work.move(before, 0.0, before)
-            raise
         finally:
+            if outside and self.evals == 0:  # the closure has raised, or the step is skipped
+                work.move(before, 0.0, before)
             work.vectors.give(before)
 
     def _measure(self, norms: Norms) -> None:

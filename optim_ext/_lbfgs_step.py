@@ -267,8 +267,16 @@ class _Lease:
 class Step:
     """One call of ``step``."""
 
-    def __init__(self, states: dict[Tensor, Any], work: Workspace, method: Method, closure: Callable[[], Any]) -> None:
-        self.states, self.work, self.method, self.closure = states, work, method, closure
+    def __init__(
+        self,
+        states: dict[Tensor, Any],
+        work: Workspace,
+        method: Method,
+        closure: Callable[[], Any],
+        is_to_skip: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.states, self.work, self.method, self.closure, self.is_to_skip = states, work, method, closure, is_to_skip
+        self.is_skipped = False
         # For all that torch has tensors of the parameters' dtype for. A search that overflows there can be recovered from.
         self.rounded = rounded_to(work.dtype, saves_overflow=method.recover)
         self.tolerance_grad, self.tolerance_change = map(self.rounded, (method.tolerance_grad, method.tolerance_change))
@@ -283,6 +291,10 @@ class Step:
 
     def run(self) -> Any:
         given, self.loss, self.grad, norms = self._evaluate()
+        self.is_skipped = self.is_to_skip()
+        if self.is_skipped:
+            self.work.vectors.give(self.grad)
+            return given
         self.evals = 1
         self.state: dict[str, Any] = self.states[self.work.params[0]]  # torch keeps it under the first parameter
         self.state["func_evals"] = self.state.get("func_evals", 0) + 1

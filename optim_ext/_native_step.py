@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch.optim import Optimizer
 
+from optim_ext import _grad_control
+from optim_ext._grad_control import GroupNorms, NonFinite
+
 
 class NativeStep(Optimizer):
     """Base of all optimizers whose step runs natively: of :class:`optim_ext._fused_step.FusedStep` and of L-BFGS."""
+
+    def find_nonfinite(self) -> list[NonFinite]:
+        """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
+        process's part, for sharded parameters).
+
+        An empty list if there are none. Reads everything, and waits for the device.
+        """
+        return _grad_control.find_nonfinite(self)
+
+    def measure_step(self) -> AbstractContextManager[list[GroupNorms]]:
+        """Norms of gradient, parameter and update of each group for a step taken inside, there when it ends::
+
+            with optimizer.measure_step() as norms:
+                optimizer.step()
+            print(norms[0].update / norms[0].param)
+
+        Keeps a copy of all parameters meanwhile.
+        """
+        return _grad_control.measure_step(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class, or of torch's class of the same name, returned.

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from problems import Run, beale, booth, himmelblau, rosenbrock, rosenbrock_start, start
 
 from optim_ext import LBFGS
+from optim_ext.swa_utils import AveragedModel
 
 WOLFE = {"line_search_fn": "strong_wolfe"}
 
@@ -43,6 +44,73 @@ def test_options_survive_checkpoints_of_torch_and_copies():
     for found in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         group = found.param_groups[0]
         assert group["recover"] and group["history_dtype"] == torch.bfloat16 and group["lr"] == 0.25
+
+
+# Controls, which it shares with the other optimizers where they make sense
+
+
+def test_clipping_is_refused_in_one_sentence():
+    optimizer = LBFGS([torch.zeros(2, requires_grad=True)])
+    for ask in (lambda: optimizer.clip_grad_norm(1.0), lambda: optimizer.set_grad_policy(max_norm=1.0)):
+        with pytest.raises(RuntimeError, match="LBFGS does not clip"):
+            ask()
+    assert optimizer.grad_policy is None
+
+
+@pytest.mark.parametrize("policy", [{"skip_nonfinite": True}, {"skip_above": 1e4, "norm_type": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, WOLFE, {"bounds": (-1.0, 2.0), **WOLFE}], ids=["fixed", "wolfe", "bounded"])
+def test_a_skipped_step_writes_nothing(options, policy):
+    run = start(LBFGS, "rosenbrock-10", max_iter=3, **options).steps(1)
+    run.optimizer.set_grad_policy(**policy)
+    run.steps(1)
+    assert not run.optimizer.grad_policy.last_step_skipped
+    with torch.no_grad():
+        run.params[0][0] = 7.0  # out of bounds
+    params, state = run.params[0].detach().clone(), copy.deepcopy(run.optimizer.state_dict()["state"])
+    loss, calls = run.loss, run.calls
+    run.loss = lambda params: loss(params) * math.inf
+    run.steps(1)
+    assert run.calls == calls + 1 and torch.equal(run.params[0], params)
+    assert repr(run.optimizer.state_dict()["state"]) == repr(state)
+    assert run.optimizer.grad_policy.last_step_skipped and run.optimizer.grad_policy.skipped_steps == 1
+    run.loss = lambda params: 1e-3 * loss(params)
+    run.steps(1)
+    assert not run.optimizer.grad_policy.last_step_skipped and not torch.equal(run.params[0], params)
+    assert copy.deepcopy(run.optimizer).grad_policy.skipped_steps == 1
+    run.optimizer.set_grad_policy()
+    assert run.optimizer.grad_policy is None
+
+
+def test_steps_are_averaged_and_measured():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    averages, given = [], torch.randn(5, 3)
+    for one, in_step in ((model, True), (twin, False)):
+        averaged = AveragedModel(one)
+        optimizer = LBFGS(one.parameters(), max_iter=3, **WOLFE)
+        if in_step:
+            optimizer.average_into(averaged)
+
+        def closure(one=one, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = one(given).sin().square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            with optimizer.measure_step() as norms:
+                optimizer.step(closure)
+            assert norms[0].update > 0 and norms[0].param > 0
+            if not in_step:
+                averaged.update_parameters(one)
+        averages.append(averaged)
+    assert averages[0].n_averaged == averages[1].n_averaged == 3
+    for ours, other in zip(averages[0].parameters(), averages[1].parameters(), strict=True):
+        assert torch.equal(ours, other)
+    model.weight.grad[0, 0] = math.nan
+    optimizer = LBFGS(model.named_parameters())
+    assert [(found.grad, found.value) for found in optimizer.find_nonfinite()] == [(1, 0)]
 
 
 # Groups
