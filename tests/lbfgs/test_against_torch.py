@@ -550,15 +550,16 @@ def heat_equation(seed):
 
 
 def test_evaluations_of_networks_in_single_precision():
-    """Ten of them, four steps each. Where a run stops there is chance, so they are compared at the loss that both
+    """Ten of them, two steps each. Where a run stops there is chance, so they are compared at the loss that both
     reach: ours needs at most a twentieth more evaluations in the sum."""
     counts = [0, 0]
     for seed in range(10):
         runs = []
         for cls in BOTH:
             params, loss = heat_equation(seed)
-            runs.append(Run(cls(params, max_iter=50, history_size=50, **WOLFE), params, loss).steps(3))
+            runs.append(Run(cls(params, max_iter=50, history_size=50, **WOLFE), params, loss).steps(2))
         both_reach = max(min(run.losses) for run in runs)
         for place, run in enumerate(runs):
             counts[place] += 1 + next(i for i, loss in enumerate(run.losses) if loss <= both_reach)
-    assert counts[1 - BOTH.index(torch.optim.LBFGS)] <= 1.05 * counts[BOTH.index(torch.optim.LBFGS)], counts
+    ours, theirs = (counts[BOTH.index(cls)] for cls in (optim_ext.LBFGS, torch.optim.LBFGS))
+    assert ours <= 1.05 * theirs, counts

@@ -221,7 +221,7 @@ def test_saved_as_fused(spec):
 
 def test_older_dicts_without_flags(spec):
     """Flags younger than the class are filled in with their defaults."""
-    lockstep = Lockstep(spec, dtype=torch.float64).step(2)
+    lockstep = Lockstep(spec, dtype=spec.checkpoint_dtype).step(2)
     saved = lockstep.ours.state_dict()
     for flag in ("foreach", "differentiable", "maximize", "capturable", "fused", "decoupled_weight_decay"):
         if (flag, spec.name) != ("maximize", "Adafactor"):  # which has had it from the start
@@ -269,7 +269,7 @@ def test_named_and_unnamed(spec, saved_named, loaded_named):
     def named(prefix):
         return lambda params: [(f"{prefix}{i}", p) for i, p in enumerate(params)]
 
-    source = Lockstep(spec, dtype=torch.float64, groups=named("a") if saved_named else list).step(2).check()
+    source = Lockstep(spec, dtype=spec.checkpoint_dtype, groups=named("a") if saved_named else list).step(2).check()
     target = Lockstep(spec, params=twin(source.params), groups=named("b") if loaded_named else list)
     target.ours.load_state_dict(copy.deepcopy(source.ours.state_dict()))
     target.theirs.load_state_dict(copy.deepcopy(source.theirs.state_dict()))
