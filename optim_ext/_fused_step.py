@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -20,8 +20,9 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from optim_ext import _grad_control
-from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite, Verdict
+from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
 from optim_ext._load import _C
+from optim_ext._native_step import NativeStep
 from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
 
 Group = dict[str, Any]
@@ -84,7 +85,7 @@ class Controls:
     groups: int = 0  # how many parameter groups the optimizer had when it was last asked for one of these
 
 
-class FusedStep(Optimizer):
+class FusedStep(NativeStep):
     """Base of the native optimizers: put it in front of the ``torch.optim`` class whose rule it replaces.
 
     A subclass names its op and says, per group, where the op's state lists come from and what the hyper-parameters are:
@@ -296,25 +297,6 @@ class FusedStep(Optimizer):
         """What ``set_grad_policy`` made, or None."""
         return self._asked().policy
 
-    def find_nonfinite(self) -> list[NonFinite]:
-        """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
-        process's part, for sharded parameters).
-
-        An empty list if there are none. Reads everything, and waits for the device.
-        """
-        return _grad_control.find_nonfinite(self)
-
-    def measure_step(self) -> AbstractContextManager[list[GroupNorms]]:
-        """Norms of gradient, parameter and update of each group for a step taken inside, there when it ends::
-
-            with optimizer.measure_step() as norms:
-                optimizer.step()
-            print(norms[0].update / norms[0].param)
-
-        Keeps a copy of all parameters meanwhile.
-        """
-        return _grad_control.measure_step(self)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._asked().armed = None
@@ -331,6 +313,18 @@ class FusedStep(Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
         if policy is not None:
             self._asked().policy = policy
+
+    def _undo_casts(self, saved: dict[str, Any]) -> None:
+        """One number for a whole parameter is kept in torch's default precision, not in the parameter's. Of step counts
+        torch knows that."""
+        numbers = self._scalar_state - {"step"}
+        if not numbers:
+            return
+        for group, its in zip(self.param_groups, saved["param_groups"], strict=True):
+            for p, number in zip(group["params"], its["params"], strict=True):
+                for key, value in saved["state"].get(number, {}).items():
+                    if key in numbers and isinstance(value, Tensor):
+                        self.state[p][key] = value.to(self.state[p][key].device)
 
     def add_param_group(self, param_group: Group) -> None:
         self._asked()  # there from the constructor on, which adds the first group

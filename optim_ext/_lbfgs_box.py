@@ -76,11 +76,9 @@ class BoxedStep(Step):
             work.move(inside, 0.0, inside)
         try:
             return super().run()
-        except BaseException:
-            if outside and self.evals == 0:
-                work.move(before, 0.0, before)
-            raise
         finally:
+            if outside and self.evals == 0:  # the closure has raised, or the step is skipped
+                work.move(before, 0.0, before)
             work.vectors.give(before)
 
     def _measure(self, norms: Norms) -> None:
@@ -107,11 +105,14 @@ class BoxedStep(Step):
             self.d[part].zero_()
         self.d_largest, _, self.slope = self.work.norms(self.d, self.free_grad)
 
-    def _place(self, origin: Tensor, t: float) -> float:
-        """Move to the projected point; returns the change the gradient predicts for it."""
+    def _place(self, origin: Tensor, t: float) -> None:
+        """Move to the projected point."""
         assert self.d is not None
         self.target = self._box().clamp(torch.add(origin, self.d, alpha=t))
         self.work.move(self.target, 0.0, self.target)
+
+    def _predicted(self, origin: Tensor) -> float:
+        """The change the gradient predicts for the projected point."""
         return self.work.norms(self.target - origin, self.grad).product
 
     def _slope_at(self, norms: Norms, known: float) -> float:

@@ -18,7 +18,7 @@ from optim_ext._load import _C
 _OPS = torch.ops.optim_ext
 # torch's: pairs of less curvature than this do not join the history.
 _LEAST_CURVATURE = 1e-10
-# Restarts after which a step gives up: each begins ten times shorter than the one before.
+# Restarts after which a step gives up. Until the loss falls each begins ten times shorter than the one before.
 _MOST_RESTARTS = 12
 # Bytes from which a history may lie in huge pages, and bytes of it that are allocated together. Sweeps over many vectors
 # read a fifth more per second from huge pages than from small ones.
@@ -267,13 +267,22 @@ class _Lease:
 class Step:
     """One call of ``step``."""
 
-    def __init__(self, states: dict[Tensor, Any], work: Workspace, method: Method, closure: Callable[[], Any]) -> None:
-        self.states, self.work, self.method, self.closure = states, work, method, closure
+    def __init__(
+        self,
+        states: dict[Tensor, Any],
+        work: Workspace,
+        method: Method,
+        closure: Callable[[], Any],
+        is_to_skip: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.states, self.work, self.method, self.closure, self.is_to_skip = states, work, method, closure, is_to_skip
+        self.is_skipped = False
         # For all that torch has tensors of the parameters' dtype for. A search that overflows there can be recovered from.
         self.rounded = rounded_to(work.dtype, saves_overflow=method.recover)
         self.tolerance_grad, self.tolerance_change = map(self.rounded, (method.tolerance_grad, method.tolerance_change))
         self.evals = 0
         self.restarts = 0
+        self.has_news = False  # whether the state has to learn of more than counts
         self.loss: float
         self.grad: Tensor
         self.d: Tensor | None
@@ -282,6 +291,10 @@ class Step:
 
     def run(self) -> Any:
         given, self.loss, self.grad, norms = self._evaluate()
+        self.is_skipped = self.is_to_skip()
+        if self.is_skipped:
+            self.work.vectors.give(self.grad)
+            return given
         self.evals = 1
         self.state: dict[str, Any] = self.states[self.work.params[0]]  # torch keeps it under the first parameter
         self.state["func_evals"] = self.state.get("func_evals", 0) + 1
@@ -294,8 +307,10 @@ class Step:
                     return given
             else:
                 self._note_best(anew=True)
+            self.first_loss = self.loss
             if not self.largest <= self.tolerance_grad:
                 self._iterate()
+                self._end_at_best()
         finally:
             self._save()
         return given
@@ -306,6 +321,7 @@ class Step:
             if not iteration <= method.max_iter:  # which may be any number, as in torch
                 break
             state["n_iter"] += 1
+            self.has_news = True
             last = iteration == method.max_iter
             is_fresh = state["n_iter"] == 1 or self.d is None or self._was_restarted()
             if is_fresh:
@@ -323,11 +339,12 @@ class Step:
                 break
             spent = self._just_move(last) if method.line_search_fn is None else self._search()
             if spent is None:
+                self.t = 0.0
                 break
             self.evals += spent
             state["func_evals"] += spent
             is_over = last or self.evals >= method.max_eval
-            if method.recover and not self._is_finite():
+            if method.recover and not (self._is_finite() and self.loss <= self.first_loss):
                 if self._restart() and not is_over:
                     continue
                 break
@@ -393,18 +410,23 @@ class Step:
 
         size = self.method.history_size
         both = [state.get(key) or [] for key in ("old_dirs", "old_stps")]
-        for row in itertools.chain.from_iterable(rows[:-size] for rows in both):  # a smaller history than before
-            work.rows.give(row)
+        self.outlived = [row for rows in both for row in rows[:-size]]  # of a larger history than this one
         self.old_dirs, self.old_stps = ([fitting(row, work.history_dtype) for row in rows[-size:]] for rows in both)
         self.gram = work.gram_of(self.old_dirs, self.old_stps)
         self.d = None if state.get("d") is None else fitting(state["d"], work.dtype)
         self.prev_grad = self.d if self.d is None else fitting(state["prev_flat_grad"], work.dtype)
         self.t = float(state.get("t") or 0.0)
         self.prev_loss = float(state.get("prev_loss") or 0.0)
+        self.restarts = state.get("restarts", 0)
 
     def _save(self) -> None:
         state, work, gram = self.state, self.work, self.gram
         work.remember(self.old_dirs, self.old_stps)
+        if not self.has_news:  # as in torch, a step without an iteration leaves what it was given, to the bit
+            work.vectors.give(self.grad)
+            return
+        for row in self.outlived:
+            work.rows.give(row)
         if self.d is None and state.get("d") is not None:  # after a restart: a step of no length, for torch too
             self.d, self.t, self.prev_grad, self.prev_loss = self.grad.neg(), 0.0, self.grad, self.loss
         if self.d is not None:
@@ -418,6 +440,10 @@ class Step:
             state["prev_flat_grad"], state["prev_loss"] = self.prev_grad, self.prev_loss
             if state["n_iter"] > 1:
                 state["al"] = [*scalars[count:-1], *[None] * (self.method.history_size - count)]
+        if 0 < self.restarts <= _MOST_RESTARTS:
+            state["restarts"] = self.restarts
+        else:
+            state.pop("restarts", None)
         if self.grad is not self.prev_grad:
             work.vectors.give(self.grad)
 
@@ -426,6 +452,7 @@ class Step:
     def _forget(self) -> None:
         """An empty history, as at the very beginning."""
         work = self.work
+        self.has_news = True
         for row in (*self.old_dirs, *self.old_stps):
             work.rows.give(row)
         self.old_dirs, self.old_stps = [], []
@@ -493,11 +520,15 @@ class Step:
 
     # Moves
 
-    def _just_move(self, last: bool) -> int:
-        """A step of given length; returns how often the closure was called. In the last iteration it is not: a
-        stochastic one would give another function's value."""
+    def _just_move(self, last: bool) -> int | None:
+        """A step of given length; returns how often the closure was called, None where there is no step. In the last
+        iteration it is not called: a stochastic one would give another function's value. With ``recover`` it is, as
+        otherwise nobody knows whether the step led uphill."""
+        is_spent = self.method.strict_max_eval and self.evals >= self.method.max_eval
+        if is_spent and self.method.recover:
+            return None
         self._advance()
-        if last or (self.method.strict_max_eval and self.evals >= self.method.max_eval):
+        if is_spent or (last and not self.method.recover):
             return 0
         _, self.loss, self.grad, norms = self._evaluate()
         self._measure(norms)
@@ -515,12 +546,10 @@ class Step:
             return None
         origin = work.vectors.take()
         work.read(origin)
-        at = 0.0
 
         def evaluate(t: float) -> Point:
-            nonlocal at
-            at = t
-            slope = self._place(origin, t)
+            self._place(origin, t)
+            slope = self._predicted(origin)
             _, loss, grad, norms = self._evaluate(self.d)
             return Point(t, loss, self._slope_at(norms, slope), _Lease(work.vectors, grad, norms))
 
@@ -536,8 +565,9 @@ class Step:
                 self.state["n_iter"] = 0
                 self._forget()
             raise
-        if at != point.t:
-            self._place(origin, point.t)
+        # Also where the last point looked at is the one to go to: what the closure has written to parameters meanwhile
+        # (by a clamp, say) is no part of a search, and no version counter tells of a write through ``param.data``.
+        self._place(origin, point.t)
         self.t, self.loss, self.grad = point.t, point.loss, point.at.keep()
         self._arrive(origin)
         work.vectors.give(origin)
@@ -548,10 +578,13 @@ class Step:
         method = self.method
         return strong_wolfe(evaluate, start, self.t, self.d_largest, max_ls, self.rounded, guarded=method.recover)
 
-    def _place(self, origin: Tensor, t: float) -> float:
-        """Move to the point at ``t``; what is known of the slope there."""
+    def _place(self, origin: Tensor, t: float) -> None:
+        """Move to the point at ``t``."""
         assert self.d is not None
         self.work.move(self.d, t, origin)
+
+    def _predicted(self, origin: Tensor) -> float:
+        """What is known of the slope where the last move led, before the closure is called."""
         return 0.0
 
     def _slope_at(self, norms: Norms, known: float) -> float:
@@ -568,6 +601,8 @@ class Step:
         work = self.work
         if not self.method.recover or not (anew or work.best is None or self.loss < work.best.loss):
             return
+        if not anew:
+            self.restarts = 0
         if work.best is None:
             work.best = Best(self.loss, work.vectors.take(), work.vectors.take())
         work.best.loss = self.loss
@@ -581,18 +616,32 @@ class Step:
             work.warned = True
             where = "where it began" if best is None else f"at the best point seen, of loss {best.loss:g}"
             warnings.warn(
-                f"LBFGS met a loss or gradient that is not finite; it goes on {where} without its history "
-                "(further occurrences are not reported)",
+                "LBFGS met a loss or gradient that is not finite, or a loss above the one its step began with; it goes "
+                f"on {where} without its history (further occurrences are not reported)",
                 stacklevel=2,
             )
         self.restarts += 1
         if best is None:
             return False
-        work.move(best.params, 0.0, best.params)
-        if self.grad is self.prev_grad:
-            self.grad = work.vectors.take()
-        self.grad.copy_(best.grad)
-        self.loss = best.loss
+        self._go_back_to(best)
         self._forget()
         self._measure(work.norms(self.grad))
         return self.restarts <= _MOST_RESTARTS
+
+    def _go_back_to(self, best: Best) -> None:
+        self.work.move(best.params, 0.0, best.params)
+        if self.grad is self.prev_grad:
+            self.grad = self.work.vectors.take()
+        self.grad.copy_(best.grad)
+        self.loss = best.loss
+
+    def _end_at_best(self) -> None:
+        """A step without line search may have passed by the best point. The history stays; what led away from there is
+        noted as a step of no length, which adds nothing to it."""
+        best = self.work.best
+        if not self.method.recover or best is None or self.loss <= best.loss:
+            return
+        self._go_back_to(best)
+        assert self.prev_grad is not None
+        self.prev_grad.copy_(self.grad)
+        self.t, self.prev_loss = 0.0, self.loss

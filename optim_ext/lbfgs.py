@@ -10,18 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn import Module
 
-from optim_ext._fused_step import Group, Loss, _is_plain
+from optim_ext import _grad_control
+from optim_ext._fused_step import Controls, Group, Loss, _is_plain
+from optim_ext._grad_control import GradPolicy
 from optim_ext._lbfgs_box import BoxedStep
 from optim_ext._lbfgs_step import Bound, Method, Step, Workspace, span_of, working_dtype
 from optim_ext._load import _C
+from optim_ext._native_step import NativeStep
+from optim_ext.swa_utils import AveragedModel, step_averaging
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
 # Options that describe the method, not a parameter: every group has the same. torch has `maximize` since 2.14.
 _COMMON = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "maximize")
 
+# Why controls that change gradients are refused.
+_NOT_CLIPPED = (
+    "LBFGS does not clip: its line search and its history need the gradient of the loss the closure returns. Bound the "
+    "step instead (lr, line_search_fn='strong_wolfe', bounds), or clip inside the closure what the loss is made of"
+)
 
-class LBFGS(torch.optim.LBFGS):
+
+class LBFGS(NativeStep, torch.optim.LBFGS):
     """L-BFGS (Liu & Nocedal 1989), torch's optimizer with a native iteration.
 
     The arguments up to ``maximize`` (in versions of torch that have it) are those of :class:`torch.optim.LBFGS`, and so
@@ -32,8 +43,10 @@ class LBFGS(torch.optim.LBFGS):
     Args:
         strict_max_eval: never call the closure more than ``max_eval`` times in a step. (torch's line search may
             overshoot; a step without line search calls it at least twice.)
-        recover: when the loss or the gradient becomes non-finite, go back to the best point seen, forget the history
-            and go on from there with shorter steps; warns once. The line search treats non-finite values as too high.
+        recover: when the loss or the gradient becomes non-finite, or the loss rises above the one the step began with,
+            go back to the best point seen, forget the history and go on from there with shorter steps; warns once. The
+            line search treats non-finite values as too high. Every step ends at the best point it has seen, so one
+            without line search evaluates its last point too.
         damping: mix the model's own curvature into pairs that have less than this share of it, as Powell (1978); 0.2 is
             usual. Keeps the history positive definite without a line search.
         history_dtype: ``torch.bfloat16`` stores the history at 2 bytes an element. Sums are taken in double all the
@@ -76,9 +89,17 @@ class LBFGS(torch.optim.LBFGS):
         for group in further:
             self.add_param_group(group)
         self._method()
+        self._asked()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch's, which copies and pickles options and state alone, and the policy: skipping must not get lost."""
+        policy = self.grad_policy
+        return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
+        controls = self._asked()  # there from now on: wrappers share it with the optimizer they hold
+        controls.policy = state.get("_grad_policy", controls.policy)
         self.__dict__.pop("_workspace", None)
         self._params = self.param_groups[0]["params"]  # torch's own step looks there
         self._numel_cache = None
@@ -96,27 +117,91 @@ class LBFGS(torch.optim.LBFGS):
             self._workspace.disown()  # its tensors may be kept: they are not written again
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` of this class or of torch's returned.
+    def average_into(self, averaged: AveragedModel | None, model: Module | None = None) -> None:
+        """Update an average of the model after every ``step()``, however many iterations it had; None: no more.
 
-        Vectors are cast to the type the parameters are computed in, as torch casts them to the parameters' own: float32
-        for 16-bit parameters. A bfloat16 history stays one where ``history_dtype`` says so.
+        A skipped step and one that raises leave the average and its count alone. Not saved with the optimizer.
+
+        Args:
+            averaged: an :class:`optim_ext.swa_utils.AveragedModel` that averages natively.
+            model: the model to average, by default the one ``averaged`` was made from or updated with last.
+
+        Raises:
+            TypeError: ``averaged`` is not such a model.
+            ValueError: it has an averaging function of its own, does not match the model, is on another device, belongs
+                to another optimizer, or its model is not known.
         """
-        loaded: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        saved = loaded[-1]["state"].get(loaded[-1]["param_groups"][0]["params"][0], {})
+        self._asked().averaging = None if averaged is None else step_averaging(averaged, model, self)
+
+    def clip_grad_norm(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: L-BFGS needs the gradient itself.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(_NOT_CLIPPED)
+
+    def set_grad_policy(
+        self,
+        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        skip_above: float | None = None,
+    ) -> GradPolicy | None:
+        """Skip steps by the norm of the gradient they begin with. Without arguments: no longer.
+
+        The closure is called once; a skipped step then writes no parameter, state or average. What happens further on in
+        a step is up to the line search and ``recover``. The policy is not part of ``state_dict()``.
+
+        Args:
+            max_norm: refused, as by ``clip_grad_norm``.
+            norm_type: 1, 2 or inf.
+            skip_nonfinite: skip a step whose norm is infinite or NaN.
+            skip_above: skip a step unless its norm is at most this.
+
+        Returns:
+            The policy, also as ``grad_policy``; None without arguments.
+
+        Raises:
+            RuntimeError: ``max_norm`` was given.
+            ValueError: ``skip_above`` is negative or NaN, or another ``norm_type``.
+        """
+        if max_norm is not None:
+            raise RuntimeError(_NOT_CLIPPED)
+        asked = skip_nonfinite or skip_above is not None
+        self._asked().policy = GradPolicy(None, norm_type, skip_nonfinite, skip_above) if asked else None
+        return self.grad_policy
+
+    @property
+    def grad_policy(self) -> GradPolicy | None:
+        """What ``set_grad_policy`` made, or None."""
+        return self._asked().policy
+
+    def _asked(self) -> Controls:
+        controls: Controls = self.__dict__.setdefault("_controls", Controls())
+        return controls
+
+    def _is_to_skip(self) -> bool:
+        """What the policy makes of the gradients that are there. Waits for the device."""
+        policy = self._asked().policy
+        if policy is None:
+            return False
+        verdict = _grad_control.judge(self, None, policy, None, None)
+        verdict.record()
+        return bool(policy.last_step_skipped)
+
+    def _undo_casts(self, saved: dict[str, Any]) -> None:
+        """All state has the type the parameters are computed in: float32 for 16-bit ones. A bfloat16 history stays one
+        where ``history_dtype`` says so."""
+        kept = saved["state"].get(saved["param_groups"][0]["params"][0], {})
         params = [p for group in self.param_groups for p in group["params"]]
         if not params or params[0] not in self.state or self._torch_reason(self.param_groups[0]) is not None:
             return
         state, dtype = self.state[params[0]], working_dtype(params)
         stored = self.param_groups[0].get("history_dtype") or dtype
-        for key, wanted in (("d", dtype), ("prev_flat_grad", dtype), ("old_dirs", stored), ("old_stps", stored)):
-            if key in saved:
-                state[key] = _cast(saved[key], params[0].device, wanted)
+        for key in kept.keys() & {"d", "prev_flat_grad", "old_dirs", "old_stps", "ro", "al", "H_diag"}:
+            state[key] = _cast(kept[key], params[0].device, stored if key in ("old_dirs", "old_stps") else dtype)
 
     def _method(self) -> Method:
         """The options as they stand, checked."""
@@ -146,6 +231,11 @@ class LBFGS(torch.optim.LBFGS):
             raise ValueError(f"Invalid history_dtype: {method.history_dtype}, only torch.bfloat16 is supported")
         if method.damping is not None and not 0.0 < method.damping < 1.0:
             raise ValueError(f"Invalid damping: {method.damping}, expected a number between 0 and 1")
+        if method.recover and method.strict_max_eval and method.max_eval < 2:
+            raise ValueError(
+                f"Invalid max_eval: {method.max_eval}, with recover and strict_max_eval a step needs 2: where it begins "
+                "and where it leads"
+            )
         if method.damping is not None and method.bounded:
             raise ValueError("damping and bounds cannot be combined: a projected step is not the model's own")
         return method
@@ -197,12 +287,19 @@ class LBFGS(torch.optim.LBFGS):
             return by_torch
         workspace = self._workspace_for(params, method)
         kind = BoxedStep if method.bounded else Step
-        first: Loss = kind(self.state, workspace, method, torch.enable_grad()(closure)).run()
+        step = kind(self.state, workspace, method, torch.enable_grad()(closure), self._is_to_skip)
+        first: Loss = step.run()
+        averaging = self._asked().averaging
+        if averaging is not None and not step.is_skipped:
+            averaging.update()
         return first
 
     def _torch_step(self, closure: Callable[[], Any], reason: str) -> Any:
         beyond = [name for name in _OWN_OPTIONS if _is_on(self.param_groups[0].get(name))]
         beyond += ["several groups"] if len(self.param_groups) > 1 else []
+        asked = self._asked()
+        beyond += ["set_grad_policy"] if asked.policy is not None else []
+        beyond += ["average_into"] if asked.averaging is not None else []
         if beyond:
             raise RuntimeError(f"LBFGS has no native step here ({reason}), and torch's has no {', '.join(beyond)}")
         step = torch.optim.LBFGS.step

@@ -88,7 +88,8 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance, what: str =
 
 
 def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: Tolerance) -> None:
-    """State of both, in state_dict's form: the same keys everywhere, values within the tolerance, steps exactly."""
+    """State of both, in state_dict's form: the same keys everywhere, values within the tolerance, steps exactly. Loading
+    keeps the precision of numbers that torch casts to the parameter's."""
     mine, other = ours.state_dict(), theirs.state_dict()
     assert mine.keys() == other.keys()
     assert mine["param_groups"] == other["param_groups"]
@@ -102,6 +103,8 @@ def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer
             if not isinstance(value, Tensor):
                 assert found == value, (index, key)
                 continue
+            if key in ours._scalar_state - {"step"}:
+                found = found.to(value.dtype)
             assert (found.dtype, found.device, found.shape) == (value.dtype, value.device, value.shape), (index, key)
             assert_close(found, value, Tolerance(0, 0) if key == "step" else tolerance, f"state {index} {key}")
 

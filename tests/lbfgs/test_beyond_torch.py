@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from problems import Run, beale, booth, himmelblau, rosenbrock, rosenbrock_start, start
 
 from optim_ext import LBFGS
+from optim_ext.swa_utils import AveragedModel
 
 WOLFE = {"line_search_fn": "strong_wolfe"}
 
@@ -43,6 +44,73 @@ def test_options_survive_checkpoints_of_torch_and_copies():
     for found in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         group = found.param_groups[0]
         assert group["recover"] and group["history_dtype"] == torch.bfloat16 and group["lr"] == 0.25
+
+
+# Controls, which it shares with the other optimizers where they make sense
+
+
+def test_clipping_is_refused_in_one_sentence():
+    optimizer = LBFGS([torch.zeros(2, requires_grad=True)])
+    for ask in (lambda: optimizer.clip_grad_norm(1.0), lambda: optimizer.set_grad_policy(max_norm=1.0)):
+        with pytest.raises(RuntimeError, match="LBFGS does not clip"):
+            ask()
+    assert optimizer.grad_policy is None
+
+
+@pytest.mark.parametrize("policy", [{"skip_nonfinite": True}, {"skip_above": 1e4, "norm_type": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, WOLFE, {"bounds": (-1.0, 2.0), **WOLFE}], ids=["fixed", "wolfe", "bounded"])
+def test_a_skipped_step_writes_nothing(options, policy):
+    run = start(LBFGS, "rosenbrock-10", max_iter=3, **options).steps(1)
+    run.optimizer.set_grad_policy(**policy)
+    run.steps(1)
+    assert not run.optimizer.grad_policy.last_step_skipped
+    with torch.no_grad():
+        run.params[0][0] = 7.0  # out of bounds
+    params, state = run.params[0].detach().clone(), copy.deepcopy(run.optimizer.state_dict()["state"])
+    loss, calls = run.loss, run.calls
+    run.loss = lambda params: loss(params) * math.inf
+    run.steps(1)
+    assert run.calls == calls + 1 and torch.equal(run.params[0], params)
+    assert repr(run.optimizer.state_dict()["state"]) == repr(state)
+    assert run.optimizer.grad_policy.last_step_skipped and run.optimizer.grad_policy.skipped_steps == 1
+    run.loss = lambda params: 1e-3 * loss(params)
+    run.steps(1)
+    assert not run.optimizer.grad_policy.last_step_skipped and not torch.equal(run.params[0], params)
+    assert copy.deepcopy(run.optimizer).grad_policy.skipped_steps == 1
+    run.optimizer.set_grad_policy()
+    assert run.optimizer.grad_policy is None
+
+
+def test_steps_are_averaged_and_measured():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    averages, given = [], torch.randn(5, 3)
+    for one, in_step in ((model, True), (twin, False)):
+        averaged = AveragedModel(one)
+        optimizer = LBFGS(one.parameters(), max_iter=3, **WOLFE)
+        if in_step:
+            optimizer.average_into(averaged)
+
+        def closure(one=one, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = one(given).sin().square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            with optimizer.measure_step() as norms:
+                optimizer.step(closure)
+            assert norms[0].update > 0 and norms[0].param > 0
+            if not in_step:
+                averaged.update_parameters(one)
+        averages.append(averaged)
+    assert averages[0].n_averaged == averages[1].n_averaged == 3
+    for ours, other in zip(averages[0].parameters(), averages[1].parameters(), strict=True):
+        assert torch.equal(ours, other)
+    model.weight.grad[0, 0] = math.nan
+    optimizer = LBFGS(model.named_parameters())
+    assert [(found.grad, found.value) for found in optimizer.find_nonfinite()] == [(1, 0)]
 
 
 # Groups
@@ -210,7 +278,7 @@ def test_recover_from_a_step_that_was_not_evaluated():
 
 
 def test_a_restart_survives_a_checkpoint_of_torch():
-    """After it the next step begins as short as a first one."""
+    """After it the next step begins as short as a first one, and ten times shorter than the one that led astray."""
 
     def loss(x):
         return 10 * (-torch.log(x) + x).sum()
@@ -226,7 +294,7 @@ def test_a_restart_survives_a_checkpoint_of_torch():
     again.optimizer.load_state_dict(through.state_dict())
     before = param.detach().clone()
     grad = 10 * (1 - 1 / before)
-    tried = before - grad / grad.abs().sum()
+    tried = before - 0.1 ** run.state["restarts"] * grad / grad.abs().sum()
     assert grad.abs().sum() > 1
     again.steps(1)
     assert again.losses[1] == pytest.approx(loss(tried).item(), rel=1e-12)
@@ -246,6 +314,45 @@ def test_recover_from_a_bad_start_leaves_everything():
     with pytest.warns(UserWarning, match="where it began"):
         run.steps(1)
     assert run.params[0].item() == -1.0
+
+
+@pytest.mark.parametrize("lr", [2.5, 8.0, 1000.0])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_iter": 1}, {"max_iter": 3, "max_eval": 3, "strict_max_eval": True}, {"damping": 0.2}, {"bounds": (-9, 9)},
+     WOLFE, {"bounds": (-9, 9), **WOLFE}],
+    ids=["fixed", "one", "strict", "damped", "bounded", "wolfe", "bounded wolfe"],
+)  # fmt: skip
+@pytest.mark.parametrize("problem", ["rosenbrock-10", "beale", "himmelblau", "logistic"])
+def test_every_step_ends_at_the_best_point_it_has_seen(problem, options, lr):
+    """Rates far too high, with finite losses: steps get shorter until the loss falls, however few a step may try."""
+    run = start(LBFGS, problem, lr=lr, recover=True, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(8):
+            before = run.calls
+            run.steps(1)
+            assert run.loss(run.params).item() == min(run.losses[before:])
+    assert run.loss(run.params).item() < 0.99 * run.losses[0]
+
+
+def test_what_shortens_a_step_is_saved_with_the_state():
+    run = start(LBFGS, "rosenbrock-2", lr=1000.0, recover=True, max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.steps(2)
+        assert run.state["restarts"] == 2
+        again = start(LBFGS, "rosenbrock-2", lr=1000.0, recover=True, max_iter=1)
+        again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        before = run.calls
+        assert run.steps(3).losses[before:] == again.steps(3).losses
+        kept = ["restarts" in run.steps(1).state for _ in range(8)]
+    assert not all(kept) and min(run.losses) < run.losses[0]
+
+
+def test_a_step_of_one_evaluation_cannot_recover():
+    with pytest.raises(ValueError, match="a step needs 2"):
+        LBFGS([torch.zeros(1)], recover=True, strict_max_eval=True, max_eval=1)
 
 
 # Damping

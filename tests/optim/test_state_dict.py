@@ -10,6 +10,7 @@ from lockstep import (
     Lockstep,
     assert_close,
     assert_same_state,
+    bits,
     copy_of,
     give_grads,
     make_params,
@@ -135,7 +136,7 @@ def test_loading_leaves_the_dict_alone(spec):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_casts_state_to_the_parameter(spec, dtype):
-    """Float state takes the parameter's dtype, `step` keeps its own."""
+    """Float state takes the parameter's dtype, numbers keep their own."""
     lockstep = Lockstep(spec, dtype=torch.float64).step(2)
     saved = lockstep.theirs.state_dict()
     pair = Lockstep(spec, params=make_params(dtype=dtype))
@@ -147,7 +148,27 @@ def test_loading_casts_state_to_the_parameter(spec, dtype):
         pair.check()
     for entries in pair.ours.state.values():
         for key, value in entries.items():
-            assert value.dtype == (torch.float32 if key == "step" else dtype)
+            assert value.dtype == (torch.float32 if key in spec.numbers else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_was_loaded_is_what_is_saved(variant, dtype):
+    """Every key, to the bit and in its dtype: by the same optimizer, by another one, and through copies of either."""
+    params = make_params(dtype=dtype)
+    optimizer = variant.spec.ours(params, **copy_of(variant.options))
+    for step in range(2):
+        give_grads(params, step)
+        optimizer.step()
+    before = {index: bits_of(entries) for index, entries in optimizer.state_dict()["state"].items()}
+    other = variant.spec.ours(twin(params), **copy_of(variant.options))
+    other.load_state_dict(through_file(optimizer.state_dict(), weights_only=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert {index: bits_of(entries) for index, entries in one.state_dict()["state"].items()} == before
+
+
+def bits_of(entries):
+    return {key: bits(value) if isinstance(value, torch.Tensor) else value for key, value in entries.items()}
 
 
 @pytest.mark.parametrize("number", [3, 3.0], ids=["int", "float"])
@@ -200,7 +221,7 @@ def test_saved_as_fused(spec):
 
 def test_older_dicts_without_flags(spec):
     """Flags younger than the class are filled in with their defaults."""
-    lockstep = Lockstep(spec, dtype=torch.float64).step(2)
+    lockstep = Lockstep(spec, dtype=spec.checkpoint_dtype).step(2)
     saved = lockstep.ours.state_dict()
     for flag in ("foreach", "differentiable", "maximize", "capturable", "fused", "decoupled_weight_decay"):
         if (flag, spec.name) != ("maximize", "Adafactor"):  # which has had it from the start
@@ -248,7 +269,7 @@ def test_named_and_unnamed(spec, saved_named, loaded_named):
     def named(prefix):
         return lambda params: [(f"{prefix}{i}", p) for i, p in enumerate(params)]
 
-    source = Lockstep(spec, dtype=torch.float64, groups=named("a") if saved_named else list).step(2).check()
+    source = Lockstep(spec, dtype=spec.checkpoint_dtype, groups=named("a") if saved_named else list).step(2).check()
     target = Lockstep(spec, params=twin(source.params), groups=named("b") if loaded_named else list)
     target.ours.load_state_dict(copy.deepcopy(source.ours.state_dict()))
     target.theirs.load_state_dict(copy.deepcopy(source.theirs.state_dict()))
