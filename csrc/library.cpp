@@ -6,6 +6,7 @@
 #include "ops/average_plan.h"
 #include "ops/block_memory.h"
 #include "ops/drivers.h"
+#include "ops/grad_marks.h"
 #include "ops/gradients.h"
 #include "ops/lbfgs_op.h"
 #include "ops/lbfgs_params.h"
@@ -184,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
   bind_plan(m, {FOR_EACH_STEP_OP(PLAN_ENTRY)});
   bind_average_plan(m);
   bind_gradients(m);
+  bind_grad_marks(m);
   bind_lbfgs_params(m);
 #define NAME(op, function, schema) #op,
   m.def(

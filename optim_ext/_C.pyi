@@ -49,6 +49,14 @@ class AveragePlan:
     def run(self, weight: float | Tensor, found_inf: Tensor | None = None, check_only: bool = False) -> None: ...
 
 def describe(param_groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str: ...
+
+class GradMarks:
+    """The gradients of param_groups as they are now, held weakly."""
+
+    def __init__(self, param_groups: Iterable[Mapping[str, Any]]) -> None: ...
+    def writes_since(self, param_groups: Iterable[Mapping[str, Any]]) -> int | None:
+        """How often all gradients have been written in place since; -1 if not all alike, None if they are others."""
+
 def grad_norm(
     param_groups: Iterable[Mapping[str, Any]],
     norm_type: float = 2.0,

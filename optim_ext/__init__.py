@@ -19,6 +19,7 @@ from optim_ext import _fakes  # noqa: F401
 from optim_ext import swa_utils as swa_utils
 from optim_ext import utils as utils
 from optim_ext._explain import GroupReport, explain
+from optim_ext._grad_control import GradPolicy, GroupNorms, NonFinite
 from optim_ext._load import build_info
 from optim_ext.adadelta import Adadelta as Adadelta
 from optim_ext.adafactor import Adafactor as Adafactor
@@ -53,10 +54,13 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "GradPolicy",
+    "GroupNorms",
     "GroupReport",
     "Lion",
     "Muon",
     "NAdam",
+    "NonFinite",
     "Optimizer",
     "RAdam",
     "RMSprop",
@@ -66,7 +70,6 @@ __all__ = [
     "explain",
     "lr_scheduler",
     "swa_utils",
-    "utils",
 ]
 # What this version of torch has besides.
 __all__ += [name for name in torch.optim.__all__ if name not in __all__]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+import optim_ext
 from optim_ext._fused_step import FusedStep
 from optim_ext.lbfgs import LBFGS
 
@@ -53,7 +56,15 @@ def explain(optimizer: Any) -> list[GroupReport]:
 
 def _judge(optimizer: Any, group: dict[str, Any]) -> tuple[bool, str]:
     if not isinstance(optimizer, (FusedStep, LBFGS)):
-        return False, f"{type(optimizer).__name__} has no native step in optim_ext"
+        name = type(optimizer).__name__
+        ours = getattr(optim_ext, name, None)
+        if (
+            ours is not None
+            and issubclass(ours, FusedStep | LBFGS)
+            and type(optimizer) is getattr(torch.optim, name, None)
+        ):
+            return False, f"this is torch.optim.{name}; use optim_ext.{name}"
+        return False, f"{name} has no native step in optim_ext"
     reason = optimizer._torch_reason(group, ahead=True)
     return reason is None, reason or optimizer._native_how
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from optim_ext import _grad_control
+from optim_ext import _grad_control, _joint
 from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
 from optim_ext._load import _C
 from optim_ext._native_step import NativeStep
@@ -52,6 +52,17 @@ _NOT_COMPILED = (
     "Use set_grad_policy(max_norm=...), which is compiled into the step"
 )
 
+# What help() says of each class after torch's own text, or ours.
+_OURS = """\
+.. rubric:: What optim_ext adds
+
+* ``clip_grad_norm(max_norm)`` instead of ``torch.nn.utils.clip_grad_norm_``: the next ``step()`` clips as it updates.
+* ``set_grad_policy(max_norm=, skip_nonfinite=, skip_above=)``: every step clips, or is skipped, by the gradients' norm.
+* ``average_into(averaged)``: every step also updates an :class:`optim_ext.swa_utils.AveragedModel`.
+* ``find_nonfinite()`` names the parameters that are not finite, ``measure_step()`` gives norms of a step.
+* :func:`optim_ext.explain` says which parameter groups step natively, and why others do not.
+"""
+
 # Why a differentiable step takes torch's code.
 _RECORDED = "differentiable=True: the step itself is recorded by autograd"
 
@@ -74,12 +85,24 @@ def _grad_mode_of_defaults(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class _AskedByScaler:
+    """``_step_supports_amp_scaling`` of an optimizer that is not fused, which has no such attribute. GradScaler.step asks
+    for it before it unscales the gradients, without raising their versions: what was taken of them may be void then."""
+
+    def __get__(self, optimizer: FusedStep | None, owner: type) -> Any:
+        if optimizer is not None:
+            optimizer._asked().by_scaler = True
+        raise AttributeError("_step_supports_amp_scaling")
+
+
 @dataclass
 class Controls:
     """What was asked of an optimizer's steps besides its options. In one object, as frameworks wrap optimizers in others
     that share their attributes: what such a wrapper is told reaches the optimizer that steps."""
 
     armed: ArmedClip | None = None  # by clip_grad_norm, for the next step
+    by_scaler: bool = False  # the step is GradScaler's, which may have unscaled the gradients just now
+    turn: _joint.Turn | None = None  # told by the first of those that share the policy, for the next step
     policy: GradPolicy | None = None
     averaging: StepAveraging | None = None
     groups: int = 0  # how many parameter groups the optimizer had when it was last asked for one of these
@@ -106,6 +129,7 @@ class FusedStep(NativeStep):
     _number_state: ClassVar[frozenset[str]] = frozenset()
     _scalar_state: ClassVar[frozenset[str]] = frozenset({"step"})
     _takes_dense: ClassVar[bool] = True
+    _step_supports_amp_scaling = _AskedByScaler()  # torch's constructors set the attribute where it is fused
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
@@ -118,6 +142,8 @@ class FusedStep(NativeStep):
         after_mixin = cls.__mro__[cls.__mro__.index(FusedStep) + 1 :]
         step = next(base.__dict__["step"] for base in after_mixin if "step" in base.__dict__)
         cls._bare_torch_step = staticmethod(inspect.unwrap(step))
+        if "_op" in cls.__dict__ and cls.__doc__ is not None:  # not of a user's subclass
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{_OURS}"
 
     @property
     def _native_how(self) -> str:
@@ -199,7 +225,10 @@ class FusedStep(NativeStep):
 
         One native reduction over the gradients of all groups. The factor ``max_norm / (norm + 1e-6)``, at most one, is
         applied inside the next ``step()``, once; ``p.grad`` stays as it is. A second call replaces the first,
-        ``zero_grad()`` drops it. Gradients that are changed before the step are still multiplied by this factor.
+        ``zero_grad()`` drops it. It is about the gradient tensors that are there when it is called: it is void if the
+        step finds none of them (after ``model.zero_grad()`` and another backward pass); if they have been written in
+        place, the step takes the norm again of what it finds. Several optimizers of one model are clipped by one norm
+        with :func:`optim_ext.utils.clip_optimizers`.
 
         Args:
             max_norm: the largest norm allowed, at least 0.
@@ -208,21 +237,21 @@ class FusedStep(NativeStep):
 
         Returns:
             The norm of all gradients viewed as one vector, 0 if there are none: float32 (float64 if there are float64
-            gradients), shape (), on the device of the first gradient. Nothing waits for it. Where ``GradScaler`` leaves
-            unscaling to ``step()`` (``fused=True`` without ``unscale_``), gradients are still scaled here; the step then
+            gradients), shape (), on the device of the first gradient. Nothing waits for it. Without
+            ``scaler.unscale_(optimizer)`` before it, gradients are still scaled by ``GradScaler`` here; the step then
             turns this tensor into the norm of the unscaled gradients, which is what it clips by.
 
         Raises:
             ValueError: ``max_norm`` is negative or NaN, or another ``norm_type``.
-            RuntimeError: no native norm for a gradient (a subclass such as DTensor, or a shard of FSDP), or a norm that is
-                not finite with ``error_if_nonfinite``.
+            RuntimeError: no native norm for a gradient (a subclass such as DTensor, or a shard of FSDP), a norm that is
+                not finite with ``error_if_nonfinite``, or a policy that is shared with other optimizers.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(_NOT_COMPILED)
         controls = self._ask()
         controls.armed = None
         controls.armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
-        return controls.armed.norm
+        return controls.armed.returned
 
     @overload
     def set_grad_policy(self) -> None: ...
@@ -289,8 +318,14 @@ class FusedStep(NativeStep):
         also if a GPU skips it: zeros and counts of zero, from which the next step starts as from none.
         """
         asked = max_norm is not None or skip_nonfinite or skip_above is not None
-        self._ask().policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None
+        self._replace_policy(GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None)
         return self.grad_policy
+
+    def _replace_policy(self, policy: GradPolicy | None) -> None:
+        controls = self._ask()
+        if controls.policy is not None and controls.policy._sharing is not None:
+            controls.policy._sharing.leave(controls)
+        controls.policy, controls.turn = policy, None
 
     @property
     def grad_policy(self) -> GradPolicy | None:
@@ -299,7 +334,8 @@ class FusedStep(NativeStep):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._asked().armed = None
+        controls = self._asked()
+        controls.armed = controls.turn = None
 
     zero_grad.__doc__ = Optimizer.zero_grad.__doc__
 
@@ -311,8 +347,16 @@ class FusedStep(NativeStep):
     def __setstate__(self, state: dict[str, Any]) -> None:
         policy = state.get("_grad_policy")
         super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
+        controls = self._asked()  # there from now on: a wrapper that shares attributes must find it
         if policy is not None:
-            self._asked().policy = policy
+            controls.policy = policy
+            if policy._sharing is not None:
+                policy._sharing.join(self)
+
+    def __repr__(self) -> str:
+        """Torch's, and the policy."""
+        text, policy = super().__repr__(), self.grad_policy
+        return text if policy is None else f"{text.removesuffix(')')}grad_policy: {policy}\n)"
 
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """One number for a whole parameter is kept in torch's default precision, not in the parameter's. Of step counts
@@ -387,7 +431,8 @@ class FusedStep(NativeStep):
             verdict.take_back()
             raise
         verdict.record()
-        self._asked().armed = None
+        controls = self._asked()
+        controls.armed, controls.by_scaler = None, False
 
     def _step_as_told(self, common: Common) -> None:
         signature: list[Any] = [self._signature(group) for group in self.param_groups]
@@ -487,11 +532,15 @@ class FusedStep(NativeStep):
         GradScaler leaves word on optimizers that were made with ``fused=True``, whatever their groups say by now.
         """
         grad_scale = found_inf = None
-        if getattr(self, "_step_supports_amp_scaling", False) or any(group.get("fused") for group in self.param_groups):
+        if self.__dict__.get("_step_supports_amp_scaling", False) or any(
+            group.get("fused") for group in self.param_groups
+        ):
             grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         asked = self._asked()
         if asked.armed is None and asked.policy is None:
             return Verdict(grad_scale, found_inf)
+        if asked.policy is not None and asked.policy._sharing is not None:
+            return _joint.judge_turn(self, asked.policy, grad_scale, found_inf)
         return _grad_control.judge(self, asked.armed, asked.policy, grad_scale, found_inf)
 
     def _planning_step(

@@ -7,10 +7,10 @@ update multiplies them by, and whether it is skipped. The gradients themselves a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,17 @@ from torch.optim import Optimizer
 
 from optim_ext._load import _C
 
+if TYPE_CHECKING:
+    from optim_ext._fused_step import Controls
+    from optim_ext._joint import Round, Sharing, Turn
+
 NORM_TYPES = (1.0, 2.0, math.inf)
 
 
 @dataclass
 class GradPolicy:
-    """What every step of an optimizer does about the norm of its gradients; made by ``set_grad_policy``.
+    """What every step of an optimizer does about the norm of its gradients; made by ``set_grad_policy``, or
+    for several optimizers by ``optim_ext.utils.share_grad_policy``.
 
     Attributes:
         max_norm: gradients enter the update multiplied by ``max_norm / (norm + 1e-6)`` where that is below one.
@@ -45,6 +50,7 @@ class GradPolicy:
     last_norm: Tensor | None = field(default=None, init=False, repr=False)
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), init=False, repr=False)
     _last_skip: Tensor | None = field(default=None, init=False, repr=False)
+    _sharing: Sharing | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.norm_type = checked_norm_type(self.norm_type)
@@ -60,12 +66,19 @@ class ArmedClip(NamedTuple):
     """A norm already taken, for the next step to use."""
 
     max_norm: float
+    norm_type: float
     norm: Tensor
     grad_factor: Tensor
+    marks: _C.GradMarks  # of the gradients whose norm it is
+    returned: Tensor  # to the caller; of unscaled gradients once that norm is known
+    joint: Round | None = None  # with other optimizers
+    own: Tensor | None = None  # this optimizer's part of that
 
 
 class NonFinite(NamedTuple):
-    """A parameter that is not all finite: its name or place, and how many elements of gradient and value are not."""
+    """A parameter that is not all finite, and how many elements of its gradient and value are not. ``parameter`` is its
+    name, a key of ``named_parameters()``, where the optimizer was given names, else its place ("parameter 0 of group 1").
+    """
 
     parameter: str
     grad: int
@@ -110,14 +123,35 @@ def check_finite(norm: Tensor, norm_type: float) -> None:
         )
 
 
-def arm(optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> ArmedClip:
+def norm_of(optimizer: Optimizer, norm_type: float) -> Tensor:
+    """The norm of an optimizer's gradients, scaled or not."""
+    _refuse_flat_shards(optimizer)
+    return _C.grad_norm(optimizer.param_groups, norm_type)[0]
+
+
+def arm(optimizer: Any, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> ArmedClip:
     """Take the norm of an optimizer's gradients and the factor that clips them."""
     max_norm, norm_type = checked_limit("max_norm", max_norm), checked_norm_type(norm_type)
+    refuse_shared(optimizer.grad_policy)
     _refuse_flat_shards(optimizer)
     norm, grad_factor, _ = _C.grad_norm(optimizer.param_groups, norm_type, max_norm)
     if error_if_nonfinite:
         check_finite(norm, norm_type)
-    return ArmedClip(max_norm, norm, grad_factor)
+    return ArmedClip(max_norm, norm_type, norm, grad_factor, _C.GradMarks(optimizer.param_groups), norm)
+
+
+def refuse_shared(policy: GradPolicy | None) -> None:
+    if policy is not None and policy._sharing is not None:
+        raise RuntimeError(
+            "this optimizer shares a policy with others, which takes the norm for all of them: set max_norm there "
+            "(share_grad_policy), or end it with set_grad_policy()"
+        )
+
+
+def changed(writes: int, scaled: bool) -> bool:
+    """Whether gradients have other values than when they were marked. GradScaler's search for infinities before a fused
+    step, which comes with a scale, counts as one write and changes nothing."""
+    return writes != (1 if scaled else 0) and writes != 0
 
 
 class Verdict(NamedTuple):
@@ -130,6 +164,9 @@ class Verdict(NamedTuple):
     norm: Tensor | None = None
     skip: Tensor | None = None
     armed: ArmedClip | None = None
+    counts: bool = True  # among the policy's skipped steps
+    turn_of: Controls | None = None  # whose turn it is, under a policy that optimizers share
+    turns: Sequence[tuple[Controls, Turn]] = ()  # what the others of this round are told
 
     @property
     def common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -140,16 +177,22 @@ class Verdict(NamedTuple):
         if self.policy is not None:
             self.policy.last_norm, self.policy._last_skip = self.norm, self.skip
         if self.armed is not None and self.norm is not None:  # of unscaled gradients, now that it is known
-            self.armed.norm.copy_(self.norm)
+            self.armed.returned.copy_(self.norm)
+        if self.armed is not None and self.armed.joint is not None:
+            self.armed.joint.scaled = self.grad_scale is not None
+        if self.turn_of is not None:
+            self.turn_of.turn = None
+        for controls, turn in self.turns:
+            controls.turn = turn
 
     def take_back(self) -> None:
         """The step has failed: it was not skipped, then."""
-        if self.policy is not None and self.skip is not None:
+        if self.policy is not None and self.skip is not None and self.counts:
             self.policy.skipped_steps.sub_(self.skip.long())
 
 
 def judge(
-    optimizer: Optimizer,
+    optimizer: Any,
     armed: ArmedClip | None,
     policy: GradPolicy | None,
     grad_scale: Tensor | None,
@@ -157,14 +200,44 @@ def judge(
 ) -> Verdict:
     """What becomes of one step, from a norm that was taken before (``armed``) or is taken now for a standing policy.
 
-    ``grad_scale`` and ``found_inf`` are what GradScaler left on a fused optimizer.
+    ``grad_scale`` and ``found_inf`` are what GradScaler left on a fused optimizer. A norm taken before is that of the
+    gradients it saw: if none of them is there any more, it is void. If they have been written since (GradScaler unscales
+    them within its own step() where the optimizer is not fused), it is taken again.
     """
-    if policy is None and armed is not None and grad_scale is None:
-        return Verdict(None, found_inf, armed.grad_factor)
-    device = armed.norm.device if armed is not None else _device_of_grads(optimizer)
-    norm_type = policy.norm_type if policy is not None else 2.0
+    again = False
+    if armed is not None:
+        writes = armed.marks.writes_since(optimizer.param_groups)
+        if writes is None:
+            armed = None
+        else:
+            again = changed(writes, grad_scale is not None) or optimizer._asked().by_scaler
+            if armed.joint is not None:
+                armed.joint.check(optimizer, writes, armed.own, grad_scale is not None)
+                again = False
+    if armed is None and policy is None:
+        return Verdict(grad_scale, found_inf)
+    if armed is not None and not again:
+        if policy is None and grad_scale is None:
+            return Verdict(None, found_inf, armed.grad_factor, armed=armed)
+        return verdict_of_norm(armed.norm, policy, armed, grad_scale, found_inf)
+    return verdict_of_norm(optimizer, policy, armed, grad_scale, found_inf)
+
+
+def verdict_of_norm(
+    source: Tensor | Optimizer,
+    policy: GradPolicy | None,
+    armed: ArmedClip | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    counts: bool = True,
+) -> Verdict:
+    """The verdict on a norm that was taken before, of scaled gradients if there is a scale (GradScaler hands its scale to
+    step() alone), or on the norm of the gradients of an optimizer, taken here."""
+    device = source.device if isinstance(source, Tensor) else _device_of_grads(source)
+    limits = armed or policy
+    assert limits is not None
     rules: dict[str, Any] = {
-        "max_norm": armed.max_norm if armed is not None else policy.max_norm if policy is not None else None,
+        "max_norm": limits.max_norm,
         "grad_scale": _moved(grad_scale, device),
         "found_inf": _moved(found_inf, device),
     }
@@ -173,23 +246,22 @@ def judge(
         rules |= {
             "skip_nonfinite": policy.skip_nonfinite,
             "skip_above": policy.skip_above,
-            "skips": policy.skipped_steps,
+            "skips": policy.skipped_steps if counts else None,
         }
-    if armed is not None:
-        # The norm of one number is that number. GradScaler hands its scale to step() alone, so a norm taken before was
-        # that of scaled gradients.
-        norm, grad_factor, skip = torch.ops.optim_ext.grad_norm([armed.norm], norm_type=math.inf, **rules)
+    if isinstance(source, Tensor):
+        # The norm of one number is that number.
+        norm, grad_factor, skip = torch.ops.optim_ext.grad_norm([source], norm_type=math.inf, **rules)
     elif torch.compiler.is_compiling():
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=norm_type, **rules)
+        grads = [p.grad for group in source.param_groups for p in group["params"] if p.grad is not None]
+        norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=limits.norm_type, **rules)
     else:
-        _refuse_flat_shards(optimizer)
-        norm, grad_factor, skip = _C.grad_norm(optimizer.param_groups, norm_type, **rules)
+        _refuse_flat_shards(source)
+        norm, grad_factor, skip = _C.grad_norm(source.param_groups, limits.norm_type, **rules)
     may_skip = found_inf is not None or (
         policy is not None and (policy.skip_nonfinite or policy.skip_above is not None)
     )
-    clips = rules["max_norm"] is not None
-    return Verdict(grad_scale, skip if may_skip else None, grad_factor if clips else None, policy, norm, skip, armed)
+    told = (skip if may_skip else None, grad_factor if limits.max_norm is not None else None)
+    return Verdict(grad_scale, *told, policy, norm, skip, armed, counts)
 
 
 def is_flat_shard(p: Tensor) -> bool:
@@ -236,7 +308,9 @@ def find_nonfinite(optimizer: Optimizer) -> list[NonFinite]:
         grads = _count([p.grad for p in group["params"]])
         for place, (grad, value) in enumerate(zip(grads, values, strict=True)):
             if grad or value:
-                found.append(NonFinite(_C.describe(optimizer.param_groups, index, place), grad, value))
+                names = group.get("param_names")
+                name = str(names[place]) if names else _C.describe(optimizer.param_groups, index, place)
+                found.append(NonFinite(name, grad, value))
     return found
 
 

@@ -490,6 +490,10 @@ class StepAveraging:
 
 def step_averaging(averaged: Any, model: Module | None, optimizer: Any) -> StepAveraging:
     """``averaged`` bound to ``optimizer``, or an error that says why it cannot be."""
+    if isinstance(averaged, swa_utils.AveragedModel) and not isinstance(averaged, AveragedModel):
+        raise TypeError(
+            "this is torch.optim.swa_utils.AveragedModel; use optim_ext.swa_utils.AveragedModel, which loads its state_dict"
+        )
     if not isinstance(averaged, AveragedModel):
         raise TypeError(f"expected an optim_ext.swa_utils.AveragedModel, got {type(averaged).__name__}")
     if averaged._rule() is None:

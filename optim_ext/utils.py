@@ -1,6 +1,7 @@
-"""Native equals of ``torch.nn.utils``' gradient clipping, for training loops that keep their own.
+"""Native equals of ``torch.nn.utils``' gradient clipping, for training loops that keep their own, and clipping of several
+optimizers by one norm (``clip_optimizers``, ``share_grad_policy``).
 
-They take the same arguments, return the same and change the gradients in place. One pass reads the gradients for the
+``clip_grad_norm_``, ``clip_grad_value_`` and ``get_total_norm`` take the same arguments as torch's, return the same and change the gradients in place. One pass reads the gradients for the
 norm and one scales them; an optimizer's ``clip_grad_norm`` saves the second. What the kernels do not cover (norm types
 other than 1, 2 and inf, sparse gradients, tensor subclasses such as DTensor, other devices, a gradient that is there
 twice) goes to torch's own function. ``foreach`` chooses between torch's implementations and changes nothing here.
@@ -12,11 +13,14 @@ from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from optim_ext._grad_control import NORM_TYPES, check_finite, checked_limit
+from optim_ext import _joint
+from optim_ext._fused_step import FusedStep
+from optim_ext._grad_control import NORM_TYPES, GradPolicy, check_finite, checked_limit
 from optim_ext._load import _C
 
-__all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_optimizers", "get_total_norm", "share_grad_policy"]
 
 
 @torch.no_grad()
@@ -120,6 +124,104 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         return
     for of_device in _by_device(grads):
         torch.ops.optim_ext.clip_(of_device, limit=clip_value)
+
+
+def clip_optimizers(
+    optimizers: Iterable[Optimizer], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Clip the next step of several optimizers by the norm of all their gradients together.
+
+    As ``optimizer.clip_grad_norm``, for models that have Muon for their matrices and AdamW for the rest, say: the factor
+    ``max_norm / (norm + 1e-6)``, at most one, is applied inside the next ``step()`` of each. Call it after all backward
+    passes and, under ``GradScaler``, after ``scaler.unscale_`` of each of them (or have all of them ``fused=True``, which
+    unscales in the steps).
+
+    Args:
+        optimizers: optimizers of this package with native steps, without a parameter in common.
+        max_norm: the largest norm allowed, at least 0.
+        norm_type: 1, 2 or inf.
+        error_if_nonfinite: raise where the norm is infinite or NaN (reads the norm on the host).
+
+    Returns:
+        The norm, as ``optimizer.clip_grad_norm``, on the device of the first optimizer's gradients.
+
+    Raises:
+        TypeError: one of them is no such optimizer.
+        ValueError: ``max_norm`` is negative or NaN, another ``norm_type``, no optimizer, or a parameter that two have.
+        RuntimeError: as ``optimizer.clip_grad_norm``. ``step()`` raises it where the gradients have been written since,
+            by ``scaler.step`` for instance, which unscales those of one optimizer only.
+
+    Example::
+
+        optim_ext.utils.clip_optimizers([muon, adamw], 1.0)
+        muon.step()
+        adamw.step()
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "clip_optimizers cannot be compiled: norms are remembered for the steps outside of the graph"
+        )
+    return _joint.arm_all(_several(optimizers), max_norm, norm_type, error_if_nonfinite)
+
+
+def share_grad_policy(
+    optimizers: Iterable[Optimizer],
+    *,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    skip_nonfinite: bool = False,
+    skip_above: float | None = None,
+) -> GradPolicy:
+    """Give several optimizers of a model one policy: they clip by one norm, and are skipped together.
+
+    As ``optimizer.set_grad_policy``. The first of them to step takes the norm over the gradients of all, which have to be
+    there by then, and the others use it in turn; a gradient that was written in between is an error. Under ``GradScaler``
+    call ``scaler.unscale_`` of each before the first step, or have all of them ``fused=True``. ``skipped_steps`` counts
+    what the first one decides. ``set_grad_policy`` on one of them ends its part. Copies and pickles keep the policy if all
+    of them are copied together; otherwise the next step raises an error.
+
+    Args:
+        optimizers: optimizers of this package with native steps, without a parameter in common.
+        max_norm: gradients enter the updates multiplied by ``max_norm / (norm + 1e-6)`` where that is below one.
+        norm_type: 1, 2 or inf.
+        skip_nonfinite: skip the steps of all where the norm is infinite or NaN.
+        skip_above: skip the steps of all unless the norm is at most this.
+
+    Returns:
+        The policy, also as ``grad_policy`` of each.
+
+    Raises:
+        TypeError: one of them is no such optimizer.
+        ValueError: a limit is negative or NaN, another ``norm_type``, no limit, no optimizer, or a parameter that two
+            have.
+    """
+    if max_norm is None and not skip_nonfinite and skip_above is None:
+        raise ValueError("a policy needs max_norm, skip_nonfinite or skip_above")
+    policy = GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above)
+    _joint.share(_several(optimizers), policy)
+    return policy
+
+
+def _several(optimizers: Iterable[Optimizer]) -> list[FusedStep]:
+    """Optimizers whose gradients make one norm."""
+    several: list[FusedStep] = []
+    owners: dict[Tensor, int] = {}
+    for place, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, FusedStep):
+            raise TypeError(
+                f"optimizer {place} is {type(optimizer).__name__}, expected one of optim_ext's with native steps"
+            )
+        several.append(optimizer)
+        for group in optimizer.param_groups:
+            for i, p in enumerate(group["params"]):
+                if owners.setdefault(p, place) != place:
+                    raise ValueError(
+                        f"{optimizer._described(group, i)} of optimizer {place} is in optimizer {owners[p]}, too: its "
+                        "gradient would count twice"
+                    )
+    if not several:
+        raise ValueError("expected at least one optimizer")
+    return several
 
 
 def _native(tensors: list[Tensor], norm_type: float) -> bool:

@@ -111,9 +111,10 @@ class Plan {
     std::vector<int64_t> indices;      // into group["params"], for messages
     std::vector<PythonTensors> lists;  // params, (grads: empty), state...; an absent list is empty
     bool takes_sparse, takes_dense;
-    std::vector<uint8_t> ready;  // whether the state of a parameter is there
-    PythonTensors averages;      // of the parameters; empty where they are not averaged
-    std::set<size_t> partial;    // lists with undefined tensors, which the op is not given
+    std::vector<std::string> keys;  // of the state lists, for messages
+    std::vector<uint8_t> ready;     // whether the state of a parameter is there
+    PythonTensors averages;         // of the parameters; empty where they are not averaged
+    std::set<size_t> partial;       // lists with undefined tensors, which the op is not given
     bool is_averaged() const { return averages.size() > 0; }
   };
   // A call's tensors for one step.
@@ -175,7 +176,9 @@ class Plan {
                           py::cast<bool>(spec[3]),
                           py::cast<bool>(spec[4]),
                           {},
+                          {},
                           {}});
+        for (const auto& key : keys) calls_.back().keys.push_back(py::cast<std::string>(py::str(key)));
         source_.push_back(spec_count_);
       }
       PlannedCall& call = calls_[found->second];
@@ -371,8 +374,8 @@ class Plan {
   }
 
   // Parameters without a gradient stay as they are, but their averages still move towards them.
-  static void average_idle(const PlannedCall& call, const Gathered& gathered, const CommonTensors& common,
-                           const py::object& param_groups, bool check_only) {
+  void average_idle(const PlannedCall& call, const Gathered& gathered, const CommonTensors& common,
+                    const py::object& param_groups, bool check_only) const {
     std::vector<Tensor> averages, params;
     for (const int64_t i : gathered.idle) {
       averages.push_back(gathered.taken.get(call.lists.size())[i]);
@@ -425,18 +428,29 @@ class Plan {
     naming(call, gathered.members, param_groups, [&] { op_->run(lists, hypers, here, check_only); });
   }
 
-  // Runs the body; what it refuses by index is told with the parameter's name. members: into the call's lists, all of
-  // them if empty.
+  // Runs the body; what it refuses by index is told with the parameter's name, and a bad hyper-parameter with its
+  // group. members: into the call's lists, all of them if empty.
   template <class Body>
-  static void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::object& param_groups,
-                     const Body& body) {
+  void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::object& param_groups,
+              const Body& body) const {
     try {
       body();
     } catch (const BadInput& bad) {
       if (bad.index < 0) throw;
       const int64_t index = call.indices[members.empty() ? bad.index : members[bad.index]];
-      throw std::runtime_error(describe(call.group, index, param_groups) + ": " + bad.list + " " + bad.problem);
+      throw std::runtime_error(describe(call.group, index, param_groups) + ": " + name_of(call, bad.list) + " " +
+                               bad.problem);
+    } catch (const c10::ValueError& bad) {
+      TORCH_CHECK_VALUE(false, "group ", call.group, ": ", bad.what_without_backtrace());
     }
+  }
+
+  // A list of the op as users know what is in it: by the key under which a parameter's state has it.
+  std::string name_of(const PlannedCall& call, const std::string& list) const {
+    for (size_t k = 0; k < call.keys.size(); ++k) {
+      if (op_->list_name(kFirstState + k) == list) return call.keys[k];
+    }
+    return list;
   }
 
   std::shared_ptr<PlannedOp> op_;

@@ -59,6 +59,7 @@ auto as_torch_raises(const Body& body) {
 struct PlannedOp {
   virtual ~PlannedOp() = default;
   virtual size_t lists() const = 0;
+  virtual const std::string& list_name(size_t list) const = 0;
   virtual size_t hypers() const = 0;  // arguments between the lists and those every op has
   virtual void run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common,
                    bool check_only) const = 0;
@@ -83,6 +84,7 @@ class TypedPlannedOp<kCpu, kOthers...> final : public PlannedOp {
       : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<void(Args...)>()) {}
 
   size_t lists() const override { return kLists; }
+  const std::string& list_name(size_t list) const override { return handle_.schema().arguments()[list].name(); }
   size_t hypers() const override { return kHypers; }
 
   void run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common,

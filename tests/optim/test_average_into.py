@@ -288,7 +288,7 @@ def test_refused():
     model = network()
     averaged = swa_utils.AveragedModel(model)
     optimizer = adamw(model.parameters())
-    with pytest.raises(TypeError, match="got AveragedModel"):
+    with pytest.raises(TypeError, match="this is torch.optim.swa_utils.AveragedModel; use optim_ext.swa"):
         optimizer.average_into(torch.optim.swa_utils.AveragedModel(model))
     with pytest.raises(ValueError, match="has an avg_fn or multi_avg_fn of its own"):
         optimizer.average_into(swa_utils.AveragedModel(model, avg_fn=lambda a, p, n: a))

@@ -152,7 +152,7 @@ def test_state_of_another_size(spec, place, named, steps):
     right = scene.state[scene.state_key]
     for wrong in (torch.zeros(2, 9), torch.zeros(()), torch.zeros(0)):
         scene.state[scene.state_key] = wrong
-        scene.refused("shape", str(list(wrong.shape)), str(list(right.shape)))
+        scene.refused(f": {scene.state_key} has shape", str(list(wrong.shape)), str(list(right.shape)))
     scene.state[scene.state_key] = right
     scene.works()
 
@@ -406,7 +406,7 @@ def test_nan_hyper_parameters(lr_spec, group_index):
         for wrong in (math.nan, torch.tensor(math.nan)):
             group[key] = (wrong, 1e-3) if isinstance(right, tuple) else wrong
             before = snapshot(scene.optimizer)
-            with pytest.raises(ValueError, match=f"{key}.*NaN"):
+            with pytest.raises(ValueError, match=f"^group {group_index}: .*{key}.*NaN"):
                 scene.optimizer.step()
             assert snapshot(scene.optimizer) == before, key
         group[key] = right
@@ -415,7 +415,7 @@ def test_nan_hyper_parameters(lr_spec, group_index):
         for which in (0, 1):
             group["betas"] = tuple(math.nan if i == which else b for i, b in enumerate(right))
             before = snapshot(scene.optimizer)
-            with pytest.raises(ValueError, match=f"beta{which + 1}.*NaN"):
+            with pytest.raises(ValueError, match=f"^group {group_index}: .*beta{which + 1}.*NaN"):
                 scene.optimizer.step()
             assert snapshot(scene.optimizer) == before
         group["betas"] = right

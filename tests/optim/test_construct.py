@@ -23,6 +23,8 @@ def test_every_public_name_is_there_and_listed():
     assert len(set(optim_ext.__all__)) == len(optim_ext.__all__)
     for name in optim_ext.__all__:
         assert hasattr(optim_ext, name), name
+    assert {"GradPolicy", "GroupNorms", "GroupReport", "NonFinite"} <= set(optim_ext.__all__)
+    assert "utils" not in optim_ext.__all__  # nearly every program has one of its own
 
 
 @pytest.mark.torchs

@@ -46,7 +46,9 @@ def test_explain_is_only_a_look(spec):
 def test_explain_an_optimizer_that_is_not_ours():
     (report,) = optim_ext.explain(torch.optim.AdamW(make_params()))
     assert (report.group, report.native) == (0, False)
-    assert report.reason
+    assert report.reason == "this is torch.optim.AdamW; use optim_ext.AdamW"
+    (report,) = optim_ext.explain(type("Own", (torch.optim.Optimizer,), {})(make_params(), {}))
+    assert not report.native and report.reason == "Own has no native step in optim_ext"
 
 
 class Lookahead(torch.optim.Optimizer):

@@ -4,6 +4,7 @@ are skipped without a trace."""
 import copy
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -111,20 +112,68 @@ def test_zero_grad_disarms_and_a_second_call_replaces(spec):
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_gradients_changed_since(spec):
-    """The factor is the one computed when asked for."""
-    params, twins = make_params(dtype=torch.float64), make_params(dtype=torch.float64)
-    ours, other = (spec.ours(own, **copy_of(spec.typical)) for own in (params, twins))
-    give_grads(params, 0)
-    norm = ours.clip_grad_norm(0.5)
-    for own in (params, twins):
-        give_grads(own, 1)
-    for p in twins:
-        p.grad = p.grad * (0.5 / (norm + 1e-6))
+@pytest.mark.parametrize("by", ["model", "replaced", "one is left"])
+def test_an_armed_clip_belongs_to_the_gradients_it_saw(by):
+    """Others, which a new backward pass has made, are none of its business; what is left of its own is."""
+    model, twin_of = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    twin_of.load_state_dict(model.state_dict())
+    ours, other = (optim_ext.SGD(each.parameters(), lr=0.5) for each in (model, twin_of))
+    for own in (model, twin_of):
+        own(torch.ones(1, 3)).sum().backward()
+    norm = ours.clip_grad_norm(0.01)
+    if by == "one is left":
+        model.bias.grad = twin_of.bias.grad = None
+        twin_of.weight.grad *= 0.01 / norm
+    else:
+        for own in (model, twin_of):
+            if by == "model":
+                own.zero_grad()
+                own(torch.ones(1, 3)).sum().backward()
+            else:
+                own.weight.grad, own.bias.grad = own.weight.grad.clone(), own.bias.grad.clone()
     for optimizer in (ours, other):
         optimizer.step()
-    for p, q in zip(params, twins, strict=True):
-        assert_close(p, q, Tolerance(1e-11, 1e-12))
+    for p, q in zip(model.parameters(), twin_of.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_an_armed_clip_keeps_no_gradient_alive():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim_ext.SGD([param], lr=0.5)
+    param.grad = torch.ones(3)
+    seen = weakref.ref(param.grad)
+    optimizer.clip_grad_norm(0.1)
+    param.grad = None
+    assert seen() is None
+    optimizer.step()
+    assert optimizer._controls.armed is None
+
+
+def test_gradients_written_since(spec):
+    """The step takes the norm again, and corrects the tensor that was returned."""
+    lockstep = Lockstep(spec, spec.typical, dtype=torch.float64)
+    for params in (lockstep.params, lockstep.twins):
+        give_grads(params, 0)
+    norm = lockstep.ours.clip_grad_norm(0.5, 1)
+    for params in (lockstep.params, lockstep.twins):
+        for i, p in enumerate(params):
+            p.grad.mul_(1 + i)
+    expected = torch.nn.utils.clip_grad_norm_(lockstep.twins, 0.5, 1)
+    for optimizer in lockstep.both:
+        optimizer.step()
+    lockstep.check()
+    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+
+
+def test_sparse_gradients_written_since():
+    table = torch.nn.Parameter(torch.zeros(10, 4))
+    table.grad = torch.sparse_coo_tensor(torch.tensor([[1, 3, 1]]), torch.ones(3, 4), (10, 4))
+    optimizer = optim_ext.SGD([table], lr=1.0)
+    norm = optimizer.clip_grad_norm(0.3)
+    table.grad._values().mul_(0.5)
+    before = norm.clone()
+    optimizer.step()
+    torch.testing.assert_close((norm, table.norm().detach()), (before / 2, torch.tensor(0.3)))
 
 
 def test_no_gradients():
@@ -332,6 +381,21 @@ def test_no_trace_in_checkpoints(spec):
     assert not any(key.startswith("grad") for key in vars(optimizer))
 
 
+def test_repr_shows_the_policy(spec):
+    optimizer = spec.ours(make_params(), **spec.typical)
+    plain = repr(optimizer)
+    policy = optimizer.set_grad_policy(max_norm=1.0)
+    assert repr(optimizer) == plain[:-1] + f"grad_policy: {policy}\n)" and "max_norm=1.0" in repr(policy)
+    optimizer.set_grad_policy()
+    assert repr(optimizer) == plain
+
+
+def test_help_tells_of_the_controls(spec):
+    for name in ("clip_grad_norm", "set_grad_policy", "average_into", "find_nonfinite", "measure_step", "explain"):
+        assert spec.ours.__doc__.count(f"{name}(") + spec.ours.__doc__.count(f".{name}`") == 1
+    assert type("Own", (spec.ours,), {"__doc__": "A user's."}).__doc__ == "A user's."
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
 def test_a_copy_keeps_the_policy(again):
     params = make_params()
@@ -466,7 +530,7 @@ def test_every_way_to_clip_under_a_scaler(spec):
         scaler.unscale_(optimizer)
         return optimizer.clip_grad_norm(0.1)
 
-    def by_call_in_fused_mode(scaler, optimizer, model):
+    def by_call_of_scaled(scaler, optimizer, model):
         return optimizer.clip_grad_norm(0.1)
 
     def by_policy(scaler, optimizer, model):
@@ -476,10 +540,10 @@ def test_every_way_to_clip_under_a_scaler(spec):
     options = {**spec.typical, **({"lr": 0.01} if "lr" in spec.typical else {})}
     reference, norms, scale = mixed_precision_run(spec, options, by_torch)
     assert scale == 64.0 and max(norms) > 0.1
-    runs = [(options, by_call), (options, by_policy)]
+    runs = [(options, by_call), (options, by_call_of_scaled), (options, by_policy)]
     if spec.scales_in_step:
         fused = {**options, "fused": True}
-        runs += [(fused, by_torch), (fused, by_call), (fused, by_call_in_fused_mode), (fused, by_policy)]
+        runs += [(fused, by_torch), (fused, by_call), (fused, by_call_of_scaled), (fused, by_policy)]
     for given, control in runs:
         model, found, found_scale = mixed_precision_run(spec, given, control)
         assert found_scale == scale
@@ -555,7 +619,7 @@ def test_find_nonfinite():
     ]
     assert str(found[0]) == "parameter 1 of group 0: 3 non-finite in the gradient, 0 in the value"
     named = optim_ext.SGD(zip("abcd", params, strict=True))
-    assert [entry.parameter for entry in named.find_nonfinite()] == ["parameter 'b'", "parameter 'c'", "parameter 'd'"]
+    assert [entry.parameter for entry in named.find_nonfinite()] == ["b", "c", "d"]
 
 
 def test_measure_step():

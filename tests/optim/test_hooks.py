@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import types
 import weakref
 
@@ -306,8 +307,14 @@ def test_dynamic_subclass_over_a_copied_dict(spec):
 
 
 @pytest.mark.parametrize("copies", [True, False], ids=["a copied dict", "attributes asked for"])
-def test_what_a_wrapper_is_told_reaches_the_optimizer(copies):
-    """Lightning's and Fabric's wrappers inherit our methods and step the optimizer they hold."""
+@pytest.mark.parametrize(
+    "again",
+    [lambda both: both, copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))],
+    ids=["new", "deepcopy", "pickle"],
+)
+def test_what_a_wrapper_is_told_reaches_the_optimizer(copies, again):
+    """Lightning's and Fabric's wrappers inherit our methods and step the optimizer they hold, whatever that has been
+    through."""
 
     class Wrapper:
         def __init__(self, optimizer):
@@ -324,12 +331,13 @@ def test_what_a_wrapper_is_told_reaches_the_optimizer(copies):
 
     def moved(ask):
         model = torch.nn.Linear(1, 1, bias=False)
+        model, inner = again((model, optim_ext.SGD(model.parameters(), lr=1.0)))
         before = model.weight.detach().clone()
-        inner = optim_ext.SGD(model.parameters(), lr=1.0)
         model.weight.grad = torch.ones(1, 1)
         wrapper = Wrapper(inner)
         ask(wrapper, inner, model)
-        model.weight.grad = torch.ones(1, 1)
+        if model.weight.grad is None:
+            model.weight.grad = torch.ones(1, 1)
         wrapper.step()
         return (before - model.weight.detach()).item()
 

@@ -22,7 +22,7 @@ def with_grads(dtype=torch.float32, shapes=SHAPES):
     return params, twins
 
 
-@pytest.mark.parametrize("name", utils.__all__)
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"])
 def test_signatures(name):
     mine, other = (inspect.signature(getattr(module, name)) for module in (utils, torch.nn.utils))
     assert [(p.name, p.default) for p in mine.parameters.values()] == [

@@ -12,7 +12,7 @@ from typing_extensions import assert_type
 
 import optim_ext
 import optim_ext as optim
-from optim_ext import GroupReport, explain, lr_scheduler, swa_utils, utils
+from optim_ext import GradPolicy, GroupNorms, GroupReport, NonFinite, explain, lr_scheduler, swa_utils, utils
 
 model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 inputs = torch.randn(8, 4)
@@ -78,10 +78,12 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
     if optimizer.grad_policy is not None:
         assert_type(optimizer.grad_policy.max_norm, float | None)
 
+    assert_type(optimizer.find_nonfinite(), list[NonFinite])
     for found in optimizer.find_nonfinite():
         print(f"{found.parameter}: {found.grad + found.value}")
     with optimizer.measure_step() as norms:
         optimizer.step()
+    assert_type(norms, list[GroupNorms])
     assert_type(norms[0].update / norms[0].param, Tensor)
     assert_type(norms[0].grad, Tensor)
 
@@ -147,6 +149,11 @@ def clip() -> None:
     assert_type(utils.get_total_norm(grads, 2.0), Tensor)
     assert_type(utils.clip_grad_norm_(model.parameters(), 1.0), Tensor)
     assert_type(optim_ext.utils.clip_grad_value_(model.parameters(), 1.0), None)
+
+
+def clip_together(muon: optim.Muon, adamw: optim.AdamW) -> None:
+    assert_type(utils.clip_optimizers([muon, adamw], 1.0, norm_type=math.inf), Tensor)
+    assert_type(utils.share_grad_policy([muon, adamw], max_norm=1.0, skip_nonfinite=True), GradPolicy)
 
 
 def as_torch_has_them() -> None:
