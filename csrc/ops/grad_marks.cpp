@@ -7,6 +7,7 @@
 #include <optional>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 namespace optim_ext::ops {
 
@@ -21,9 +22,8 @@ using at::Tensor;
 class GradMarks {
  public:
   explicit GradMarks(const py::object& param_groups) {
-    each_grad(param_groups, [&](const Tensor& grad) {
-      marks_.try_emplace(grad.unsafeGetTensorImpl(), Mark{Weak(grad.getIntrusivePtr()), version_of(grad)});
-    });
+    each_grad(param_groups,
+              [&](const Tensor& grad) { marks_.push_back({Weak(grad.getIntrusivePtr()), version_of(grad)}); });
   }
 
   // How often each gradient has been written in place since: the same number for all that are there now, or -1 where
@@ -33,14 +33,15 @@ class GradMarks {
     std::optional<int64_t> writes;
     size_t known = 0, others = 0;
     bool alike = true;
+    size_t next = 0;
     each_grad(param_groups, [&](const Tensor& grad) {
-      const auto found = marks_.find(grad.unsafeGetTensorImpl());
-      if (found == marks_.end()) {
+      const Mark* const mark = find(grad, next);
+      if (mark == nullptr) {
         ++others;
         return;
       }
       ++known;
-      const int64_t written = version_of(grad) - found->second.version;
+      const int64_t written = version_of(grad) - mark->version;
       alike &= !writes || *writes == written;
       writes = written;
     });
@@ -55,6 +56,20 @@ class GradMarks {
     int64_t version;
   };
 
+  // The mark of a gradient, or null. `next`: where it is if nothing has changed, moved on behind it.
+  const Mark* find(const Tensor& grad, size_t& next) const {
+    const c10::TensorImpl* const impl = grad.unsafeGetTensorImpl();
+    const auto marks = [&](const Mark& mark) { return mark.grad._unsafe_get_target() == impl; };
+    if (next < marks_.size() && marks(marks_[next])) return &marks_[next++];
+    if (places_.empty()) {
+      for (size_t i = 0; i < marks_.size(); ++i) places_.emplace(marks_[i].grad._unsafe_get_target(), i);
+    }
+    const auto found = places_.find(impl);
+    if (found == places_.end()) return nullptr;
+    next = found->second + 1;
+    return &marks_[found->second];
+  }
+
   static int64_t version_of(const Tensor& grad) { return grad.is_inference() ? 0 : grad._version(); }
 
   template <class Body>
@@ -67,7 +82,8 @@ class GradMarks {
     }
   }
 
-  std::unordered_map<const c10::TensorImpl*, Mark> marks_;
+  std::vector<Mark> marks_;                                            // in the order of the groups
+  mutable std::unordered_map<const c10::TensorImpl*, size_t> places_;  // made where another order is found
 };
 
 }  // namespace
