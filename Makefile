@@ -78,7 +78,7 @@ format: $(VENV)/lint.stamp
 cpp-test sanitize: $(VENV)/test.stamp
 	$(BIN)/cmake -S . -B build/$@ $(if $(filter sanitize,$@),-DOPTIM_EXT_SANITIZE=ON)
 	$(BIN)/cmake --build build/$@ -j $(WORKERS)
-	$(BIN)/ctest --test-dir build/$@ --output-on-failure
+	$(BIN)/ctest --test-dir build/$@ -j $(WORKERS) --output-on-failure
 
 # A CUDA build needs another torch. It gets its own environment and its own copy of the sources, so that the module that
 # is built in place here stays as it is.

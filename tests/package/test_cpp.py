@@ -1,8 +1,11 @@
 """The C++ tests, and what the objects of the torch-free rooms are allowed to contain."""
 
+import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,24 @@ on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruct
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests/cpp").glob("*.cpp")))
 def test_cpp(cpp_build, name):
     done = subprocess.run([cpp_build / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_device_code_runs_on_the_double(cpp_build):
+    """Every kernel on a CPU, with the race detector, against the CPU kernels; and every planted fault is found."""
+    ctest = shutil.which("ctest", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    command = [
+        ctest,
+        "--test-dir",
+        cpp_build,
+        "-R",
+        "cuda_double",
+        "-j",
+        "2",
+        "--output-on-failure",
+        "--no-tests=error",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

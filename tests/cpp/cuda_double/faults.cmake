@@ -1,0 +1,188 @@
+# The test of the tests: a copy of csrc with faults in it, each behind a number that main() is given, so that one build
+# serves for all of them. Every fault has to be found, and for the right reason.
+set(planted_tree ${CMAKE_BINARY_DIR}/planted/csrc)
+file(GLOB_RECURSE planted_files RELATIVE ${CMAKE_SOURCE_DIR}/csrc CONFIGURE_DEPENDS
+     ${CMAKE_SOURCE_DIR}/csrc/rules/*.h ${CMAKE_SOURCE_DIR}/csrc/device/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.h
+     ${CMAKE_SOURCE_DIR}/csrc/memory/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.cu)
+foreach(file ${planted_files})
+  file(READ ${CMAKE_SOURCE_DIR}/csrc/${file} "text_of_${file}")
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${file})
+endforeach()
+
+# Replaces a text that is there once.
+function(plant file old new)
+  set(text "${text_of_${file}}")
+  string(FIND "${text}" "${old}" first)
+  string(FIND "${text}" "${old}" last REVERSE)
+  if(first EQUAL -1 OR NOT first EQUAL last)
+    message(FATAL_ERROR "faults.cmake: '${old}' is not there once in csrc/${file}; say where the fault goes now")
+  endif()
+  string(REPLACE "${old}" "${new}" text "${text}")
+  set("text_of_${file}" "${text}" PARENT_SCOPE)
+endfunction()
+
+# A few rules that have all there is to lose: scalar state, averages, a step count.
+string(APPEND "text_of_rules/all_rules.h" "
+#undef OPTIM_EXT_FOR_EACH_RULE
+#define OPTIM_EXT_FOR_EACH_RULE(X) X(Adam<true>) X(NAdam)
+#undef OPTIM_EXT_FOR_EACH_REDUCTION
+#define OPTIM_EXT_FOR_EACH_REDUCTION(X) X(L2Norm)
+")
+
+set(fault_count 0)
+# `new` says FAULT where the fault is in.
+macro(fault name group words file old new)
+  math(EXPR fault_count "${fault_count} + 1")
+  string(REPLACE "FAULT" "planted(${fault_count})" replacement "${new}")
+  plant(${file} "${old}" "${replacement}")
+  list(APPEND fault_names "${name}")
+  list(APPEND fault_groups ${group})
+  list(APPEND fault_words "${words}")
+endmacro()
+
+set(race "WARNING: ThreadSanitizer: data race")
+# A pointer may be read from shared memory that nobody has written yet.
+set(race_or_poison "${race}|SEGV on unknown address")
+
+# Barriers.
+fault(sweep_without_barrier sweeps "${race_or_poison}" kernels/cuda/sweep-inl.h
+[[  device::barrier();
+  if (block.skip) return;]]
+[[  if (!FAULT) device::barrier();
+  if (block.skip) return;]])
+fault(average_without_barrier sweeps "${race_or_poison}" kernels/cuda/sweep-inl.h
+[[    device::barrier();
+    if (!average.skip)]]
+[[    if (!FAULT) device::barrier();
+    if (!average.skip)]])
+fault(slots_without_first_barrier reductions "${race}" kernels/cuda/reduce.cu
+[[of_warp[warp] = sum;
+    device::barrier();]]
+[[of_warp[warp] = sum;
+    if (!FAULT) device::barrier();]])
+fault(slots_without_second_barrier reductions "${race}" kernels/cuda/reduce.cu
+[[    }
+    device::barrier();
+  }
+  return result;]]
+[[    }
+    if (!FAULT) device::barrier();
+  }
+  return result;]])
+fault(reduction_without_opening_barrier reductions "${race_or_poison}" kernels/cuda/reduce.cu
+[[  device::barrier();
+  const int warp = static_cast<int>(device::thread_x()) / kLanes, lane = static_cast<int>(device::thread_x()) % kLanes;
+  const double sum]]
+[[  if (!FAULT) device::barrier();
+  const int warp = static_cast<int>(device::thread_x()) / kLanes, lane = static_cast<int>(device::thread_x()) % kLanes;
+  const double sum]])
+fault(counted_before_all_slots_are_written reductions "${race}" kernels/cuda/reduce.cu
+[[  if (!job.finished) return;
+  device::barrier();]]
+[[  if (!job.finished) return;
+  if (!FAULT) device::barrier();]])
+fault(last_block_unknown_to_its_threads reductions "${race}" kernels/cuda/reduce.cu
+[[  device::barrier();
+  if (!is_last) return;]]
+[[  if (!FAULT) device::barrier();
+  if (!is_last) return;]])
+fault(fibers_without_barrier fibers "${race_or_poison}" kernels/cuda/reduce.cu
+[[  device::barrier();
+  const Fibers fibers]]
+[[  if (!FAULT) device::barrier();
+  const Fibers fibers]])
+fault(history_without_barrier history "${race}" kernels/cuda/history.cu
+[[  device::barrier();
+  const int lane]]
+[[  if (!FAULT) device::barrier();
+  const int lane]])
+
+# Fences and atomic operations.
+fault(slots_without_fence reductions "${race}" kernels/cuda/reduce.cu
+[[    device::fence();
+  }
+  if (!job.finished) return;]]
+[[    if (!FAULT) device::fence();
+  }
+  if (!job.finished) return;]])
+fault(last_block_without_fence reductions "${race}" kernels/cuda/reduce.cu
+[[  if (!is_last) return;
+  device::fence();]]
+[[  if (!is_last) return;
+  if (!FAULT) device::fence();]])
+fault(counting_without_atomic reductions "${race}" kernels/cuda/reduce.cu
+[[is_last = device::atomic_add(job.finished, 1u) == job.blocks - 1;]]
+[[is_last = (FAULT ? (*job.finished)++ : device::atomic_add(job.finished, 1u)) == job.blocks - 1;]])
+
+# Tables and what they carry.
+fault(table_off_by_one sweeps "failed: " kernels/cuda/block.h
+[[(first_chunk[middle] <= index ? found : beyond) = middle;]]
+[[(first_chunk[middle] <= index - FAULT ? found : beyond) = middle;]])
+fault(storages_swapped sweeps "failed: |SEGV|heap-use-after-free" kernels/cuda/batch.h
+[[entry.storage[s] = bundle.storage[operand];]]
+[[entry.storage[s] = bundle.storage[FAULT && operand < 2 ? 1 - operand : operand];]])
+fault(average_starts_at_the_tensor sweeps "failed: .*average" kernels/cuda/block.h
+[[average.begin = block.begin;]]
+[[average.begin = FAULT ? 0 : block.begin;]])
+fault(table_read_on_the_host sweeps "failed: |SEGV on unknown address" kernels/cuda/driver.h
+[[args.batch.remote = table.send();]]
+[[args.batch.remote = table.send();
+    if (FAULT) args.batch.remote = table.host();]])
+fault(next_table_forgets_its_slots reductions "failed: " kernels/cuda/driver.h
+[[      results += args.batch.count;]]
+[[      results += FAULT ? args.batch.count - 1 : args.batch.count;]])
+fault(last_element_left_out sweeps "failed: .*element" kernels/cuda/block.h
+[[(block, rule, done, size, thread, slots);]]
+[[(block, rule, done, size - FAULT, thread, slots);]])
+fault(half_a_warp_is_combined reductions "failed: " kernels/cuda/reduce.cu
+[[for (int width = kLanes / 2; width > 0; width /= 2)]]
+[[for (int width = kLanes / (FAULT ? 4 : 2); width > 0; width /= 2)]])
+
+# What a step depends on.
+fault(found_inf_lost sweeps "failed: .*a skipped step" kernels/cuda/driver.h
+[[batch.found_inf = call.pass.device_found_inf;]]
+[[batch.found_inf = FAULT ? nullptr : call.pass.device_found_inf;]])
+fault(grad_scale_lost sweeps "failed: " kernels/cuda/driver.h
+[[batch.grad_scale = call.pass.device_grad_scale;]]
+[[batch.grad_scale = FAULT ? nullptr : call.pass.device_grad_scale;]])
+fault(skipped_step_counted sweeps "failed: " kernels/cuda/advance.cu
+[[(counters.found_inf && *counters.found_inf == 1.0f)]]
+[[(!FAULT && counters.found_inf && *counters.found_inf == 1.0f)]])
+fault(float_counter_one_too_many sweeps "failed: " kernels/cuda/advance.cu
+[[if (i < counters.floats) {]]
+[[if (i < counters.floats + FAULT) {]])
+fault(scalars_not_stored sweeps "failed: .*scalar" kernels/cuda/sweep-inl.h
+[[const int64_t blocks = (args.batch.count + kThreads - 1) / kThreads;]]
+[[const int64_t blocks = FAULT ? 0 : (args.batch.count + kThreads - 1) / kThreads;]])
+fault(history_rows_of_the_other_kind history "failed: " kernels/cuda/history.cu
+[[const Row* const row = static_cast<const Row*>((of_steps ? history.old_stps : history.old_dirs)[r]) + start;]]
+[[const Row* const row = static_cast<const Row*>((of_steps != FAULT ? history.old_stps : history.old_dirs)[r]) + start;]])
+
+foreach(file ${planted_files})
+  set(to ${planted_tree}/${file})
+  set(before)
+  if(EXISTS ${to})
+    file(READ ${to} before)
+  endif()
+  if(NOT "${text_of_${file}}" STREQUAL "${before}")
+    file(WRITE ${to} "${text_of_${file}}")
+  endif()
+endforeach()
+
+add_double(cuda_double_planted ${planted_tree})
+target_compile_options(cuda_double_planted PRIVATE -include ${CMAKE_CURRENT_SOURCE_DIR}/planted.h)
+foreach(group sweeps reductions fibers history)
+  add_test(NAME cuda_double.no_fault.${group} COMMAND cuda_double_planted ${group} 0)
+endforeach()
+foreach(number RANGE 1 ${fault_count})
+  math(EXPR index "${number} - 1")
+  list(GET fault_names ${index} name)
+  list(GET fault_groups ${index} group)
+  list(GET fault_words ${index} words)
+  set(how)
+  if(words MATCHES "data race")
+    set(how races)
+  endif()
+  add_test(NAME cuda_double.fault.${name} COMMAND cuda_double_planted ${group} ${number} ${how})
+  set_tests_properties(cuda_double.fault.${name} PROPERTIES PASS_REGULAR_EXPRESSION "${words}")
+endforeach()
