@@ -16,7 +16,7 @@ enum class Storage : uint8_t { f32, f64, bf16, f16 };
 constexpr int kMaxOperands = 6;  // tensors one parameter may bring to a rule
 constexpr int kMaxScalars = 2;   // numbers of state one parameter may bring besides its step count
 constexpr int kGradOperand = 1;  // every rule's second operand
-constexpr int kMaxDims = 12;     // dimensions left after merging those that can be walked as one
+constexpr int kMaxDims = 12;     // dimensions of a layout, after merging those that can be walked as one
 
 OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
 
@@ -26,10 +26,14 @@ OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8
 // A sparse gradient has some rows only: dimension 0 counts these, and `rows` says which row of the other operands each
 // of them is. On the CPU a row of it may be the sum of several in memory, added up in order where it is read: row n is
 // those numbered sources[firsts[n]] to sources[firsts[n + 1] - 1].
+//
+// Where there are more dimensions than a layout holds, dimension 0 stands for the outermost ones: `outer` says where in
+// each operand its index lies.
 struct Layout {
   const int64_t* rows;    // null: dense
   const int64_t* firsts;  // null: row n of the gradient is its row n in memory
   const int64_t* sources;
+  const int64_t* outer;  // null, or sizes[0] places for each of kMaxOperands operands
   int32_t ndim;
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxOperands][kMaxDims];
@@ -57,31 +61,44 @@ struct Layout {
     return at;
   }
 
-  // Where the element after a run that ends with the fastest dimension lies; `at` is one stride behind the run's last.
-  OPTIM_EXT_HOST_DEVICE int64_t next_run(int operand, int64_t at, int64_t* places) const {
-    places[ndim - 1] = 0;
-    at -= sizes[ndim - 1] * strides[operand][ndim - 1];
+  // Moves on by `runs` runs of the fastest dimension, which lie in one index of the dimensions before the last two.
+  // `at` is where the first of them begins; returns where the run after them does.
+  OPTIM_EXT_HOST_DEVICE int64_t skip_runs(int operand, int64_t at, int64_t* places, int64_t runs) const {
     for (int d = ndim - 2; d >= 0; --d) {
       at -= place(operand, d, places[d]) * strides[operand][d];
-      places[d] = places[d] + 1 < sizes[d] ? places[d] + 1 : 0;
+      places[d] = places[d] + runs < sizes[d] ? places[d] + runs : 0;
       at += place(operand, d, places[d]) * strides[operand][d];
       if (places[d] != 0) break;
+      runs = 1;
     }
     return at;
   }
 
-  // Lets an operand be dense, in the order the others are walked in.
+  // Whether an operand is dense, in the order the others are walked in.
+  OPTIM_EXT_HOST_DEVICE bool is_dense(int operand) const {
+    bool dense = rows == nullptr && outer == nullptr;
+    int64_t stride = 1;
+    for (int d = ndim - 1; d >= 0; --d) {
+      dense = dense && (sizes[d] == 1 || strides[operand][d] == stride);
+      stride *= sizes[d];
+    }
+    return dense;
+  }
+
+  // Lets an operand that is not part of the call be dense, in the order the others are walked in.
   void make_dense(int operand) {
     int64_t stride = 1;
     for (int d = ndim - 1; d >= 0; --d) {
-      strides[operand][d] = stride;
+      strides[operand][d] = d == 0 && outer != nullptr ? 1 : stride;  // whose places are those of dense memory already
       stride *= sizes[d];
     }
   }
 
   // Where index `i` of dimension `d` is to be found in `operand`.
   OPTIM_EXT_HOST_DEVICE int64_t place(int operand, int d, int64_t i) const {
-    return rows != nullptr && d == 0 && operand != kGradOperand ? rows[i] : i;
+    if (d != 0) return i;
+    if (outer != nullptr) return outer[operand * sizes[0] + i];
+    return rows != nullptr && operand != kGradOperand ? rows[i] : i;
   }
 };
 

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
+#include <functional>
+
 #include "drivers.h"
 #include "ops.h"
 
@@ -261,15 +263,12 @@ struct AdafactorStep {
   }
 };
 
-}  // namespace
-
+// One step of these members. The lists are of one length, with undefined tensors where a parameter has no such state.
 template <class Driver>
-void adafactor_(const Common& common, TensorList params, TensorList grads, TensorList row_vars, TensorList col_vars,
-                TensorList variances, TensorList state_steps, const Tensor& lr, double beta2_decay, double eps1,
-                double eps2, double d, double weight_decay, bool maximize) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto rows = spread(row_vars, params, true), columns = spread(col_vars, params, true),
-             moments = spread(variances, params, false);
+void step_members(const AdafactorStep<Driver>& step, TensorList params, TensorList grads, TensorList rows,
+                  TensorList columns, TensorList moments, TensorList state_steps,
+                  const std::function<void()>& check_lengths) {
+  const Common& common = step.common;
   {
     // Everything is checked here; what follows only passes on parts of these lists.
     rules::AdafactorUpdate<true> rule{};
@@ -280,19 +279,17 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
                         .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
     Call checked(spec, 2, 3u, 1u);
     checked.require_real();
-    check_length(common, "row_vars", row_vars, params, true);
-    check_length(common, "col_vars", col_vars, params, true);
-    check_length(common, "variances", variances, params, false);
-    checked.set({{"beta2_decay", ignored, beta2_decay}}, &ignored, sizeof ignored);
-    checked.set({{"lr", rule.lr, lr},
-                 {"eps1", rule.eps1, eps1},
-                 {"eps2", rule.eps2, eps2},
-                 {"d", rule.d, d},
-                 {"weight_decay", rule.weight_decay, weight_decay}},
+    check_lengths();
+    checked.set({{"beta2_decay", ignored, step.beta2_decay}}, &ignored, sizeof ignored);
+    checked.set({{"lr", rule.lr, step.lr},
+                 {"eps1", rule.eps1, step.eps1},
+                 {"eps2", rule.eps2, step.eps2},
+                 {"d", rule.d, step.d},
+                 {"weight_decay", rule.weight_decay, step.weight_decay}},
                 &rule, sizeof rule);
     if (CheckOnly::active() || checked.empty() || checked.skip) return;
   }
-  const AdafactorStep<Driver> step{common, lr, beta2_decay, eps1, eps2, d, weight_decay, maximize};
+  const OverlapsChecked parts;
   Part matrices, vectors, empty;
   int64_t averages = 0;  // elements of row_var and col_var among the matrices
   for (size_t i = 0; i < params.size(); ++i) {
@@ -316,6 +313,27 @@ void adafactor_(const Common& common, TensorList params, TensorList grads, Tenso
   if (!matrices.params.empty()) step.of_matrices(matrices);
   if (!vectors.params.empty()) step.of_vectors(vectors);
   if (!empty.params.empty()) step.of_empty(empty);
+}
+
+}  // namespace
+
+template <class Driver>
+void adafactor_(const Common& common, TensorList params, TensorList grads, TensorList row_vars, TensorList col_vars,
+                TensorList variances, TensorList state_steps, const Tensor& lr, double beta2_decay, double eps1,
+                double eps2, double d, double weight_decay, bool maximize) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto rows = spread(row_vars, params, true), columns = spread(col_vars, params, true),
+             moments = spread(variances, params, false);
+  const auto check_lengths = [&] {
+    check_length(common, "row_vars", row_vars, params, true);
+    check_length(common, "col_vars", col_vars, params, true);
+    check_length(common, "variances", variances, params, false);
+  };
+  in_turns(common, params, [&](const Common& here, const Members& of) {
+    const AdafactorStep<Driver> step{here, lr, beta2_decay, eps1, eps2, d, weight_decay, maximize};
+    step_members(step, of(params), of(grads), of(TensorList(rows)), of(TensorList(columns)), of(TensorList(moments)),
+                 of(state_steps), check_lengths);
+  });
 }
 
 OPTIM_EXT_INSTANTIATE_OP(adafactor_)

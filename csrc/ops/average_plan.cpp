@@ -30,9 +30,9 @@ void run_average(TensorList averages, TensorList params, const Tensor& weight, c
   if (check_only) {
     const CheckOnly guard;
 #if defined(OPTIM_EXT_WITH_CUDA)
-    if (device.is_cuda()) return average_<CudaDriver>("average_", averages, params, here, found);
+    if (device.is_cuda()) return Op<"average_", &average_<CudaDriver>>::call(averages, params, here, found);
 #endif
-    return average_<CpuDriver>("average_", averages, params, here, found);
+    return Op<"average_", &average_<CpuDriver>>::call(averages, params, here, found);
   }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("optim_ext::average_", "")
@@ -157,11 +157,13 @@ class AveragePlan {
     c10::Device device;  // of the averages
     PythonTensors averages, params;
     std::vector<size_t> indices;  // into names_
+    std::unique_ptr<KnownCalls> known = std::make_unique<KnownCalls>();
   };
 
   void run_all(const std::vector<TakenTensors>& taken, const Tensor& weight, const OptionalTensor& found_inf,
                bool check_only) const {
     for (size_t c = 0; c < calls_.size(); ++c) {
+      const RemembersCalls remembers(*calls_[c].known);
       try {
         run_average(taken[c].get(0), taken[c].get(1), weight, found_inf, check_only);
       } catch (const BadInput& bad) {

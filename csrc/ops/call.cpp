@@ -2,6 +2,7 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/SparseTensorImpl.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -9,18 +10,21 @@
 #include <bit>
 #include <cmath>
 #include <memory>
-#include <numeric>
 #include <sstream>
 
 #include "../kernels/convert.h"
 #include "../memory/overlap.h"
+#include "../memory/strided.h"
 #include "parallel.h"
+#include "turns.h"
 
 namespace optim_ext::ops {
 
 namespace {
 
-using memory::Extent;
+using memory::Access, memory::Extent, memory::SparseIndices, memory::SparseRows;
+
+static_assert(memory::kMostArrays == kMaxOperands);
 
 const at::SparseTensorImpl& sparse_parts(const at::Tensor& tensor) {
   return *static_cast<const at::SparseTensorImpl*>(tensor.unsafeGetTensorImpl());
@@ -41,7 +45,10 @@ constexpr int kParam = 0, kGrad = 1;
 constexpr int64_t kAhead = 8;  // tensors
 constexpr const char* kOverlaps =
     "overlaps in memory with another tensor this step writes; each needs memory of its own";
-constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
+constexpr const char* kReadsLate =
+    "overlaps in memory with what the step of an earlier parameter writes (torch's modes disagree on which value it "
+    "has "
+    "then); give it memory of its own";
 
 thread_local int check_only_depth = 0;
 
@@ -69,13 +76,6 @@ double host_value(const void* data, Storage storage) {
   }
 }
 
-// From its first element to its last, in elements.
-int64_t span_of(const at::Tensor& tensor) {
-  int64_t span = 1;
-  for (int64_t d = 0; d < tensor.dim(); ++d) span += (tensor.size(d) - 1) * tensor.stride(d);
-  return span;
-}
-
 Extent extent_of(const at::Tensor& tensor) {
   const void* const data = tensor.const_data_ptr();
   const int64_t bytes = static_cast<int64_t>(tensor.element_size());
@@ -89,24 +89,12 @@ Extent extent_of(const Bundle& bundle, int k, const at::Tensor& tensor) {
   return memory::dense_extent(bundle.data[k], bundle.numel * bytes_of(bundle.storage[k]));
 }
 
-// Whether two extents share an element, as far as that is known within the budget; else they are taken to do so.
-bool share_elements(const Extent& a, const Extent& b) {
+// Whether no order of its elements can make a tensor's update right.
+bool shares_elements(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return false;
   int64_t budget = memory::kPairBudget;
-  return memory::overlap(a, b, budget) != memory::Overlap::none;
-}
-
-// Memory written by one call must be disjoint: the sweep runs in parallel. `by_address` are the extents in the order of
-// addresses. Returns the place of the offender, -1 if there is none.
-int64_t find_overlap(const std::vector<Extent>& extents, const std::vector<int64_t>& by_address) {
-  std::vector<int64_t> open;
-  for (const int64_t i : by_address) {
-    std::erase_if(open, [&](int64_t other) { return extents[other].end <= extents[i].begin; });
-    for (const int64_t other : open) {
-      if (share_elements(extents[other], extents[i])) return i;
-    }
-    open.push_back(i);
-  }
-  return -1;
+  return at::has_internal_overlap(tensor) == at::MemOverlap::Yes ||
+         memory::overlap_within(extent_of(tensor), budget) == memory::Overlap::some;
 }
 
 // A set of addresses that is asked much more often than it is made.
@@ -135,36 +123,34 @@ const void* memory_of(const at::Tensor& tensor) { return tensor.storage().data()
 
 }  // namespace
 
-// All that a call writes, by value: these lists are compared with those of later calls, whose tensors are others.
-struct Call::Writes {
-  Writes(std::vector<Extent> given, const std::vector<const void*>& memory)
-      : in_order(std::move(given)), by_address(in_order.size()), memory(memory) {
-    std::iota(by_address.begin(), by_address.end(), 0);
-    std::stable_sort(by_address.begin(), by_address.end(),
-                     [&](int64_t a, int64_t b) { return in_order[a].begin < in_order[b].begin; });
-    all_dense = std::all_of(in_order.begin(), in_order.end(), [](const Extent& written) { return written.is_dense(); });
-  }
-
-  // Whether memory that is read overlaps any of it.
-  bool meet(const Extent& read) const {
-    auto first = by_address.begin();
-    if (all_dense) {  // then they end in the order in which they begin
-      first = std::partition_point(first, by_address.end(),
-                                   [&](int64_t written) { return in_order[written].end <= read.begin; });
-    }
-    for (; first != by_address.end() && in_order[*first].begin < read.end; ++first) {
-      if (share_elements(in_order[*first], read)) return true;
-    }
-    return false;
-  }
-
-  std::vector<Extent> in_order;
-  std::vector<int64_t> by_address;
-  bool all_dense;
-  Addresses memory;
+struct KnownCall {
+  std::vector<Access> writes, reads;  // reads: of memory that is written, too
+  Addresses memory;                   // that what is written was allocated in
+  std::vector<int32_t> turn_of_member;
 };
 
-thread_local std::array<std::unique_ptr<const Call::Writes>, 8> Call::known_writes;
+namespace {
+thread_local KnownCalls kept_by_nobody;
+thread_local KnownCalls* current_calls = nullptr;
+
+KnownCalls& known_calls() { return current_calls ? *current_calls : kept_by_nobody; }
+}  // namespace
+
+RemembersCalls::RemembersCalls(KnownCalls& calls) : before_(current_calls) { current_calls = &calls; }
+RemembersCalls::~RemembersCalls() { current_calls = before_; }
+
+std::array<KnownCalls::Known, KnownCalls::kMost> KnownCalls::all() const {
+  const std::lock_guard lock(mutex_);
+  return calls_;
+}
+
+void KnownCalls::remember(Known call, const KnownCall* outdated) {
+  const std::lock_guard lock(mutex_);
+  for (Known& known : calls_) {
+    if (outdated != nullptr && known.get() == outdated) return known.swap(call);
+  }
+  calls_[oldest_++ % kMost].swap(call);
+}
 
 std::optional<Storage> storage_of(at::ScalarType dtype) {
   switch (c10::toRealValueType(dtype)) {
@@ -207,17 +193,18 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
   if (params.empty()) return;
   if (!params[0].defined()) refuse(rule_.lists[kParam].name, 0, "is undefined");
   device = params[0].device();
+  if (rule_.written != 0 && !OverlapsChecked::active()) known_ = known_calls().all();
   make_bundles();
   read_pass();
   if (pass.unscale || pass.device_grad_scale) {
     for (size_t i = 0; i < params.size(); ++i) {
-      if (at::has_internal_overlap(rule_.lists[kGrad].tensors[i]) == at::MemOverlap::Yes) {
+      if (shares_elements(rule_.lists[kGrad].tensors[i])) {
         refuse("grads", static_cast<int64_t>(i),
                "has elements that share memory (an expanded tensor?), so it cannot be unscaled in place");
       }
     }
   }
-  check_overlap();
+  if (rule_.written != 0 && !OverlapsChecked::active()) check_overlap();
 }
 
 // Most tensors are found to be as usual, on all threads at once. The others, and what is wrong with them, are looked
@@ -451,8 +438,7 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
 }
 
 void Call::check_writable(const char* list, int64_t i, const at::Tensor& tensor) const {
-  if (!tensor.is_non_overlapping_and_dense() &&
-      (at::has_internal_overlap(tensor) == at::MemOverlap::Yes || span_of(tensor) < tensor.numel()))
+  if (shares_elements(tensor))
     refuse(list, i, "has elements that share memory (an expanded tensor?), so it cannot be updated in place");
   if (tensor.is_inference() && !c10::InferenceMode::is_enabled())
     refuse(list, i, "is an inference tensor; it can only be updated inside torch.inference_mode()");
@@ -524,65 +510,29 @@ void Call::use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle) {
 const Layout* Call::make_layout(const Operands& operands, int64_t i) {
   const at::Tensor& leader = operands.lists[operands.leader].tensors[i];
   const int64_t width = leader.is_complex() ? 2 : 1;
-  struct Dim {
-    int64_t size;
-    std::array<int64_t, kMaxOperands> strides;
-  };
-  std::vector<Dim> dims;
+  memory::Walk walk{{}, operands.used};
   for (int64_t d = 0; d < leader.dim(); ++d) {
-    if (leader.size(d) == 1) continue;
-    Dim dim{leader.size(d), {}};
+    memory::WalkDim& dim = walk.dims.emplace_back(memory::WalkDim{leader.size(d), {}});
     for (int k = 0; k < operands.count; ++k) {
       if (operands.is_used(k)) dim.strides[k] = operands.lists[k].tensors[i].stride(d) * width;
     }
-    dims.push_back(dim);
   }
-  std::stable_sort(dims.begin(), dims.end(),
-                   [&](const Dim& a, const Dim& b) { return a.strides[operands.leader] > b.strides[operands.leader]; });
-  if (width == 2) {
-    Dim pair{2, {}};
-    pair.strides.fill(1);
-    dims.push_back(pair);
-  }
-  std::vector<Dim> merged;
-  for (const Dim& dim : dims) {
-    bool joins = !merged.empty();
-    for (int k = 0; joins && k < operands.count; ++k) {
-      if (operands.is_used(k)) joins = merged.back().strides[k] == dim.strides[k] * dim.size;
-    }
-    if (joins) {
-      merged.back().size *= dim.size;
-      merged.back().strides = dim.strides;
-    } else {
-      merged.push_back(dim);
-    }
-  }
-  bool repeats = false;
-  for (const Dim& dim : merged) {
-    for (int k = 0; k < operands.count; ++k) repeats |= operands.is_used(k) && dim.strides[k] == 0;
-  }
-  // (Not where an average follows the same walk: its own operands do not repeat.)
-  if (repeats && spec_.common.averages.empty() && merged.size() > 1 && merged.back().size < kShortRun) {
-    // Small matrices that share factors: corresponding elements of neighbouring ones make longer runs than rows do.
-    Dim neighbours = merged.front();
-    neighbours.size = std::min(neighbours.size, kLongRun);
-    while (merged.front().size % neighbours.size != 0) --neighbours.size;
-    if (neighbours.size > merged.back().size) {
-      merged.front().size /= neighbours.size;
-      for (int64_t& stride : merged.front().strides) stride *= neighbours.size;
-      merged.push_back(neighbours);
-    }
-  }
-  if (merged.size() > static_cast<size_t>(kMaxDims)) {
-    refuse("params", i,
-           text("and what is updated with it differ in memory layout over more than ", kMaxDims,
-                " dimensions; make them contiguous"));
-  }
+  memory::order(walk, operands.leader);
+  if (width == 2) walk.dims.push_back({2, {1, 1, 1, 1, 1, 1}});
+  memory::merge(walk);
+  // An average follows the same walk, whose own operands do not repeat.
+  if (spec_.common.averages.empty()) memory::lengthen_runs(walk);
   Layout& layout = layouts_.emplace_back();
-  layout.ndim = static_cast<int32_t>(merged.size());
-  for (size_t d = 0; d < merged.size(); ++d) {
-    layout.sizes[d] = merged[d].size;
-    for (int k = 0; k < operands.count; ++k) layout.strides[k][d] = merged[d].strides[k];
+  const std::vector<int64_t> outer = memory::list_outer(walk, kMaxDims);
+  if (!outer.empty()) {
+    at::Tensor places = at::empty({static_cast<int64_t>(outer.size())}, at::kLong);
+    std::copy(outer.begin(), outer.end(), places.mutable_data_ptr<int64_t>());
+    layout.outer = held_.emplace_back(places.to(device)).const_data_ptr<int64_t>();
+  }
+  layout.ndim = static_cast<int32_t>(walk.dims.size());
+  for (size_t d = 0; d < walk.dims.size(); ++d) {
+    layout.sizes[d] = walk.dims[d].size;
+    for (int k = 0; k < operands.count; ++k) layout.strides[k][d] = walk.dims[d].strides[k];
   }
   return &layout;
 }
@@ -691,63 +641,113 @@ void Call::read_pass() {
   std::for_each(spec_.scalars.begin(), spec_.scalars.end(), must_be_there);
 }
 
-// Calls visit(extent, tensor, list) for the memory of all tensors that are written, until it returns false.
+// Lists are numbered: operands, averages, scalars, partial ones.
+const char* Call::name_of_list(int32_t list) const {
+  if (list < rule_.count) return rule_.lists[list].name;
+  if (list == rule_.count) return averaging_lists_[kParam].name;
+  const size_t scalar = list - rule_.count - 1, partial = scalar - spec_.scalars.size();
+  return scalar < spec_.scalars.size() ? spec_.scalars.begin()[scalar].name : spec_.partial.begin()[partial].list.name;
+}
+
+// Calls visit(access, tensor) for the memory of all tensors that are written, until it returns false.
 template <class Visit>
 bool Call::visit_written(const Visit& visit) const {
   for (size_t i = 0; i < bundles.size(); ++i) {
+    const auto member = static_cast<int32_t>(i);
     for (int k = 0; bundles[i].numel != 0 && k < rule_.count; ++k) {
       if (!rule_.is_written(k)) continue;
-      const List& list = rule_.lists[k];
-      if (!visit(extent_of(bundles[i], k, list.tensors[i]), list.tensors[i], list)) return false;
+      const at::Tensor& tensor = rule_.lists[k].tensors[i];
+      if (!visit(Access{extent_of(bundles[i], k, tensor), member, k}, tensor)) return false;
     }
+    int32_t list = rule_.count;
     if (bundles[i].numel != 0 && bundles[i].average) {
-      const List& list = averaging_lists_[kParam];
-      if (!visit(extent_of(averages_[i], kParam, list.tensors[i]), list.tensors[i], list)) return false;
+      const at::Tensor& tensor = averaging_lists_[kParam].tensors[i];
+      if (!visit(Access{extent_of(averages_[i], kParam, tensor), member, list}, tensor)) return false;
     }
-    for (const List& list : spec_.scalars) {
-      if (!visit(extent_of(list.tensors[i]), list.tensors[i], list)) return false;
+    for (const List& scalars : spec_.scalars) {
+      const at::Tensor& tensor = scalars.tensors[i];
+      if (!visit(Access{extent_of(tensor), member, ++list}, tensor)) return false;
     }
     for (const PartialList& partial : spec_.partial) {
       const at::Tensor& tensor = partial.list.tensors[i];
-      if (tensor.defined() && tensor.numel() != 0 && !visit(extent_of(tensor), tensor, partial.list)) return false;
+      ++list;
+      if (tensor.defined() && tensor.numel() != 0 && !visit(Access{extent_of(tensor), member, list}, tensor))
+        return false;
     }
   }
   return true;
 }
 
-// Sorting thousands of addresses at every step would cost more than a small model's update, so lists found disjoint are
-// remembered by content.
+// Gradients in memory that is written, too: they are other tensors at every step, so only these are looked at closely.
+template <class Memory>
+std::vector<Access> Call::reads_from(const Memory& written) const {
+  std::vector<Access> reads;
+  if (!rule_.reads_grads()) return reads;
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    const at::Tensor& tensor = rule_.lists[kGrad].tensors[i];
+    if (bundles[i].numel == 0 || tensor.layout() != at::kStrided || !written.contains(memory_of(tensor))) continue;
+    const at::Tensor& param = rule_.lists[kParam].tensors[i];
+    // A gradient may be its own parameter, element by element.
+    const bool in_place = rule_.is_written(kParam) && bundles[i].data[kGrad] == bundles[i].data[kParam] &&
+                          bundles[i].storage[kGrad] == bundles[i].storage[kParam] && same_strides(tensor, param);
+    reads.push_back({extent_of(bundles[i], kGrad, tensor), static_cast<int32_t>(i), kGrad, in_place});
+  }
+  return reads;
+}
+
+// The sweep runs in parallel over all members, so their memory must be disjoint. Looking at thousands of addresses at
+// every step would cost more than a small model's update, so what was found is remembered with the call it is true of.
 void Call::check_overlap() const {
-  thread_local size_t next = 0;
-  for (const auto& writes : known_writes) {
-    if (writes == nullptr) break;
-    auto at = writes->in_order.begin();
-    const auto end = writes->in_order.end();
-    const auto is_next = [&](const Extent& extent, const at::Tensor&, const List&) {
-      return at != end && *at++ == extent;
-    };
+  KnownCalls::Known call;
+  for (const KnownCalls::Known& known : known_) {
+    if (known == nullptr) continue;
+    auto at = known->writes.begin();
+    const auto end = known->writes.end();
+    const auto is_next = [&](const Access& access, const at::Tensor&) { return at != end && *at++ == access; };
     if (!visit_written(is_next) || at != end) continue;
-    if (writes.get() != expected_ || grads_meet_writes_) check_grads(*writes);
-    return;
+    const bool reads_none = known.get() == expected_ && !grads_meet_writes_;
+    std::vector<Access> reads = reads_none ? std::vector<Access>() : reads_from(known->memory);
+    if (reads == known->reads) {
+      call = known;
+    } else {
+      call = look_at_overlaps({known->writes, std::move(reads), known->memory, {}});
+      known_calls().remember(call, known.get());
+    }
+    break;
   }
-  std::vector<Extent> written;
-  std::vector<const void*> memory;
-  visit_written([&](Extent extent, const at::Tensor& tensor, const List&) {
-    written.push_back(std::move(extent));
-    memory.push_back(memory_of(tensor));
-    return true;
-  });
-  auto writes = std::make_unique<Writes>(std::move(written), memory);
-  int64_t offender = find_overlap(writes->in_order, writes->by_address);
-  if (offender < 0) {
-    check_grads(*writes);
-    known_writes[next++ % known_writes.size()] = std::move(writes);
-    return;
+  if (call == nullptr) {
+    std::vector<Access> writes;
+    std::vector<const void*> memory;
+    visit_written([&](Access access, const at::Tensor& tensor) {
+      writes.push_back(std::move(access));
+      memory.push_back(memory_of(tensor));
+      return true;
+    });
+    const Addresses addresses(memory);
+    call = look_at_overlaps({std::move(writes), reads_from(addresses), addresses, {}});
+    known_calls().remember(call, nullptr);
   }
-  visit_written([&](const Extent&, const at::Tensor& tensor, const List& list) {
-    if (offender-- == 0) refuse(list.name, &tensor - list.tensors.data(), kOverlaps);
-    return true;
-  });
+  if (!call->turn_of_member.empty()) take_turns(call->turn_of_member);
+}
+
+// Refuses what no order of the members makes right, and says in which order the others go.
+KnownCalls::Known Call::look_at_overlaps(KnownCall call) const {
+  memory::Turns turns = memory::turns_of(call.writes, call.reads, static_cast<int64_t>(bundles.size()));
+  const auto refuse_access = [&](const Access& access, const char* problem) {
+    refuse(name_of_list(access.list), access.member, problem);
+  };
+  if (turns.bad_write >= 0) refuse_access(call.writes[turns.bad_write], kOverlaps);
+  if (turns.bad_read >= 0) refuse_access(call.reads[turns.bad_read], kOverlaps);
+  if (turns.late_read >= 0) refuse_access(call.reads[turns.late_read], kReadsLate);
+  call.turn_of_member = std::move(turns.of_member);
+  return std::make_shared<const KnownCall>(std::move(call));
+}
+
+void Call::take_turns(const std::vector<int32_t>& turn_of_member) const {
+  MembersInTurn turns(*std::max_element(turn_of_member.begin(), turn_of_member.end()) + 1);
+  for (size_t i = 0; i < turn_of_member.size(); ++i) turns[turn_of_member[i]].push_back(static_cast<int64_t>(i));
+  const int64_t first_to_wait = turns[1][0];
+  throw InTurn(spec_.common.op, rule_.lists[kParam].name, first_to_wait, kOverlaps, std::move(turns));
 }
 
 // What this call is going to write, most likely: so the threads that look at the tensors can also see to it that no
@@ -755,8 +755,8 @@ void Call::check_overlap() const {
 void Call::expect_writes() {
   if (!rule_.reads_grads() || bundles[0].numel == 0) return;
   const auto first = reinterpret_cast<uintptr_t>(bundles[0].data[std::countr_zero(rule_.written)]);
-  for (const auto& writes : known_writes) {
-    if (writes && !writes->in_order.empty() && writes->in_order.front().begin == first) expected_ = writes.get();
+  for (const KnownCalls::Known& known : known_) {
+    if (known && !known->writes.empty() && known->writes.front().extent.begin == first) expected_ = known.get();
   }
   const at::Tensor& grad = rule_.lists[kGrad].tensors[0];  // whose bundle was made before this was known
   if (grad.layout() == at::kStrided) note_grad(memory_of(grad));
@@ -764,22 +764,6 @@ void Call::expect_writes() {
 
 void Call::note_grad(const void* memory) const {
   if (expected_ && expected_->memory.contains(memory)) grads_meet_writes_ = true;
-}
-
-// A gradient may be its own parameter, element by element, but nothing else that is written: what it is would depend on
-// how far the threads are. Gradients are other tensors at every step, so only those in memory that is written, too, are
-// looked at closely.
-void Call::check_grads(const Writes& writes) const {
-  if (!rule_.reads_grads()) return;
-  for (size_t i = 0; i < bundles.size(); ++i) {
-    const at::Tensor& tensor = rule_.lists[kGrad].tensors[i];
-    if (bundles[i].numel == 0 || tensor.layout() != at::kStrided || !writes.memory.contains(memory_of(tensor)))
-      continue;
-    const Extent grad = extent_of(bundles[i], kGrad, tensor);
-    const bool is_own =
-        rule_.is_written(kParam) && grad == extent_of(bundles[i], kParam, rule_.lists[kParam].tensors[i]);
-    if (!is_own && writes.meet(grad)) refuse(rule_.lists[kGrad].name, static_cast<int64_t>(i), kOverlaps);
-  }
 }
 
 void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size) {
@@ -865,6 +849,7 @@ OneOperand::OneOperand(const Work& call, int operand) {
     if (!from.layout) continue;
     Layout& layout = layouts_.emplace_back(*from.layout);
     std::copy_n(from.layout->strides[operand], kMaxDims, layout.strides[0]);
+    if (layout.outer) layout.outer += operand * layout.sizes[0];
     bundle.layout = &layout;
   }
 }

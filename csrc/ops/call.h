@@ -10,14 +10,16 @@
 #include <deque>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../kernels/operand.h"
 #include "../rules/rule.h"
+#include "../memory/rows.h"
+#include "../memory/turns.h"
 #include "../rules/average.h"
-#include "sparse_rows.h"
 
 namespace optim_ext::ops {
 
@@ -127,6 +129,35 @@ class OneOperand : public Work {
   std::deque<Layout> layouts_;
 };
 
+// What a call writes and reads, found sound, by value: a later one like it need not be looked at again.
+struct KnownCall;
+
+// Some of these. Whoever makes the same calls again and again, step after step, keeps them.
+class KnownCalls {
+ public:
+  static constexpr size_t kMost = 8;
+  using Known = std::shared_ptr<const KnownCall>;
+  std::array<Known, kMost> all() const;
+  // In place of one of them that says the same of what is written, or of the oldest.
+  void remember(Known call, const KnownCall* outdated);
+
+ private:
+  mutable std::mutex mutex_;  // two threads may step one optimizer
+  std::array<Known, kMost> calls_;
+  size_t oldest_ = 0;
+};
+
+// While one of these lives, calls of this thread are remembered there, and not with those that nobody keeps.
+class RemembersCalls {
+ public:
+  explicit RemembersCalls(KnownCalls& calls);
+  ~RemembersCalls();
+  RemembersCalls(const RemembersCalls&) = delete;
+
+ private:
+  KnownCalls* const before_;
+};
+
 class Call : public Work {
  public:
   // Checks everything; throws BadInput (a Python RuntimeError) or c10::ValueError (a Python ValueError).
@@ -189,13 +220,16 @@ class Call : public Work {
   void note_writes() const;
   void advance(int64_t i);
   void store_scalar(int64_t i, int k, double value);
-  struct Writes;
   void expect_writes();
   void note_grad(const void* memory) const;
   void check_overlap() const;
-  void check_grads(const Writes& writes) const;
   template <class Visit>
   bool visit_written(const Visit& visit) const;
+  template <class Memory>
+  std::vector<memory::Access> reads_from(const Memory& written) const;
+  KnownCalls::Known look_at_overlaps(KnownCall call) const;
+  const char* name_of_list(int32_t list) const;
+  [[noreturn]] void take_turns(const std::vector<int32_t>& turn_of_member) const;
   void read_pass();
   void read_average_weight();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
@@ -205,12 +239,12 @@ class Call : public Work {
   const List averaging_lists_[2];
   const Operands averaging_;  // the operands of rules::Average
   Bundles averages_;
-  static thread_local std::array<std::unique_ptr<const Writes>, 8> known_writes;
-  const Writes* expected_ = nullptr;  // one of those
+  std::array<KnownCalls::Known, KnownCalls::kMost> known_;
+  const KnownCall* expected_ = nullptr;  // one of those
   mutable std::atomic<bool> grads_meet_writes_ = false;
   std::deque<Layout> layouts_;
-  std::deque<SparseRows> rows_;  // what these say of sparse gradients
-  std::deque<at::Tensor> held_;  // what bundles point to besides the tensors of the lists
+  std::deque<memory::SparseRows> rows_;  // what these say of sparse gradients
+  std::deque<at::Tensor> held_;          // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
 };
 

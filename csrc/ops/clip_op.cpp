@@ -8,9 +8,12 @@ namespace optim_ext::ops {
 template <class Driver>
 void clip_(TensorList tensors, std::optional<double> limit, const OptionalTensor& factor) {
   const Common common{"clip_", kNone, kNone, factor, {}, kNone};
-  const CallSpec spec{common, {{"tensors", tensors}, {"tensors", tensors}}};
-  rules::Clip rule{};
-  run<Driver>(rule, spec, {{"limit", rule.limit, limit.value_or(INFINITY)}});
+  in_turns(common, tensors, [&](const Common& here, const Members& of) {
+    const TensorList chosen = of(tensors);
+    const CallSpec spec{here, {{"tensors", chosen}, {"tensors", chosen}}};
+    rules::Clip rule{};
+    run<Driver>(rule, spec, {{"limit", rule.limit, limit.value_or(INFINITY)}});
+  });
 }
 
 OPTIM_EXT_INSTANTIATE_OP(clip_)

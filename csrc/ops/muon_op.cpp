@@ -69,6 +69,7 @@ void muon_(const Common& common, TensorList params, TensorList grads, TensorList
   checked.set({{"lr", update.lr, lr}}, &update, sizeof update);
   if (CheckOnly::active() || checked.empty() || checked.skip) return;
 
+  const OverlapsChecked parts;
   std::map<std::pair<int64_t, int64_t>, std::vector<size_t>> by_shape;
   for (size_t i = 0; i < params.size(); ++i) {
     if (params[i].numel() > 0) by_shape[{params[i].size(0), params[i].size(1)}].push_back(i);

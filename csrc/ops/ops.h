@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "call.h"
+#include "turns.h"
 
 namespace optim_ext::ops {
 
@@ -24,6 +24,11 @@ struct OpName {
   constexpr OpName(const char (&name)[kLength]) { std::copy_n(name, kLength, text); }
 };
 
+template <class... Others>
+TensorList first(TensorList list, const Others&...) {
+  return list;
+}
+
 // The function the dispatcher calls for an op: its own arguments, then those every op has. One body may serve several
 // ops.
 template <OpName kName, auto kBody>
@@ -32,13 +37,17 @@ template <OpName kName, class... Args, void (*kBody)(const Common&, Args...)>
 struct Op<kName, kBody> {
   static void call(Args... args, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                    const OptionalTensor& grad_factor, TensorList averages, const OptionalTensor& average_weight) {
-    kBody({kName.text, grad_scale, found_inf, grad_factor, averages, average_weight}, args...);
+    in_turns({kName.text, grad_scale, found_inf, grad_factor, averages, average_weight}, first(args...),
+             [&](const Common& common, const Members& of) { kBody(common, of(args)...); });
   }
 };
 // An op that is not a step has its own arguments only.
 template <OpName kName, class... Args, void (*kBody)(const char*, Args...)>
 struct Op<kName, kBody> {
-  static void call(Args... args) { kBody(kName.text, args...); }
+  static void call(Args... args) {
+    in_turns({kName.text, kNone, kNone, kNone, {}, kNone}, {},
+             [&](const Common&, const Members& of) { kBody(kName.text, of(args)...); });
+  }
 };
 
 template <class Driver>

@@ -115,6 +115,7 @@ class Plan {
     std::vector<uint8_t> ready;     // whether the state of a parameter is there
     PythonTensors averages;         // of the parameters; empty where they are not averaged
     std::set<size_t> partial;       // lists with undefined tensors, which the op is not given
+    std::unique_ptr<KnownCalls> known = std::make_unique<KnownCalls>();
     bool is_averaged() const { return averages.size() > 0; }
   };
   // A call's tensors for one step.
@@ -433,6 +434,7 @@ class Plan {
   template <class Body>
   void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::object& param_groups,
               const Body& body) const {
+    const RemembersCalls remembers(*call.known);
     try {
       body();
     } catch (const BadInput& bad) {

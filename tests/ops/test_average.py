@@ -89,7 +89,6 @@ BAD = {
     "shape": ([torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(5)], r"averages\[1\] has shape \[4\]"),
     "kind": ([torch.zeros(3)], [torch.ones(3, dtype=torch.complex64)], r"averages\[0\] has dtype Float"),
     "integers": ([torch.zeros(3)], [torch.ones(3, dtype=torch.long)], r"params\[0\] has dtype Long"),
-    "overlap": ([torch.zeros(4)] * 2, [torch.ones(4)] * 2, r"averages\[1\] overlaps"),
     "expanded": ([torch.zeros(1).expand(4)], [torch.ones(4)], r"averages\[0\] has elements that share memory"),
     "lengths": ([torch.zeros(4)], [torch.ones(4)] * 2, "equally long"),
 }
@@ -102,6 +101,12 @@ def test_bad_lists(name):
     with pytest.raises((RuntimeError, ValueError), match=problem):
         average_(averages, params, weight=double(0.5))
     assert [bits(a) for a in averages] == kept
+
+
+def test_averages_that_overlap_are_updated_in_turn():
+    average = torch.zeros(6)
+    average_([average[:4], average[2:]], [torch.ones(4), torch.ones(4)], weight=double(0.5))
+    assert average.tolist() == [0.5, 0.5, 0.75, 0.75, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), float("inf")])

@@ -177,6 +177,9 @@ LAYOUTS = {
     "ones": lambda: torch.empty(1, 5, 1, 4).to(memory_format=torch.channels_last),
     "many dimensions": lambda: torch.empty(2, 1, 2, 3, 1, 2, 2, 1, 2).permute(8, 1, 3, 0, 2, 4, 7, 6, 5),
     "long rows": lambda: torch.empty(3, 700)[:, ::2],
+    "rows of two": lambda: torch.empty(150, 14)[:, 3:5],
+    "rows of nine": lambda: torch.empty(70, 14)[:, 3:12],
+    "fourteen dimensions": lambda: torch.empty([2] * 14).permute([*range(13, -1, -2), *range(0, 14, 2)]),
 }
 
 

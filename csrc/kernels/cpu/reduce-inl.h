@@ -16,7 +16,7 @@ OPTIM_EXT_INLINE double reduce_joint(const Bundle& bundle, int64_t begin, int64_
     const double* tile[Rule::kOperands] = {};
     for (int k = 0; k < Rule::kOperands; ++k) {
       if (!((Rule::kUsed >> k) & 1u)) continue;
-      tile[k] = TileOperand<double>{bundle.data[k], bundle.storage[k], bundle.layout, k}.open(start, n, buffer[k]);
+      tile[k] = TileOperand<double>(bundle, k).open(start, n, buffer[k]);
     }
     reduce_into<rules::Combined<Rule>>(
         lane, n, [&](int64_t i) { return joint_term<Rule>(tile, i, typename MakeIndices<Rule::kOperands>::type{}); });
@@ -27,11 +27,11 @@ OPTIM_EXT_INLINE double reduce_joint(const Bundle& bundle, int64_t begin, int64_
 // A tile of the only operand.
 template <class Rule>
 OPTIM_EXT_INLINE double reduce_single(const Bundle& bundle, int64_t begin, int64_t end) {
-  const TileOperand<double> operand{bundle.data[0], bundle.storage[0], bundle.layout, 0};
+  const TileOperand<double> operand(bundle, 0);
   const int64_t size = end - begin;
-  if (bundle.layout != nullptr) {
+  if (operand.layout != nullptr) {
     double buffer[kReduceTile];
-    operand.open(begin, size, buffer);
+    operand.load(begin, size, buffer);
     return reduce_tile<Rule>(size, [&](int64_t i) { return buffer[i]; });
   }
   switch (operand.storage) {

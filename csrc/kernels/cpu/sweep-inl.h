@@ -19,25 +19,44 @@ constexpr Storage kNative = sizeof(V) == 8 ? Storage::f64 : Storage::f32;
 // A loop the compiler turns into one packed loop; its iterations are independent by construction.
 #define OPTIM_EXT_FOR(i, n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
 
-// n elements that lie `stride` apart.
-template <class T, class V, class Convert>
-OPTIM_EXT_INLINE void widen_run(const T* x, int64_t stride, V* to, int64_t n, const Convert& wide) {
-  if (stride == 1) {
-    OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(wide(x[i]));
-  } else if (stride == 0) {
-    const V value = static_cast<V>(wide(*x));
-    OPTIM_EXT_FOR(i, n) to[i] = value;
+// Elements that fill a tile in one go: `runs` runs of `length` elements, which lie one behind the other in the tile.
+struct Block {
+  int64_t runs, length;
+  int64_t run_stride, stride;  // in memory, from run to run and from element to element
+};
+
+// Calls visit(place in the tile, offset in memory) for all of them, with the longer loop inside: rows of a few elements
+// would otherwise cost more to begin than to read.
+template <class Visit>
+OPTIM_EXT_INLINE void over_block(const Block& given, const Visit& visit) {
+  const Block block = given;
+  if (block.runs > block.length) {
+    for (int64_t e = 0; e < block.length; ++e) {
+      OPTIM_EXT_FOR(r, block.runs) visit(r * block.length + e, r * block.run_stride + e * block.stride);
+    }
   } else {
-    OPTIM_EXT_FOR(i, n) to[i] = static_cast<V>(wide(x[i * stride]));
+    for (int64_t r = 0; r < block.runs; ++r) {
+      OPTIM_EXT_FOR(e, block.length) visit(r * block.length + e, r * block.run_stride + e * block.stride);
+    }
   }
 }
 
 template <class T, class V, class Convert>
-OPTIM_EXT_INLINE void narrow_run(const V* from, T* x, int64_t stride, int64_t n, const Convert& narrowed) {
-  if (stride == 1) {
-    OPTIM_EXT_FOR(i, n) x[i] = narrowed(from[i]);
+OPTIM_EXT_INLINE void widen_block(const T* x, const Block& block, V* to, const Convert& wide) {
+  if (block.runs == 1 && block.stride == 1) {
+    OPTIM_EXT_FOR(i, block.length) to[i] = static_cast<V>(wide(x[i]));
   } else {
-    OPTIM_EXT_FOR(i, n) x[i * stride] = narrowed(from[i]);
+    over_block(block,
+               [=](int64_t i, int64_t at) __attribute__((always_inline)) { to[i] = static_cast<V>(wide(x[at])); });
+  }
+}
+
+template <class T, class V, class Convert>
+OPTIM_EXT_INLINE void narrow_block(const V* from, T* x, const Block& block, const Convert& narrowed) {
+  if (block.runs == 1 && block.stride == 1) {
+    OPTIM_EXT_FOR(i, block.length) x[i] = narrowed(from[i]);
+  } else {
+    over_block(block, [=](int64_t i, int64_t at) __attribute__((always_inline)) { x[at] = narrowed(from[i]); });
   }
 }
 
@@ -103,44 +122,52 @@ OPTIM_EXT_INLINE int64_t narrow_bf16s(const float* from, uint16_t* to, int64_t n
 #endif
 
 template <class V>
-OPTIM_EXT_INLINE void widen(const void* from, Storage storage, int64_t stride, V* to, int64_t n) {
+OPTIM_EXT_INLINE void widen(const void* from, Storage storage, const Block& block, V* to) {
   const auto* const halves = static_cast<const uint16_t*>(from);
   switch (storage) {
-    case Storage::f32: return widen_run(static_cast<const float*>(from), stride, to, n, [](float x) { return x; });
-    case Storage::f64: return widen_run(static_cast<const double*>(from), stride, to, n, [](double x) { return x; });
+    case Storage::f32: return widen_block(static_cast<const float*>(from), block, to, [](float x) { return x; });
+    case Storage::f64: return widen_block(static_cast<const double*>(from), block, to, [](double x) { return x; });
     case Storage::bf16: {
-      const int64_t done = stride == 1 ? widen_bf16s(halves, to, n) : 0;
-      return widen_run(halves + done, stride, to + done, n - done, [](uint16_t x) { return widen_bf16(x); });
+      const auto wide = [](uint16_t x) { return widen_bf16(x); };
+      if (block.runs != 1 || block.stride != 1) return widen_block(halves, block, to, wide);
+      const int64_t done = widen_bf16s(halves, to, block.length);
+      return widen_block(halves + done, {1, block.length - done, 1, 1}, to + done, wide);
     }
-    case Storage::f16: return widen_run(halves, stride, to, n, [](uint16_t x) { return widen_f16(x); });
+    case Storage::f16: return widen_block(halves, block, to, [](uint16_t x) { return widen_f16(x); });
   }
 }
 
 template <class V>
-OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, int64_t stride, int64_t n) {
+OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, const Block& block) {
   auto* const halves = static_cast<uint16_t*>(to);
   switch (storage) {
     case Storage::f32:
-      return narrow_run(from, static_cast<float*>(to), stride, n, [](V x) { return static_cast<float>(x); });
+      return narrow_block(from, static_cast<float*>(to), block, [](V x) { return static_cast<float>(x); });
     case Storage::f64:
-      return narrow_run(from, static_cast<double*>(to), stride, n, [](V x) { return static_cast<double>(x); });
+      return narrow_block(from, static_cast<double*>(to), block, [](V x) { return static_cast<double>(x); });
     case Storage::bf16: {
-      const int64_t done = stride == 1 ? narrow_bf16s(from, halves, n) : 0;
-      return narrow_run(from + done, halves + done, stride, n - done,
-                        [](V x) { return narrow_bf16(static_cast<float>(x)); });
+      const auto narrowed = [](V x) { return narrow_bf16(static_cast<float>(x)); };
+      if (block.runs != 1 || block.stride != 1) return narrow_block(from, halves, block, narrowed);
+      const int64_t done = narrow_bf16s(from, halves, block.length);
+      return narrow_block(from + done, halves + done, {1, block.length - done, 1, 1}, narrowed);
     }
-    case Storage::f16:
-      return narrow_run(from, halves, stride, n, [](V x) { return narrow_f16(static_cast<float>(x)); });
+    case Storage::f16: return narrow_block(from, halves, block, [](V x) { return narrow_f16(static_cast<float>(x)); });
   }
 }
 
 // One operand's share of a tile: a pointer to V, which is the memory itself wherever that is possible.
 template <class V>
 struct TileOperand {
-  void* data;
-  Storage storage;
-  const Layout* layout;
-  int operand;
+  void* data = nullptr;
+  Storage storage = Storage::f32;
+  const Layout* layout = nullptr;  // null: dense, also among others that are not
+  int operand = 0;
+
+  TileOperand() = default;
+  OPTIM_EXT_INLINE TileOperand(const Bundle& bundle, int k)
+      : data(bundle.data[k]), storage(bundle.storage[k]), operand(k) {
+    if (bundle.layout != nullptr && !bundle.layout->is_dense(k)) layout = bundle.layout;
+  }
 
   OPTIM_EXT_INLINE bool in_place() const { return layout == nullptr && storage == kNative<V>; }
   OPTIM_EXT_INLINE void* at(int64_t start) const { return static_cast<char*>(data) + start * bytes_of(storage); }
@@ -156,18 +183,16 @@ struct TileOperand {
   }
 
   OPTIM_EXT_SHARED void load(int64_t start, int64_t n, V* buffer) const {
-    if (layout == nullptr) return widen(at(start), storage, 1, buffer, n);
+    if (layout == nullptr) return widen(at(start), storage, {1, n, 1, 1}, buffer);
     if (layout->firsts != nullptr && operand == kGradOperand) return load_sums(start, n, buffer);
-    walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
-      widen(at(offset), storage, stride, buffer + i, count);
-    });
+    walk(start, n,
+         [&](int64_t i, int64_t offset, const Block& block) { widen(at(offset), storage, block, buffer + i); });
   }
 
   OPTIM_EXT_SHARED void store(int64_t start, int64_t n, const V* buffer) const {
-    if (layout == nullptr) return narrow(buffer, at(start), storage, 1, n);
-    walk(start, n, [&](int64_t i, int64_t count, int64_t offset, int64_t stride) {
-      narrow(buffer + i, at(offset), storage, stride, count);
-    });
+    if (layout == nullptr) return narrow(buffer, at(start), storage, {1, n, 1, 1});
+    walk(start, n,
+         [&](int64_t i, int64_t offset, const Block& block) { narrow(buffer + i, at(offset), storage, block); });
   }
 
   // The same for rows of a sparse gradient that lie anywhere in memory, or in several places.
@@ -178,33 +203,35 @@ struct TileOperand {
     for (int64_t i = 0, count; i < n; i += count, ++row, column = 0) {
       count = width - column < n - i ? width - column : n - i;
       int64_t source = layout->firsts[row];
-      widen(at(layout->sources[source] * width + column), storage, 1, buffer + i, count);
+      widen(at(layout->sources[source] * width + column), storage, {1, count, 1, 1}, buffer + i);
       while (++source < layout->firsts[row + 1]) {
-        widen(at(layout->sources[source] * width + column), storage, 1, term, count);
+        widen(at(layout->sources[source] * width + column), storage, {1, count, 1, 1}, term);
         V* const sum = buffer + i;
         OPTIM_EXT_FOR(e, count) sum[e] = sum[e] + term[e];
       }
     }
   }
 
-  // Visits n elements from `start` in runs of one stride: those of the fastest dimension, or all where memory is dense.
-  // Only the first run is found by division.
+  // Visits n elements from `start` in blocks of whole runs, and parts of a run at either end. Only the first place is
+  // found by division.
   template <class Visit>
   OPTIM_EXT_INLINE void walk(int64_t start, int64_t n, const Visit& visit) const {
-    int64_t place[kMaxDims], offset = start, run = n, stride = 1;
-    const int last = layout ? layout->ndim - 1 : 0;
-    if (layout) {
-      offset = layout->locate(operand, start, place);
-      run = layout->sizes[last] - place[last];
-      stride = layout->strides[operand][last];
-    }
-    for (int64_t i = 0;;) {
-      const int64_t count = run < n - i ? run : n - i;
-      visit(i, count, offset, stride);
-      i += count;
-      if (i >= n) return;
-      offset = layout->next_run(operand, offset + count * stride, place);
-      run = layout->sizes[last];
+    int64_t place[kMaxDims], offset = layout->locate(operand, start, place);
+    const int last = layout->ndim - 1;
+    const int64_t length = layout->sizes[last], stride = layout->strides[operand][last];
+    // Runs that lie anywhere are visited one by one.
+    const bool even = last > 0 && (last > 1 || (layout->rows == nullptr && layout->outer == nullptr));
+    const int64_t most = even ? layout->sizes[last - 1] : 1, run_stride = even ? layout->strides[operand][last - 1] : 0;
+    for (int64_t i = 0; i < n;) {
+      Block block{1, n - i < length - place[last] ? n - i : length - place[last], run_stride, stride};
+      if (place[last] == 0 && n - i >= length) {
+        const int64_t left = even ? most - place[last - 1] : 1, whole = (n - i) / length;
+        block.runs = left < whole ? left : whole;
+      }
+      visit(i, offset, block);
+      i += block.runs * block.length;
+      offset = layout->skip_runs(operand, offset - place[last] * stride, place, block.runs);
+      place[last] = 0;
     }
   }
 };
@@ -275,7 +302,7 @@ OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_
   const Rule rule = given;
   const Layout layout = *bundle.layout;
   const int64_t width = layout.sizes[1], last = layout.sizes[0] - 1;
-  const TileOperand<V> grads{bundle.data[kGradOperand], bundle.storage[kGradOperand], bundle.layout, kGradOperand};
+  const TileOperand<V> grads(bundle, kGradOperand);
   alignas(64) V buffer[kTile];
   V* data[Rule::kOperands];
   for (int k = 0; k < Rule::kOperands; ++k) data[k] = static_cast<V*>(bundle.data[k]);
@@ -312,8 +339,8 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
   TileOperand<V> operands[Rule::kOperands];
   bool all_in_place = true, all_bf16 = bundle.layout == nullptr && bundle.average == nullptr && !pass.unscale;
   for (int k = 0; k < Rule::kOperands; ++k) {
-    operands[k] = {bundle.data[k], bundle.storage[k], bundle.layout, k};
     if (!((Rule::kUsed >> k) & 1u)) continue;
+    operands[k] = TileOperand<V>(bundle, k);
     all_in_place &= operands[k].in_place();
     all_bf16 &= operands[k].storage == Storage::bf16;
   }

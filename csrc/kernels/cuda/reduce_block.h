@@ -50,7 +50,8 @@ OPTIM_EXT_HOST_DEVICE double joint_term(const Block<ReduceJob<Reduction>>& block
   OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) at[s] = block.layout ? 0 : index;
   for (int d = block.layout ? block.layout->ndim - 1 : -1; d >= 0; --d) {
     const int64_t rest = index / block.layout->sizes[d], place = index - rest * block.layout->sizes[d];
-    OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) at[s] += place * block.layout->strides[operand_of<Job>(s)][d];
+    OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) at[s] +=
+        block.layout->place(operand_of<Job>(s), d, place) * block.layout->strides[operand_of<Job>(s)][d];
     index = rest;
   }
   double value[kCount];

@@ -5,7 +5,7 @@
 #include <memory>
 #include <optional>
 
-namespace optim_ext::ops {
+namespace optim_ext::memory {
 
 // The indices of a sparse gradient: for each of `count` values a place in each of `dims` dimensions.
 struct SparseIndices {
@@ -40,4 +40,4 @@ struct SparseRows {
   Numbers made_rows_, made_firsts_, made_sources_;
 };
 
-}  // namespace optim_ext::ops
+}  // namespace optim_ext::memory

@@ -1,10 +1,10 @@
-#include "sparse_rows.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <bit>
 #include <utility>
 
-namespace optim_ext::ops {
+namespace optim_ext::memory {
 
 namespace {
 
@@ -91,4 +91,4 @@ SparseRows::SparseRows(const SparseIndices& indices, bool unique) : count(indice
   sources = made_sources_.get();
 }
 
-}  // namespace optim_ext::ops
+}  // namespace optim_ext::memory

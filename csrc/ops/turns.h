@@ -1,0 +1,75 @@
+// Calls whose members share memory: taken apart into calls that follow one another, and calls found sound remembered.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+
+namespace optim_ext::ops {
+
+// For each turn the members that have it, by their places in the lists.
+using MembersInTurn = std::vector<std::vector<int64_t>>;
+
+// What a call throws whose members overlap. It is bad input for who does not catch it.
+class InTurn : public BadInput {
+ public:
+  InTurn(const std::string& op, const std::string& list, int64_t index, const std::string& problem, MembersInTurn turns)
+      : BadInput(op, list, index, problem), turns(std::move(turns)) {}
+  MembersInTurn turns;
+};
+
+// Picks the members of one turn from every list among an op's arguments; empty lists stay so.
+class Members {
+ public:
+  Members() = default;
+  explicit Members(const std::vector<int64_t>& chosen) : chosen_(&chosen) {}
+
+  at::TensorList operator()(at::TensorList list) const {
+    if (chosen_ == nullptr || list.empty()) return list;
+    std::vector<at::Tensor>& picked = picked_.emplace_back();
+    for (const int64_t i : *chosen_) picked.push_back(list[i]);
+    return picked;
+  }
+  template <class Argument>
+  const Argument& operator()(const Argument& other) const {
+    return other;
+  }
+
+ private:
+  const std::vector<int64_t>* chosen_ = nullptr;  // null: all
+  mutable std::deque<std::vector<at::Tensor>> picked_;
+};
+
+// While one of these lives, calls of this thread are parts of one whose overlaps have been looked at.
+class OverlapsChecked {
+ public:
+  OverlapsChecked();
+  ~OverlapsChecked();
+  OverlapsChecked(const OverlapsChecked&) = delete;
+  static bool active();
+};
+
+// The turns of a call, all of them checked before the first one writes. Averages follow when all parameters are
+// stepped.
+void step_in_turns(const MembersInTurn& turns, const Common& common, at::TensorList params,
+                   const std::function<void(const Common&, const Members&)>& body);
+
+// Calls body(common, members), and where the members overlap, once for each of their turns.
+template <class Body>
+void in_turns(const Common& common, at::TensorList params, const Body& body) {
+  MembersInTurn turns;
+  try {
+    return body(common, Members());
+  } catch (const InTurn& overlap) {
+    turns = overlap.turns;
+  }
+  step_in_turns(turns, common, params, body);
+}
+
+}  // namespace optim_ext::ops
