@@ -1,11 +1,12 @@
+#include "../rules/average.h"
 #include "drivers.h"
 #include "ops.h"
 
 namespace optim_ext::ops {
 
 template <class Driver>
-void average_(const char* op, TensorList averages, TensorList params, const Tensor& weight,
-              const OptionalTensor& found_inf) {
+void average_(TensorList averages, TensorList params, const Tensor& weight, const OptionalTensor& found_inf) {
+  constexpr const char* op = "average_";
   if (weight.defined() && weight.is_cpu() && weight.numel() == 1)
     check_average_weight(op, "weight", weight.item().toDouble());
   rules::Average rule{};

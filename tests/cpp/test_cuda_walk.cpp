@@ -8,6 +8,7 @@
 #include "cases.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cuda/block.h"
+#include "rules/all_rules.h"
 
 using namespace optim_ext;
 
@@ -157,9 +158,8 @@ void test_bytes(const char* name, const std::vector<Storages>& mixes) {
       cpu::sweep_for<Rule, V>(cpu::Isa::baseline)(ready, bundle, 0, bundle.numel, pass);
       const Bundle& average = follow(average_expected[i], bundle);
       if (averages && i % 7 != 6) {
-        const auto sweep = average.in_double ? cpu::sweep_for<rules::Average, double>(cpu::Isa::baseline)
-                                             : cpu::sweep_for<rules::Average, float>(cpu::Isa::baseline);
-        sweep(averaging, average, 0, average.numel, Pass{});
+        const auto& sweeps = program_of<rules::Average>().sweep[static_cast<int>(cpu::Isa::baseline)];
+        sweeps[average.in_double](&averaging, average, 0, average.numel, Pass{});
         got[i].bundle.average = &follow(average_got[i], got[i].bundle);
       }
       const double ahead = i % 2 == 0 ? 1.0 : 0.0;  // a later call counts the step
