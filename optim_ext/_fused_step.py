@@ -23,6 +23,7 @@ from optim_ext import _grad_control, _joint
 from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
 from optim_ext._load import _C
 from optim_ext._native_step import NativeStep
+from optim_ext._tables import TABLES
 from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
 
 Group = dict[str, Any]
@@ -31,16 +32,6 @@ Loss = TypeVar("Loss")  # whatever a closure returns
 Common = tuple[Tensor | None, Tensor | None, Tensor | None]
 # What one op call needs besides tensors: which entries of group["params"], and the op's hyper-parameters in order.
 Call = tuple[list[int], tuple[Any, ...]]
-
-# The hyper-parameters of each op in order, and whether the op takes them as tensors.
-_HYPERS = {
-    op: [
-        (argument.name, isinstance(argument.type, torch.TensorType))
-        for argument in getattr(torch.ops.optim_ext, op).default._schema.arguments
-        if argument.kwarg_only and not argument.has_default_value()
-    ]
-    for op in _C.step_ops()
-}
 
 # Torch's check that an optimizer met inside a CUDA graph is capturable; newer versions gave it another name.
 _HEALTH_CHECK: Callable[[Optimizer], None] = (
@@ -111,23 +102,20 @@ class Controls:
 class FusedStep(NativeStep):
     """Base of the native optimizers: put it in front of the ``torch.optim`` class whose rule it replaces.
 
-    A subclass names its op and says, per group, where the op's state lists come from and what the hyper-parameters are:
+    A subclass names its op, whose table says where its state lists and its hyper-parameters come from, and what a table
+    cannot say:
 
     * ``_op``: name of the op in ``torch.ops.optim_ext``.
     * ``_state_keys(group)``: for each list after ``params`` and ``grads``, in the order of the op's schema and of torch's
       ``_init_group``, the key in ``state[p]``, or None where this group has no such state.
-    * ``_hypers(group)``: the hyper-parameters in the order of the op's schema.
-    * ``_partial_state``: the keys among these that only some parameters have; the op's list holds theirs alone.
+    * ``_hypers(group)``: the hyper-parameters in the order of the op's schema, where they are not options as they are.
     * ``_number_state``: the keys among these under which torch keeps a Python number, a count of steps.
-    * ``_scalar_state``: the keys among these under which a parameter of any shape has a tensor with one element.
     * ``_takes_sparse(group)``: whether the op takes sparse gradients under these options.
     * ``_takes_dense``: False where ``_init_group`` refuses dense gradients.
     """
 
     _op: ClassVar[str]
-    _partial_state: ClassVar[frozenset[str]] = frozenset()
     _number_state: ClassVar[frozenset[str]] = frozenset()
-    _scalar_state: ClassVar[frozenset[str]] = frozenset({"step"})
     _takes_dense: ClassVar[bool] = True
     _step_supports_amp_scaling = _AskedByScaler()  # torch's constructors set the attribute where it is fused
     _on_torchs_path: bool = False  # while torch's own step runs
@@ -150,10 +138,16 @@ class FusedStep(NativeStep):
         return f"one call of optim_ext::{self._op} per device"
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        raise NotImplementedError
+        return TABLES[self._op].state_keys
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        raise NotImplementedError
+        values: list[Any] = []
+        for option, count in TABLES[self._op].options:
+            if count == 0:
+                values.append(group[option])
+            else:
+                values.extend(self._values(group, option, count))
+        return tuple(values)
 
     def _takes_sparse(self, group: Group) -> bool:
         return False
@@ -361,7 +355,7 @@ class FusedStep(NativeStep):
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """One number for a whole parameter is kept in torch's default precision, not in the parameter's. Of step counts
         torch knows that."""
-        numbers = self._scalar_state - {"step"}
+        numbers = TABLES[self._op].scalar_state - {"step"}
         if not numbers:
             return
         for group, its in zip(self.param_groups, saved["param_groups"], strict=True):
@@ -578,7 +572,7 @@ class FusedStep(NativeStep):
             averages: dict[Tensor, Tensor] = {}
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
-            kinds = set(self._partial_state), set(self._number_state)
+            kinds = set(TABLES[self._op].partial_state), set(self._number_state)
             arguments = (self.state, self.param_groups, hypers, *common, weight)
             plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             if by_torch:
@@ -610,7 +604,9 @@ class FusedStep(NativeStep):
     def _what_is_missing(self) -> str:
         """Why no plan can be made although ``_init_group`` has made what state there was none of."""
         for group in self.param_groups:
-            keys = [key for key in self._state_keys(group) if key is not None and key not in self._partial_state]
+            keys = [
+                key for key in self._state_keys(group) if key is not None and key not in TABLES[self._op].partial_state
+            ]
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -665,7 +661,7 @@ class FusedStep(NativeStep):
     def _count_on_device(self, group: Group) -> None:
         """Move what counts the steps of a parameter to its device, where it is decided whether a step counts. Later steps
         count there, too: a count that moved back and forth would be waited for."""
-        keys = self._scalar_state.intersection(key for key in self._state_keys(group) if key is not None)
+        keys = TABLES[self._op].scalar_state.intersection(key for key in self._state_keys(group) if key is not None)
         for index, p in enumerate(group["params"]):
             if p.device.type == "cpu" or p not in self.state:
                 continue
@@ -801,10 +797,12 @@ class FusedStep(NativeStep):
     def _named_hypers(self, group: Group) -> dict[str, Any]:
         """The hyper-parameters as the op's schema wants them. A number becomes a tensor by a product: that is how a
         compiler keeps a number it has seen to change as an input of the graph; any other way compiles its value in."""
-        named = zip(_HYPERS[self._op], self._hypers(group), strict=True)
+        named = zip(TABLES[self._op].hypers, self._hypers(group), strict=True)
         return {
-            name: torch.ones((), dtype=torch.float64) * value if is_tensor and not isinstance(value, Tensor) else value
-            for (name, is_tensor), value in named
+            name: torch.ones((), dtype=torch.float64) * value
+            if kind == "tensor" and not isinstance(value, Tensor)
+            else value
+            for (name, kind), value in named
         }
 
 

@@ -13,14 +13,9 @@ class Adafactor(FusedStep, torch.optim.Adafactor):
     __doc__ = torch.optim.Adafactor.__doc__
 
     _op = "adafactor_"
-    _partial_state = frozenset({"row_var", "col_var", "variance"})
-
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("row_var", "col_var", "variance", "step")
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         eps1, eps2 = self._values(group, "eps", 2)
         if eps1 is None:  # torch takes that of the first parameter for all of a group
             eps1 = next((torch.finfo(p.dtype).eps for p in group["params"] if p.grad is not None), 0.0)
-        options = (group[name] for name in ("d", "weight_decay", "maximize"))
-        return (group["lr"], group["beta2_decay"], eps1, eps2, *options)
+        return super()._hypers({**group, "eps": (eps1, eps2)})

@@ -16,9 +16,6 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
 
     _op = "adagrad_"
 
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("sum", "step")
-
     def _init_group(self, group: Group, *lists: list[Tensor]) -> Any:
         """As torch's, which before 2.14 refuses fused=True on a GPU for want of a kernel."""
         stepping = [p for p in group["params"] if p.grad is not None]
@@ -28,6 +25,3 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
 
     def _takes_sparse(self, group: Group) -> bool:
         return bool(group["weight_decay"] == 0)
-
-    def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return tuple(group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize"))

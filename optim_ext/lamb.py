@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim_ext._beyond_torch import BeyondTorch, check_betas, check_not_negative, check_one_element
-from optim_ext._fused_step import Group
 
 
 class LAMB(BeyondTorch):
@@ -57,9 +54,3 @@ class LAMB(BeyondTorch):
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
-
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("exp_avg", "exp_avg_sq", "step")
-
-    def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *self._values(group, "betas", 2), group["eps"], group["weight_decay"], group["maximize"])

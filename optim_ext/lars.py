@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim_ext._beyond_torch import BeyondTorch, check_not_negative, check_one_element
-from optim_ext._fused_step import Group
 
 
 class LARS(BeyondTorch):
@@ -73,10 +70,3 @@ class LARS(BeyondTorch):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
-
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("momentum_buffer",)
-
-    def _hypers(self, group: Group) -> tuple[Any, ...]:
-        names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "maximize")
-        return tuple(group[name] for name in names)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim_ext._beyond_torch import BeyondTorch, check_betas, check_not_negative, check_one_element
-from optim_ext._fused_step import Group
 
 
 class Lion(BeyondTorch):
@@ -53,9 +50,3 @@ class Lion(BeyondTorch):
         check_not_negative(learning_rate=lr, weight_decay=weight_decay)
         check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
-
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("exp_avg",)
-
-    def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *self._values(group, "betas", 2), group["weight_decay"], group["maximize"])

@@ -14,11 +14,9 @@ class Muon(FusedStep, torch.optim.Muon):
 
     _op = "muon_"
 
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("momentum_buffer",)
-
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        coefficients = self._values(group, "ns_coefficients", 3)
-        options = (group[name] for name in ("lr", "weight_decay", "momentum", "nesterov"))
-        match_rms_adamw = group["adjust_lr_fn"] == "match_rms_adamw"
-        return (*options, *coefficients, group["eps"], group["ns_steps"], match_rms_adamw)
+        options = {
+            "ns_coefficients": self._values(group, "ns_coefficients", 3),
+            "match_rms_adamw": group["adjust_lr_fn"] == "match_rms_adamw",
+        }
+        return super()._hypers({**group, **options})

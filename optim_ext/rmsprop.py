@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.optim.rmsprop import rmsprop as rmsprop
 
@@ -22,7 +20,3 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
             "grad_avg" if group["centered"] else None,
             "step",
         )
-
-    def _hypers(self, group: Group) -> tuple[Any, ...]:
-        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-        return tuple(group[name] for name in names)

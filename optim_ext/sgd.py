@@ -22,8 +22,8 @@ class SGD(FusedStep, torch.optim.SGD):
     def _takes_sparse(self, group: Group) -> bool:
         return bool(group["momentum"] == 0 and group["weight_decay"] == 0)
 
-    def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (*self._options(group), False)
+    def _hypers(self, group: Group, is_first_step: bool = False) -> tuple[Any, ...]:
+        return super()._hypers({**group, "is_first_step": is_first_step})
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor | None]
@@ -32,7 +32,7 @@ class SGD(FusedStep, torch.optim.SGD):
         runs this method itself and does not trace it, so the first step's graph serves the others.)"""
         has_sparse_grad = bool(super()._init_group(group, params, grads, momentum_buffers))
         by_torch = self._on_torchs_path or group["differentiable"]
-        if group["dampening"] == 0 and not has_sparse_grad and not by_torch:
+        if self._starts_at_zero(group) and not has_sparse_grad and not by_torch:
             for index, (p, buffer) in enumerate(zip(params, momentum_buffers, strict=False)):
                 if buffer is None:
                     momentum_buffers[index] = self._make_buffer(group, p)
@@ -50,15 +50,15 @@ class SGD(FusedStep, torch.optim.SGD):
     def _prepare(self, group: Group) -> list[Call]:
         """A missing buffer starts at zero, which gives torch's first step unless that must go undampened."""
         first = self._make_buffers(group)
-        if not first or group["dampening"] == 0:
+        if not first or self._starts_at_zero(group):
             return [(list(range(len(group["params"]))), self._hypers(group))]
         later = [index for index in range(len(group["params"])) if index not in first]
-        return [(sorted(first), (*self._options(group), True)), (later, self._hypers(group))]
+        return [(sorted(first), self._hypers(group, is_first_step=True)), (later, self._hypers(group))]
 
     @staticmethod
-    def _options(group: Group) -> tuple[Any, ...]:
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return tuple(group[name] for name in names)
+    def _starts_at_zero(group: Group) -> bool:
+        """Whether a buffer of zeros gives torch's first step: undampened, and with a momentum that leaves zeros."""
+        return bool(group["dampening"] == 0 and group["momentum"] * 0 == 0)
 
     def _make_buffers(self, group: Group) -> set[int]:
         """Make the missing momentum buffers; return the indices of their parameters."""

@@ -40,8 +40,5 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
     def _takes_sparse(self, group: Group) -> bool:
         return True
 
-    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
-        return ("exp_avg", "exp_avg_sq", "step")
-
     def _hypers(self, group: Group) -> tuple[Any, ...]:
-        return (group["lr"], *self._values(group, "betas", 2), group["eps"], group.get("maximize", False))
+        return super()._hypers({"maximize": False, **group, "betas": self._values(group, "betas", 2)})

@@ -3,10 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
-#include <functional>
-
-#include "drivers.h"
-#include "ops.h"
+#include "../rules/adafactor.h"
+#include "step_op.h"
 
 namespace optim_ext::ops {
 
@@ -107,8 +105,7 @@ template <class Driver>
 struct AdafactorStep {
   const Common& common;
   const Tensor& lr;
-  double beta2_decay, eps1, eps2, d, weight_decay;
-  bool maximize;
+  const rules::Adafactor options;
 
   // Counts steps of parameters without elements, which have nothing else to be done.
   void of_empty(const Part& part) const {
@@ -127,14 +124,14 @@ struct AdafactorStep {
   }
 
   void of_vectors(const Part& part) const {
-    rules::AdafactorAverage<true> average{};
+    rules::AdafactorAverage<true> average{options.beta2_decay, 0.0};
     const Common first{common.op, common.grad_scale, common.found_inf, common.grad_factor, {}, kNone};
     run<Driver>(average,
                 {.common = first,
                  .operands = {{"variances", part.variances}, {"grads", part.grads}},
                  .state_steps = TensorList(part.state_steps),
                  .counts = false},
-                {{"beta2_decay", average.beta2_decay, beta2_decay}});
+                {});
     update<false>(part, part.variances, {}, kNone);  // the gradients are unscaled by now
   }
 
@@ -170,14 +167,14 @@ struct AdafactorStep {
     reduce_all_fibers<Driver, rules::SumOfSquares>(part.params[0].device(), std::move(fibers));
     if (common.grad_scale) means.all.div_(*common.grad_scale).div_(*common.grad_scale);
     if (common.grad_factor) means.all.mul_(*common.grad_factor).mul_(*common.grad_factor);
-    rules::AdafactorAverage<false> average{};
+    rules::AdafactorAverage<false> average{options.beta2_decay, 0.0};
     const Common without{common.op, kNone, common.found_inf, kNone, {}, kNone};
     run<Driver>(average,
                 {.common = without,
                  .operands = {{"averages", averages}, {"means", means.tensors}},
                  .state_steps = TensorList(steps),
                  .counts = false},
-                {{"beta2_decay", average.beta2_decay, beta2_decay}});
+                {});
   }
 
   void make_factors(const Part& part, std::vector<Tensor>& of_rows, std::vector<Tensor>& of_columns) const {
@@ -191,11 +188,11 @@ struct AdafactorStep {
     }
     const Pool means = means_of_matrices(part, row_vars);
     const Common without{common.op, kNone, kNone, kNone, {}, kNone};
-    rules::AdafactorFactor<true> row_factor{};
+    rules::AdafactorFactor<true> row_factor{options.eps1};
     run<Driver>(row_factor,
                 {.common = without,
                  .operands = {{"row_factors", of_rows}, {"row_vars", part.row_vars}, {"means", means.tensors}}},
-                {{"eps1", row_factor.eps1, eps1}});
+                {});
     rules::AdafactorFactor<false> col_factor{};
     run<Driver>(
         col_factor,
@@ -225,8 +222,7 @@ struct AdafactorStep {
     if (common.grad_factor) rms = rms.mul(*common.grad_factor);
     const Tensor of_params = root_mean_squares<Driver>(part.params);
     using Rule = rules::AdafactorUpdate<kFactored>;
-    Rule rule{};
-    rule.maximize = maximize;
+    Rule rule{options, 0.0, 0.0};
     const Common last{common.op,          grad_scale,    common.found_inf,
                       common.grad_factor, part.averages, common.average_weight};
     const CallSpec spec{
@@ -234,12 +230,7 @@ struct AdafactorStep {
         .operands = {{"params", part.params}, {"grads", part.grads}, {"first", first}, {"second", second}},
         .state_steps = TensorList(part.state_steps)};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
-    call.set({{"lr", rule.lr, lr},
-              {"eps1", rule.eps1, eps1},
-              {"eps2", rule.eps2, eps2},
-              {"d", rule.d, d},
-              {"weight_decay", rule.weight_decay, weight_decay}},
-             &rule, sizeof rule);
+    call.set({{"lr", rule.options.lr, lr}}, &rule, sizeof rule);
     call.commit();
     call.use_scalars(0, of_params.const_data_ptr<double>());
     call.use_scalars(1, rms.const_data_ptr<double>());
@@ -249,7 +240,7 @@ struct AdafactorStep {
   template <bool kFactored>
   Tensor rms_before_clipping(const Part& part, TensorList first, TensorList second) const {
     using Reduction = rules::AdafactorRms<kFactored>;
-    const Tensor one = at::full({}, 1.0 / eps1, doubles(part));
+    const Tensor one = at::full({}, options.largest_scale(), doubles(part));
     std::vector<Tensor> largest;
     for (const Tensor& grad : part.grads) largest.push_back(one.expand(grad.sizes()));
     const Common without{common.op, kNone, kNone, kNone, {}, kNone};
@@ -263,79 +254,77 @@ struct AdafactorStep {
   }
 };
 
-// One step of these members. The lists are of one length, with undefined tensors where a parameter has no such state.
-template <class Driver>
-void step_members(const AdafactorStep<Driver>& step, TensorList params, TensorList grads, TensorList rows,
-                  TensorList columns, TensorList moments, TensorList state_steps,
-                  const std::function<void()>& check_lengths) {
-  const Common& common = step.common;
-  {
-    // Everything is checked here; what follows only passes on parts of these lists.
-    rules::AdafactorUpdate<true> rule{};
-    double ignored = 0.0;
-    const CallSpec spec{.common = common,
-                        .operands = {{"params", params}, {"grads", grads}},
-                        .state_steps = state_steps,
-                        .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
-    Call checked(spec, 2, 3u, 1u);
-    checked.require_real();
-    check_lengths();
-    checked.set({{"beta2_decay", ignored, step.beta2_decay}}, &ignored, sizeof ignored);
-    checked.set({{"lr", rule.lr, step.lr},
-                 {"eps1", rule.eps1, step.eps1},
-                 {"eps2", rule.eps2, step.eps2},
-                 {"d", rule.d, step.d},
-                 {"weight_decay", rule.weight_decay, step.weight_decay}},
-                &rule, sizeof rule);
-    if (CheckOnly::active() || checked.empty() || checked.skip) return;
+struct Row : StepRow<rules::Adafactor> {
+  template <class Driver>
+  static void run(const StepArguments<Options>& given) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const TensorList params = given.lists[0];
+    const auto rows = spread(given.lists[2], params, true), columns = spread(given.lists[3], params, true),
+               moments = spread(given.lists[4], params, false);
+    in_turns(given.common, params, [&](const Common& common, const Members& of) {
+      const StepArguments<Options> members{common,
+                                           {of(params), of(given.lists[1]), of(TensorList(rows)),
+                                            of(TensorList(columns)), of(TensorList(moments)), of(given.lists[5])},
+                                           given.options,
+                                           given.tensors};
+      step_members<Driver>(members, given);
+    });
   }
-  const OverlapsChecked parts;
-  Part matrices, vectors, empty;
-  int64_t averages = 0;  // elements of row_var and col_var among the matrices
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (is_factored(params[i])) {
-      const int64_t more = rows[i].numel() + columns[i].numel();
-      if (averages > 0 && averages + more > kMostAverages) {
-        step.of_matrices(std::exchange(matrices, {}));
-        averages = 0;
-      }
-      averages += more;
+
+ private:
+  // One step of these members, of all that are given. Their lists are of one length, with undefined tensors where a
+  // parameter has no such state.
+  template <class Driver>
+  static void step_members(const StepArguments<Options>& chosen, const StepArguments<Options>& given) {
+    const Common& common = chosen.common;
+    const auto& [params, grads, rows, columns, moments, state_steps] = chosen.lists;
+    Options options{};
+    {
+      // Everything is checked here; what follows only passes on parts of these lists.
+      const CallSpec spec{
+          .common = common,
+          .operands = {chosen.operand(0), chosen.operand(1)},
+          .state_steps = state_steps,
+          .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
+      Call checked(spec, 2, rules::all_operands(2), rules::operand_bit(0));
+      checked.require_real();
+      check_length(common, "row_vars", given.lists[2], given.lists[0], true);
+      check_length(common, "col_vars", given.lists[3], given.lists[0], true);
+      check_length(common, "variances", given.lists[4], given.lists[0], false);
+      given.fill(checked, options);
+      check_derived(checked, options, &options);
+      if (CheckOnly::active() || checked.empty() || checked.skip) return;
     }
-    Part& part = params[i].numel() == 0 ? empty : is_factored(params[i]) ? matrices : vectors;
-    part.params.push_back(params[i]);
-    part.grads.push_back(grads[i]);
-    part.row_vars.push_back(rows[i]);
-    part.col_vars.push_back(columns[i]);
-    part.variances.push_back(moments[i]);
-    part.state_steps.push_back(state_steps[i]);
-    if (!common.averages.empty()) part.averages.push_back(common.averages[i]);
+    const OverlapsChecked parts;
+    const AdafactorStep<Driver> step{common, *given.tensors[0], options};
+    Part matrices, vectors, empty;
+    int64_t averages = 0;  // elements of row_var and col_var among the matrices
+    for (size_t i = 0; i < params.size(); ++i) {
+      if (is_factored(params[i])) {
+        const int64_t more = rows[i].numel() + columns[i].numel();
+        if (averages > 0 && averages + more > kMostAverages) {
+          step.of_matrices(std::exchange(matrices, {}));
+          averages = 0;
+        }
+        averages += more;
+      }
+      Part& part = params[i].numel() == 0 ? empty : is_factored(params[i]) ? matrices : vectors;
+      part.params.push_back(params[i]);
+      part.grads.push_back(grads[i]);
+      part.row_vars.push_back(rows[i]);
+      part.col_vars.push_back(columns[i]);
+      part.variances.push_back(moments[i]);
+      part.state_steps.push_back(state_steps[i]);
+      if (!common.averages.empty()) part.averages.push_back(common.averages[i]);
+    }
+    if (!matrices.params.empty()) step.of_matrices(matrices);
+    if (!vectors.params.empty()) step.of_vectors(vectors);
+    if (!empty.params.empty()) step.of_empty(empty);
   }
-  if (!matrices.params.empty()) step.of_matrices(matrices);
-  if (!vectors.params.empty()) step.of_vectors(vectors);
-  if (!empty.params.empty()) step.of_empty(empty);
-}
+};
+
+const RegisteredStepOp<"adafactor_", Row> adafactor;
 
 }  // namespace
-
-template <class Driver>
-void adafactor_(const Common& common, TensorList params, TensorList grads, TensorList row_vars, TensorList col_vars,
-                TensorList variances, TensorList state_steps, const Tensor& lr, double beta2_decay, double eps1,
-                double eps2, double d, double weight_decay, bool maximize) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto rows = spread(row_vars, params, true), columns = spread(col_vars, params, true),
-             moments = spread(variances, params, false);
-  const auto check_lengths = [&] {
-    check_length(common, "row_vars", row_vars, params, true);
-    check_length(common, "col_vars", col_vars, params, true);
-    check_length(common, "variances", variances, params, false);
-  };
-  in_turns(common, params, [&](const Common& here, const Members& of) {
-    const AdafactorStep<Driver> step{here, lr, beta2_decay, eps1, eps2, d, weight_decay, maximize};
-    step_members(step, of(params), of(grads), of(TensorList(rows)), of(TensorList(columns)), of(TensorList(moments)),
-                 of(state_steps), check_lengths);
-  });
-}
-
-OPTIM_EXT_INSTANTIATE_OP(adafactor_)
 
 }  // namespace optim_ext::ops

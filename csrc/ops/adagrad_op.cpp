@@ -1,24 +1,17 @@
-#include "drivers.h"
-#include "ops.h"
+#include "../rules/adagrad.h"
+#include "step_op.h"
 
 namespace optim_ext::ops {
 
-template <class Driver>
-void adagrad_(const Common& common, TensorList params, TensorList grads, TensorList state_sums, TensorList state_steps,
-              const Tensor& lr, double lr_decay, double weight_decay, double eps, bool maximize) {
-  rules::Adagrad rule{};
-  rule.maximize = maximize;
-  const CallSpec spec{.common = common,
-                      .operands = {{"params", params}, {"grads", grads}, {"state_sums", state_sums}},
-                      .state_steps = state_steps,
-                      .takes_sparse = weight_decay == 0.0};
-  run<Driver>(rule, spec,
-              {{"lr", rule.lr, lr},
-               {"lr_decay", rule.lr_decay, lr_decay},
-               {"weight_decay", rule.weight_decay, weight_decay},
-               {"eps", rule.eps, eps}});
-}
+namespace {
 
-OPTIM_EXT_INSTANTIATE_OP(adagrad_)
+struct Row : StepRow<rules::Adagrad> {
+  static constexpr bool kTakesSparse = true;
+  static bool takes_sparse(const Options& options) { return options.weight_decay == 0.0; }
+};
+
+const RegisteredStepOp<"adagrad_", Row> adagrad;
+
+}  // namespace
 
 }  // namespace optim_ext::ops

@@ -1,33 +1,20 @@
-#include "drivers.h"
-#include "ops.h"
+#include "../rules/adam.h"
+#include "step_op.h"
 
 namespace optim_ext::ops {
 
-template <class Driver>
-void adam_(const Common& common, TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-           TensorList max_exp_avg_sqs, TensorList state_steps, const Tensor& lr, const Tensor& beta1,
-           const Tensor& beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
-           bool decoupled_weight_decay) {
-  const auto update = [&](auto rule) {
-    rule.maximize = maximize;
-    rule.decoupled_weight_decay = decoupled_weight_decay;
-    const CallSpec spec{common,
-                        {{"params", params},
-                         {"grads", grads},
-                         {"exp_avgs", exp_avgs},
-                         {"exp_avg_sqs", exp_avg_sqs},
-                         {"max_exp_avg_sqs", max_exp_avg_sqs}},
-                        state_steps};
-    run<Driver>(rule, spec,
-                {{"lr", rule.lr, lr},
-                 {"beta1", rule.beta1, beta1},
-                 {"beta2", rule.beta2, beta2},
-                 {"eps", rule.eps, eps},
-                 {"weight_decay", rule.weight_decay, weight_decay}});
-  };
-  amsgrad ? update(rules::Adam<true>{}) : update(rules::Adam<false>{});
-}
+namespace {
 
-OPTIM_EXT_INSTANTIATE_OP(adam_)
+struct Row : StepRow<rules::Adam<false>> {
+  template <class Use>
+  static void choose(const Options& options, const Use& use) {
+    options.amsgrad ? use(rules::Adam<true>{}) : use(rules::Adam<false>{});
+  }
+};
+
+const RegisteredStepOp<"adam_", Row> adam;
+const RegisteredStepOp<"adamw_", Row> adamw;
+
+}  // namespace
 
 }  // namespace optim_ext::ops

@@ -1,17 +1,21 @@
+#include "../rules/average.h"
 #include "drivers.h"
 #include "ops.h"
 
 namespace optim_ext::ops {
 
 template <class Driver>
-void average_(const char* op, TensorList averages, TensorList params, const Tensor& weight,
-              const OptionalTensor& found_inf) {
+void average_(TensorList averages, TensorList params, const Tensor& weight, const OptionalTensor& found_inf) {
+  constexpr const char* op = "average_";
   if (weight.defined() && weight.is_cpu() && weight.numel() == 1)
     check_average_weight(op, "weight", weight.item().toDouble());
-  rules::Average rule{};
   const Common common{op, kNone, found_inf, kNone, {}, kNone};
-  const CallSpec spec{.common = common, .operands = {{"averages", averages}, {"params", params}}, .leader = 1};
-  run<Driver>(rule, spec, {{"weight", rule.weight, weight}});
+  in_turns(common, averages, [&](const Common& here, const Members& of) {
+    const TensorList chosen = of(averages), their_params = of(params);
+    const CallSpec spec{.common = here, .operands = {{"averages", chosen}, {"params", their_params}}, .leader = 1};
+    rules::Average rule{};
+    run<Driver>(rule, spec, {{"weight", rule.weight, weight}});
+  });
 }
 
 OPTIM_EXT_INSTANTIATE_OP(average_)

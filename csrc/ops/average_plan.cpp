@@ -1,6 +1,7 @@
 #include "average_plan.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -30,9 +31,9 @@ void run_average(TensorList averages, TensorList params, const Tensor& weight, c
   if (check_only) {
     const CheckOnly guard;
 #if defined(OPTIM_EXT_WITH_CUDA)
-    if (device.is_cuda()) return Op<"average_", &average_<CudaDriver>>::call(averages, params, here, found);
+    if (device.is_cuda()) return average_<CudaDriver>(averages, params, here, found);
 #endif
-    return Op<"average_", &average_<CpuDriver>>::call(averages, params, here, found);
+    return average_<CpuDriver>(averages, params, here, found);
   }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("optim_ext::average_", "")

@@ -173,6 +173,11 @@ BadInput::BadInput(const std::string& op, const std::string& list, int64_t index
       problem(problem),
       index(index) {}
 
+BadHyper::BadHyper(const std::string& problem, bool divides)
+    : c10::ValueError(problem, c10::Backtrace()), divides(divides) {}
+
+std::string hyper_name(const char* key, int index) { return index < 0 ? key : text(key, "[", index, "]"); }
+
 void Call::refuse(const char* list, int64_t index, const std::string& problem) const {
   throw BadInput(spec_.common.op, list, index, problem);
 }
@@ -331,7 +336,7 @@ __attribute__((flatten)) bool Call::add_usual_step(const at::Tensor& tensor, con
   const double count = host_value(data, usual.storage);
   if (!(count >= 0.0) || std::isinf(count)) return false;
   bundle.step_storage = usual.storage;
-  if (!spec_.counts) bundle.step = count + 1.0;
+  bundle.step = count + 1.0;
   return true;
 }
 
@@ -551,7 +556,7 @@ void Call::add_step(int64_t i, Bundle& bundle) {
     const double count = host_value(step.const_data_ptr(), bundle.step_storage);
     if (!(count >= 0.0) || std::isinf(count))
       refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
-    if (!spec_.counts) bundle.step = count + 1.0;
+    bundle.step = count + 1.0;  // as advance() will find it, but where several parameters share a count
   } else {
     bundle.device_step = step.mutable_data_ptr();
     if (!spec_.counts) bundle.step = 1.0;
@@ -774,18 +779,20 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
     if (hyper.tensor) {
       const at::Tensor& tensor = *hyper.tensor;
       TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.common.op,
-                        ": ", hyper.name, " must be a number or a real tensor with one element");
+                        ": ", hyper_name(hyper.key, hyper.index),
+                        " must be a number or a real tensor with one element");
       // Scalar state on the host that depends on this value makes the host wait for it, as torch does.
       if (!tensor.is_cpu() && tensor.device() == device && !(host_scalars_ && hyper.in_scalars)) {
         const auto storage = storage_of(tensor.scalar_type());
-        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper.name, " has dtype ",
-                          tensor.scalar_type(), ", expected a floating point type");
+        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper_name(hyper.key, hyper.index),
+                          " has dtype ", tensor.scalar_type(), ", expected a floating point type");
         device_hypers.push_back({offset, tensor.const_data_ptr(), *storage});
         continue;
       }
       value = tensor.item().toDouble();
     }
-    TORCH_CHECK_VALUE(!std::isnan(value), "optim_ext::", spec_.common.op, ": ", hyper.name, " is NaN");
+    if (std::isnan(value))
+      throw BadHyper(text("optim_ext::", spec_.common.op, ": ", hyper_name(hyper.key, hyper.index), " is NaN"), false);
     *hyper.slot = value;
   }
 }
@@ -805,6 +812,26 @@ void Call::note_writes() const {
 void Call::commit() {
   note_writes();
   for (size_t i = 0; i < bundles.size(); ++i) advance(static_cast<int64_t>(i));
+}
+
+void Call::commit(const RuleProgram& program, const void* rule) {
+  commit();
+  if (!program.stores_scalars) return;
+  alignas(double) unsigned char ready[kMaxRuleBytes];
+  for (size_t i = 0; i < bundles.size(); ++i) {
+    rules::Scalar after[kMaxScalars] = {};
+    if (host_scalars_) make_ready(program, rule, bundles[i], ready, after);
+    for (int k = 0; k < program.scalars; ++k) store_scalar(static_cast<int64_t>(i), k, after[k].value);
+  }
+}
+
+void make_ready(const RuleProgram& program, const void* rule, const Bundle& bundle, void* ready, rules::Scalar* after) {
+  rules::Scalar scalars[kMaxScalars];
+  for (int k = 0; k < program.scalars; ++k) {
+    scalars[k] = {bundle.scalars[k].value, bundle.scalars[k].storage == Storage::f64};
+  }
+  program.at_step(rule, bundle.step, scalars, ready);
+  if (after) std::copy_n(scalars, program.scalars, after);
 }
 
 // In order, as a count may serve several parameters.

@@ -16,10 +16,11 @@
 #include <vector>
 
 #include "../kernels/operand.h"
-#include "../rules/rule.h"
+#include "../kernels/program.h"
 #include "../memory/rows.h"
 #include "../memory/turns.h"
 #include "../rules/average.h"
+#include "../rules/rule.h"
 
 namespace optim_ext::ops {
 
@@ -31,19 +32,32 @@ class BadInput : public c10::Error {
   const int64_t index;
 };
 
+// Hyper-parameters that an op cannot step with. `divides` where plain arithmetic on them divides by zero: torch's code,
+// which does it in Python, then raises ZeroDivisionError.
+class BadHyper : public c10::ValueError {
+ public:
+  BadHyper(const std::string& problem, bool divides);
+  const bool divides;
+};
+
+// A hyper-parameter as the options of an optimizer name it: an option, or one entry of a tuple.
+std::string hyper_name(const char* key, int index);
+
 // One operand of a rule for all parameters: the list and the name the schema gives it.
 struct List {
   const char* name;
   at::TensorList tensors;
 };
 
-// One hyper-parameter: where the rule keeps it, and the number or one-element tensor the caller gave.
+// One hyper-parameter: its name, where the rule keeps it, and the number or one-element tensor the caller gave.
 struct Hyper {
-  Hyper(const char* name, double& slot, double value) : name(name), slot(&slot), value(value) {}
-  Hyper(const char* name, double& slot, const at::Tensor& value, bool in_scalars = true)
-      : name(name), slot(&slot), tensor(&value), in_scalars(in_scalars) {}
-  static constexpr bool kNotInScalars = false;
-  const char* name;
+  Hyper(const char* key, double& slot, double value) : Hyper(key, -1, slot, value) {}
+  Hyper(const char* key, double& slot, const at::Tensor& value) : Hyper(key, -1, slot, value) {}
+  Hyper(const char* key, int index, double& slot, double value) : key(key), index(index), slot(&slot), value(value) {}
+  Hyper(const char* key, int index, double& slot, const at::Tensor& value, bool in_scalars = true)
+      : key(key), index(index), slot(&slot), tensor(&value), in_scalars(in_scalars) {}
+  const char* key;
+  int index;
   double* slot;
   double value = 0.0;
   const at::Tensor* tensor = nullptr;
@@ -176,8 +190,9 @@ class Call : public Work {
   // Advances step counts that live on the host, and tells autograd that parameters and state are about to change.
   void commit();
   // The same, and advances scalar state on the host.
-  template <class Rule>
-  void commit(const Rule& rule);
+  void commit(const RuleProgram& program, const void* rule);
+
+  const char* op() const { return spec_.common.op; }
 
   bool skip = false;  // found_inf, where the host can see it
 
@@ -264,16 +279,17 @@ Rule ready_for(const Rule& rule, const Bundle& bundle, rules::Scalar* after = nu
   }
 }
 
-template <class Rule>
-void Call::commit(const Rule& rule) {
-  commit();
-  if constexpr (rules::kStoresScalars<Rule>) {
-    for (size_t i = 0; i < bundles.size(); ++i) {
-      rules::Scalar after[kMaxScalars] = {};
-      if (host_scalars_) ready_for(rule, bundles[i], after);
-      for (int k = 0; k < Rule::kScalars; ++k) store_scalar(static_cast<int64_t>(i), k, after[k].value);
-    }
+// The same for a rule without its type: written to `ready`, which has room for kMaxRuleBytes.
+void make_ready(const RuleProgram& program, const void* rule, const Bundle& bundle, void* ready,
+                rules::Scalar* after = nullptr);
+
+// Whether two parameters are at the same step, so that a rule made ready for one serves the other.
+inline bool same_point(int scalars, const Bundle& a, const Bundle& b) {
+  bool same = a.step == b.step;
+  for (int k = 0; k < scalars; ++k) {
+    same &= a.scalars[k].value == b.scalars[k].value && a.scalars[k].storage == b.scalars[k].storage;
   }
+  return same;
 }
 
 // Throws unless `weight`, of the newest in a running average, is a number in [0, 1].
@@ -291,13 +307,13 @@ class CheckOnly {
   static bool active();
 };
 
-// The body of every element-wise op: check, fill in the rule, hand over to the driver of the device at hand.
+// One rule applied to one call: check, fill in the rule, hand over to the driver of the device at hand.
 template <class Driver, class Rule>
 void run(Rule& rule, const CallSpec& spec, std::initializer_list<Hyper> hypers) {
   Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
   call.set(hypers, &rule, sizeof(Rule));
   if (CheckOnly::active() || call.empty() || call.skip) return;
-  call.commit(rule);
+  call.commit(program_of<Rule>(), &rule);
   Driver::run(rule, call);
 }
 

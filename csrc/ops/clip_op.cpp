@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "../rules/clip.h"
 #include "drivers.h"
 #include "ops.h"
 

@@ -32,7 +32,96 @@ namespace {
 // Tiles of a history below which a second thread is not worth waking: the more rows, the more work a tile is.
 int64_t tiles_per_thread(int64_t rows) { return std::max<int64_t>(1, 64 / (1 + rows)); }
 
+// Elements updated before they are averaged, out of the cache: long enough for the hardware to fetch ahead.
+constexpr int64_t kStretch = 64 * CpuDriver::kTile;
+
+cpu::Sweep sweep_of(const RuleProgram& program, cpu::Isa isa, bool in_double) {
+  return program.sweep[static_cast<int>(isa)][in_double];
+}
+
+// The update, followed at a short distance by the very sweep that averages parameters on its own.
+void sweep_averaged(cpu::Sweep update, const void* rule, const Bundle& bundle, int64_t begin, int64_t end,
+                    const Pass& pass, cpu::Isa isa) {
+  const cpu::Sweep average = sweep_of(program_of<rules::Average>(), isa, bundle.average->in_double);
+  const rules::Average average_rule{pass.average_weight};
+  for (int64_t stop; begin < end; begin = stop) {
+    stop = std::min(end, begin + kStretch);
+    update(rule, bundle, begin, stop, pass);
+    average(&average_rule, *bundle.average, begin, stop, Pass{});
+  }
+}
+
 }  // namespace
+
+void CpuDriver::run(const RuleProgram& program, const void* rule, const Work& call) {
+  std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
+  for (size_t i = 0; i < call.bundles.size(); ++i) {
+    first_tile[i + 1] = first_tile[i] + (call.bundles[i].numel + kTile - 1) / kTile;
+  }
+  const cpu::Isa isa = current_isa();
+  const cpu::Sweep in_float = sweep_of(program, isa, false), in_double = sweep_of(program, isa, true);
+  const auto work = [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first_tile.begin(), first_tile.end(), begin) - first_tile.begin() - 1;
+    alignas(double) unsigned char ready[kMaxRuleBytes];
+    const Bundle* ready_at = nullptr;
+    for (; begin < end; ++i) {
+      const Bundle& bundle = call.bundles[i];
+      if (ready_at == nullptr || !same_point(program.scalars, *ready_at, bundle))
+        make_ready(program, rule, bundle, ready);
+      ready_at = &bundle;
+      const int64_t stop = std::min(end, first_tile[i + 1]);
+      const int64_t from = (begin - first_tile[i]) * kTile, to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
+      const cpu::Sweep sweep = bundle.in_double ? in_double : in_float;
+      if (bundle.average && !averages_in_loop(bundle)) {
+        sweep_averaged(sweep, ready, bundle, from, to, call.pass, isa);
+      } else if (from < to) {
+        sweep(ready, bundle, from, to, call.pass);
+      }
+      begin = stop;
+    }
+  };
+  in_parallel(first_tile.back(), kGrain, work);
+}
+
+void CpuDriver::run_for_norms(const RuleProgram& program, const void* rule, const Work& call, double* param_norms,
+                              double* last_norms) {
+  using rules::L2Norm;
+  const int last_operand = program.operands - 1;
+  const cpu::Isa isa = current_isa();
+  const cpu::Reduce reduce = cpu::reduce_for<L2Norm>(isa);
+  Slots of_params(call), of_last(call);
+  over_tiles(call, of_params, [&](auto& next_tile) {
+    alignas(64) double buffer[kReduceTile];
+    alignas(double) unsigned char ready[kMaxRuleBytes];
+    Bundle work{}, last{};
+    Layout layout;
+    const Bundle* ready_at = nullptr;
+    for (Tile tile; next_tile(tile);) {
+      if (tile.bundle != ready_at) {
+        if (ready_at == nullptr || !same_point(program.scalars, *ready_at, *tile.bundle))
+          make_ready(program, rule, *tile.bundle, ready);
+        ready_at = tile.bundle;
+        work = *tile.bundle;
+        work.average = nullptr;
+        work.storage[last_operand] = last.storage[0] = work.in_double ? Storage::f64 : Storage::f32;
+        if (work.layout) {
+          layout = *work.layout;
+          layout.make_dense(last_operand);
+          work.layout = &layout;
+        }
+      }
+      // Where the operand would begin, were there memory for all of it.
+      const int64_t before = tile.begin * bytes_of(work.storage[last_operand]);
+      work.data[last_operand] = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(buffer) - before);
+      last.data[0] = buffer;
+      sweep_of(program, isa, work.in_double)(ready, work, tile.begin, tile.end, call.pass);
+      of_params.value[tile.slot] = reduce(work, tile.begin, tile.end);
+      of_last.value[tile.slot] = reduce(last, 0, tile.end - tile.begin);
+    }
+  });
+  finish_each<L2Norm>(call, of_params, param_norms);
+  finish_each<L2Norm>(call, of_last, last_norms);
+}
 
 void CpuDriver::history_dots(at::Device, const HistoryDots& task, double* out) {
   const int64_t tiles = history_tiles(task.numel);

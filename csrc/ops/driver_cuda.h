@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../kernels/cuda/driver.h"
-#include "../rules/all_rules.h"
+#include "../rules/norm.h"
 #include "call.h"
 #include "driver_cpu.h"
 

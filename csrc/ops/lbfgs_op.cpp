@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 
+#include "../rules/lbfgs.h"
 #include "drivers.h"
 #include "parallel.h"
 

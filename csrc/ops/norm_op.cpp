@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "../rules/norm.h"
 #include "drivers.h"
 #include "ops.h"
 

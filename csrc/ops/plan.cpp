@@ -43,6 +43,22 @@ Tensor from_python<Tensor>(PyObject* value) {
   return c10::scalar_to_tensor(from_python<double>(value));
 }
 
+void PlannedOp::run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common,
+                    bool check_only) const {
+  std::vector<HyperValue> values(op_.hypers.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyObject* const value = PyTuple_GET_ITEM(hypers, i);
+    switch (op_.hypers[i].kind) {
+      case HyperKind::number: values[i].number = from_python<double>(value); break;
+      case HyperKind::tensor: values[i].tensor = from_python<Tensor>(value); break;
+      case HyperKind::flag: values[i].flag = from_python<bool>(value); break;
+      case HyperKind::whole: values[i].whole = from_python<int64_t>(value); break;
+    }
+  }
+  const py::gil_scoped_release no_gil;
+  op_.run(lists, values.data(), common, check_only);
+}
+
 Tensor weight_for(c10::Device device, const Tensor& weight) {
   return weight.is_cpu() ? weight : *moved_to(device, weight);
 }
@@ -437,6 +453,8 @@ class Plan {
     const RemembersCalls remembers(*call.known);
     try {
       body();
+    } catch (const BadHyper& bad) {
+      throw BadHyper("group " + std::to_string(call.group) + ": " + bad.what_without_backtrace(), bad.divides);
     } catch (const BadInput& bad) {
       if (bad.index < 0) throw;
       const int64_t index = call.indices[members.empty() ? bad.index : members[bad.index]];
@@ -467,9 +485,38 @@ class Plan {
   std::unordered_map<PyObject*, bool> ours_;
 };
 
+py::dict table_of(const StepOp& op) {
+  static constexpr const char* kKinds[] = {"number", "tensor", "flag", "whole"};
+  static constexpr const char* kRoles[] = {"operand", "scalar", "partial", "steps"};
+  py::list lists, hypers;
+  for (const rules::List& list : op.lists)
+    lists.append(py::make_tuple(list.name, list.key, kRoles[static_cast<int>(list.role)]));
+  for (const HyperInfo& hyper : op.hypers) {
+    hypers.append(py::make_tuple(hyper.name, kKinds[static_cast<int>(hyper.kind)], hyper.key,
+                                 hyper.index < 0 ? py::object(py::none()) : py::object(py::int_(hyper.index))));
+  }
+  py::dict table;
+  table["lists"] = lists;
+  table["hypers"] = hypers;
+  table["takes_sparse"] = op.takes_sparse;
+  return table;
+}
+
 }  // namespace
 
-void bind_plan(py::module_& m, PlannedOps ops) {
+void bind_plan(py::module_& m) {
+  std::map<std::string, std::shared_ptr<PlannedOp>> ops;
+  for (const StepOp* op : StepOp::all()) ops.emplace(op->name, std::make_shared<PlannedOp>(*op));
+  m.def(
+      "step_ops",
+      [] {
+        py::dict tables;
+        for (const StepOp* op : StepOp::all()) tables[op->name] = table_of(*op);
+        return tables;
+      },
+      "The ops an optimizer steps with: their lists of tensors as (argument, key of state, role), and their "
+      "hyper-parameters as "
+      "(argument, kind, option, index in the tuple there or None).");
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
       .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
                           const py::list& calls, const py::dict& averages, const py::set& partial,

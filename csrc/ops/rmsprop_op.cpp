@@ -1,35 +1,23 @@
-#include "drivers.h"
-#include "ops.h"
+#include "../rules/rmsprop.h"
+#include "step_op.h"
 
 namespace optim_ext::ops {
 
-template <class Driver>
-void rmsprop_(const Common& common, TensorList params, TensorList grads, TensorList square_avgs,
-              TensorList momentum_buffers, TensorList grad_avgs, TensorList state_steps, const Tensor& lr, double alpha,
-              double eps, double weight_decay, double momentum, bool centered, bool maximize) {
-  const auto update = [&](auto rule) {
-    rule.maximize = maximize;
-    const CallSpec spec{common,
-                        {{"params", params},
-                         {"grads", grads},
-                         {"square_avgs", square_avgs},
-                         {"grad_avgs", grad_avgs},
-                         {"momentum_buffers", momentum_buffers}},
-                        state_steps};
-    run<Driver>(rule, spec,
-                {{"lr", rule.lr, lr},
-                 {"alpha", rule.alpha, alpha},
-                 {"eps", rule.eps, eps},
-                 {"weight_decay", rule.weight_decay, weight_decay},
-                 {"momentum", rule.momentum, momentum}});
-  };
-  if (centered) {
-    momentum > 0.0 ? update(rules::RMSprop<true, true>{}) : update(rules::RMSprop<true, false>{});
-  } else {
-    momentum > 0.0 ? update(rules::RMSprop<false, true>{}) : update(rules::RMSprop<false, false>{});
-  }
-}
+namespace {
 
-OPTIM_EXT_INSTANTIATE_OP(rmsprop_)
+struct Row : StepRow<rules::RMSprop<false, false>> {
+  template <class Use>
+  static void choose(const Options& options, const Use& use) {
+    if (options.centered) {
+      options.momentum > 0.0 ? use(rules::RMSprop<true, true>{}) : use(rules::RMSprop<true, false>{});
+    } else {
+      options.momentum > 0.0 ? use(rules::RMSprop<false, true>{}) : use(rules::RMSprop<false, false>{});
+    }
+  }
+};
+
+const RegisteredStepOp<"rmsprop_", Row> rmsprop;
+
+}  // namespace
 
 }  // namespace optim_ext::ops

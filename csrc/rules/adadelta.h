@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -12,6 +13,12 @@ struct Adadelta {
 
   double lr, rho, eps, weight_decay;
   bool maximize;
+
+  static constexpr List kLists[] = {params(), grads(), operand(2, "square_avgs", "square_avg"),
+                                    operand(3, "acc_deltas", "acc_delta"), steps()};
+  static constexpr Field<Adadelta> kFields[] = {
+      tensor_or(number("lr", &Adadelta::lr)), number("rho", &Adadelta::rho), number("eps", &Adadelta::eps),
+      number("weight_decay", &Adadelta::weight_decay), flag("maximize", &Adadelta::maximize)};
 
   OPTIM_EXT_RULE Adadelta at_step(double) const { return *this; }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -13,6 +14,14 @@ struct Adagrad {
   double lr, lr_decay, weight_decay, eps;
   bool maximize;
   double decayed_lr;  // filled in by at_step
+
+  static constexpr List kLists[] = {params(), grads(), operand(2, "state_sums", "sum"), steps()};
+  static constexpr Field<Adagrad> kFields[] = {tensor_or(number("lr", &Adagrad::lr)),
+                                               number("lr_decay", &Adagrad::lr_decay),
+                                               number("weight_decay", &Adagrad::weight_decay),
+                                               number("eps", &Adagrad::eps), flag("maximize", &Adagrad::maximize)};
+  static constexpr Derived<Adagrad> kDerived[] = {
+      finite("the decayed rate", &Adagrad::decayed_lr, &Adagrad::lr, &Adagrad::lr_decay)};
 
   OPTIM_EXT_RULE Adagrad at_step(double step) const {
     Adagrad rule = *this;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -13,15 +14,33 @@ struct Adam {
   static constexpr unsigned kUpdates = kUsed & ~operand_bit(1);
 
   double lr, beta1, beta2, eps, weight_decay;
-  bool maximize, decoupled_weight_decay;
+  bool amsgrad, maximize, decoupled_weight_decay;
   double step_size, per_bias_correction2_sqrt, l2, decay;  // filled in by at_step
+
+  static constexpr List kLists[] = {params(),
+                                    grads(),
+                                    operand(2, "exp_avgs", "exp_avg"),
+                                    operand(3, "exp_avg_sqs", "exp_avg_sq"),
+                                    operand(4, "max_exp_avg_sqs", "max_exp_avg_sq"),
+                                    steps()};
+  static constexpr Field<Adam> kFields[] = {tensor_or(number("lr", &Adam::lr)),
+                                            tensor_or(number("beta1", &Adam::beta1, "betas", 0)),
+                                            tensor_or(number("beta2", &Adam::beta2, "betas", 1)),
+                                            number("weight_decay", &Adam::weight_decay),
+                                            number("eps", &Adam::eps),
+                                            flag("amsgrad", &Adam::amsgrad),
+                                            flag("maximize", &Adam::maximize),
+                                            flag("decoupled_weight_decay", &Adam::decoupled_weight_decay)};
+  static constexpr Derived<Adam> kDerived[] = {
+      finite("the step size", &Adam::step_size, &Adam::lr, &Adam::beta1),
+      real("the root of the bias correction", &Adam::per_bias_correction2_sqrt, &Adam::beta2)};
 
   OPTIM_EXT_RULE Adam at_step(double step) const {
     Adam rule = *this;
     rule.step_size = lr / (1.0 - power(beta1, step));
     rule.per_bias_correction2_sqrt = 1.0 / root(1.0 - power(beta2, step));
     rule.l2 = decoupled_weight_decay ? 0.0 : weight_decay;
-    rule.decay = decoupled_weight_decay ? 1.0 - lr * weight_decay : 1.0;
+    rule.decay = decoupled_weight_decay ? shrinkage(lr, weight_decay) : 1.0;
     return rule;
   }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -13,6 +14,15 @@ struct Adamax {
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
   double step_size;  // filled in by at_step
+
+  static constexpr List kLists[] = {params(), grads(), operand(2, "exp_avgs", "exp_avg"),
+                                    operand(3, "exp_infs", "exp_inf"), steps()};
+  static constexpr Field<Adamax> kFields[] = {
+      tensor_or(number("lr", &Adamax::lr)),          number("beta1", &Adamax::beta1, "betas", 0),
+      number("beta2", &Adamax::beta2, "betas", 1),   number("eps", &Adamax::eps),
+      number("weight_decay", &Adamax::weight_decay), flag("maximize", &Adamax::maximize)};
+  static constexpr Derived<Adamax> kDerived[] = {
+      finite("the step size", &Adamax::step_size, &Adamax::lr, &Adamax::beta1)};
 
   OPTIM_EXT_RULE Adamax at_step(double step) const {
     Adamax rule = *this;

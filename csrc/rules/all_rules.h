@@ -1,5 +1,5 @@
-// The one list of rules. Each kernel file instantiates it, so a rule named here exists for every instruction set and
-// GPU.
+// All rules, for tests of what every one of them has to satisfy. The library itself has no such list: each family has a
+// file of kernels.
 #pragma once
 
 #include "adadelta.h"
@@ -19,6 +19,7 @@
 #include "norm.h"
 #include "radam.h"
 #include "rmsprop.h"
+#include "reductions.h"
 #include "rprop.h"
 #include "sgd.h"
 #include "sparse_adam.h"
@@ -58,20 +59,4 @@
   X(Sgd<false>)                    \
   X(Sgd<true>)                     \
   X(SparseAdam)
-
-
-// The reductions, which write nothing.
-#define OPTIM_EXT_FOR_EACH_REDUCTION(X) \
-  X(AdafactorRms<false>)                \
-  X(AdafactorRms<true>)                 \
-  X(L1Norm)                             \
-  X(L2Norm)                             \
-  X(MaxNorm)                            \
-  X(NonFinite)                          \
-  X(RootMeanSquare)
-
-// Those that are also taken along one dimension of a tensor: the sum of squares, and the sum.
-#define OPTIM_EXT_FOR_EACH_FIBER_REDUCTION(X) \
-  X(Sum)                                      \
-  X(SumOfSquares)
 // clang-format on

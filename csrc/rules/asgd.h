@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -15,6 +16,17 @@ struct ASGD {
   double lr, lambd, alpha, t0, weight_decay;
   bool maximize, counts_in_double;  // torch computes the new eta and mu with the precision of its step counts
   double eta_now, mu_now;           // filled in by at_step
+
+  static constexpr List kLists[] = {
+      params(), grads(), scalar(1, "mus", "mu"), operand(2, "axs", "ax"), scalar(0, "etas", "eta"), steps()};
+  static constexpr Field<ASGD> kFields[] = {tensor_or(number("lr", &ASGD::lr)),
+                                            number("lambd", &ASGD::lambd),
+                                            number("alpha", &ASGD::alpha),
+                                            number("t0", &ASGD::t0),
+                                            number("weight_decay", &ASGD::weight_decay),
+                                            flag("maximize", &ASGD::maximize)};
+  static constexpr Derived<ASGD> kDerived[] = {finite_scalar("the next eta", 0, &ASGD::lr, &ASGD::lambd, &ASGD::alpha)};
+  static constexpr bool ASGD::* kCountsInDouble = &ASGD::counts_in_double;
 
   OPTIM_EXT_RULE ASGD at_step(double step, Scalar* scalars) const {
     ASGD rule = *this;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -14,11 +15,21 @@ OPTIM_EXT_RULE double trust_ratio(double param_norm, double step_norm) {
 // is the step and the moments behind it. The first rule below makes steps for their norms alone, the second one makes
 // them again and goes along them: what both read is less than the memory that steps would be kept in.
 struct LambStep {
-  double beta1, beta2, eps, weight_decay;
+  double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
-  double per_bias_correction1, per_bias_correction2_sqrt;  // filled in by at_count
+  double per_bias_correction1, per_bias_correction2_sqrt;  // filled in by at_step
 
-  OPTIM_EXT_RULE LambStep at_count(double count) const {
+  static constexpr List kLists[] = {params(), grads(), operand(2, "exp_avgs", "exp_avg"),
+                                    operand(3, "exp_avg_sqs", "exp_avg_sq"), steps()};
+  static constexpr Field<LambStep> kFields[] = {
+      tensor_or(number("lr", &LambStep::lr)),          number("beta1", &LambStep::beta1, "betas", 0),
+      number("beta2", &LambStep::beta2, "betas", 1),   number("eps", &LambStep::eps),
+      number("weight_decay", &LambStep::weight_decay), flag("maximize", &LambStep::maximize)};
+  static constexpr Derived<LambStep> kDerived[] = {
+      finite("the bias correction", &LambStep::per_bias_correction1, &LambStep::beta1),
+      real("the root of the bias correction", &LambStep::per_bias_correction2_sqrt, &LambStep::beta2)};
+
+  OPTIM_EXT_RULE LambStep at_step(double count) const {
     LambStep step = *this;
     step.per_bias_correction1 = 1.0 / (1.0 - power(beta1, count));
     step.per_bias_correction2_sqrt = 1.0 / root(1.0 - power(beta2, count));
@@ -43,7 +54,7 @@ struct LambDirection {
 
   LambStep step_of;
 
-  OPTIM_EXT_RULE LambDirection at_step(double count) const { return {step_of.at_count(count)}; }
+  OPTIM_EXT_RULE LambDirection at_step(double count) const { return {step_of.at_step(count)}; }
 
   template <class V>
   OPTIM_EXT_RULE void operator()(V param, V grad, V exp_avg, V exp_avg_sq, V& step) const {
@@ -59,11 +70,10 @@ struct LambUpdate {
   static constexpr bool kMeasured = true;
 
   LambStep step_of;
-  double lr;
   double step_size;  // filled in by at_step
 
   OPTIM_EXT_RULE LambUpdate at_step(double count, Scalar* norms) const {
-    return {step_of.at_count(count), lr, lr * trust_ratio(norms[0].value, norms[1].value)};
+    return {step_of.at_step(count), step_of.lr * trust_ratio(norms[0].value, norms[1].value)};
   }
 
   template <class V>

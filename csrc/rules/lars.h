@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -16,6 +17,15 @@ struct Lars {
   double lr, momentum, weight_decay, trust_coefficient, eps;
   bool nesterov, maximize;
   double local_rate, look_ahead;  // filled in by at_step
+
+  static constexpr List kLists[] = {params(), grads(), operand(2, "momentum_buffers", "momentum_buffer")};
+  static constexpr Field<Lars> kFields[] = {tensor_or(number("lr", &Lars::lr)),
+                                            number("momentum", &Lars::momentum),
+                                            number("weight_decay", &Lars::weight_decay),
+                                            number("trust_coefficient", &Lars::trust_coefficient),
+                                            number("eps", &Lars::eps),
+                                            flag("nesterov", &Lars::nesterov),
+                                            flag("maximize", &Lars::maximize)};
 
   OPTIM_EXT_RULE Lars at_step(double, Scalar* norms) const {
     Lars rule = *this;

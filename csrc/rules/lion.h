@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -13,6 +14,12 @@ struct Lion {
   double lr, beta1, beta2, weight_decay;
   bool maximize;
 
+  static constexpr List kLists[] = {params(), grads(), operand(2, "exp_avgs", "exp_avg")};
+  static constexpr Field<Lion> kFields[] = {
+      tensor_or(number("lr", &Lion::lr)), number("beta1", &Lion::beta1, "betas", 0),
+      number("beta2", &Lion::beta2, "betas", 1), number("weight_decay", &Lion::weight_decay),
+      flag("maximize", &Lion::maximize)};
+
   OPTIM_EXT_RULE Lion at_step(double) const { return *this; }
 
   template <class V>
@@ -20,7 +27,7 @@ struct Lion {
     const V g = regularized(grad, param, maximize, V(0));
     const V update = sign(V(beta1) * exp_avg + V(1.0 - beta1) * g);
     exp_avg = V(beta2) * exp_avg + V(1.0 - beta2) * g;
-    param = V(1.0 - lr * weight_decay) * param - V(lr) * update;
+    param = V(shrinkage(lr, weight_decay)) * param - V(lr) * update;
   }
 };
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -15,6 +16,27 @@ struct NAdam {
   bool maximize, decoupled_weight_decay;
   double grad_step_size, momentum_step_size, bias_correction2_sqrt, l2, decay;  // filled in by at_step
 
+  static constexpr List kLists[] = {params(),
+                                    grads(),
+                                    operand(2, "exp_avgs", "exp_avg"),
+                                    operand(3, "exp_avg_sqs", "exp_avg_sq"),
+                                    scalar(0, "mu_products", "mu_product"),
+                                    steps()};
+  static constexpr Field<NAdam> kFields[] = {apart_from_state(tensor_or(number("lr", &NAdam::lr))),
+                                             number("beta1", &NAdam::beta1, "betas", 0),
+                                             number("beta2", &NAdam::beta2, "betas", 1),
+                                             number("eps", &NAdam::eps),
+                                             number("weight_decay", &NAdam::weight_decay),
+                                             number("momentum_decay", &NAdam::momentum_decay),
+                                             flag("maximize", &NAdam::maximize),
+                                             flag("decoupled_weight_decay", &NAdam::decoupled_weight_decay)};
+  static constexpr Derived<NAdam> kDerived[] = {
+      finite("the step size of the gradient", &NAdam::grad_step_size, &NAdam::lr, &NAdam::beta1,
+             &NAdam::momentum_decay),
+      finite("the step size of the momentum", &NAdam::momentum_step_size, &NAdam::lr, &NAdam::beta1,
+             &NAdam::momentum_decay),
+      real("the root of the bias correction", &NAdam::bias_correction2_sqrt, &NAdam::beta2)};
+
   OPTIM_EXT_RULE NAdam at_step(double step, Scalar* scalars) const {
     NAdam rule = *this;
     Scalar& mu_product = scalars[0];
@@ -24,7 +46,7 @@ struct NAdam {
     rule.momentum_step_size = lr * mu_next / (1.0 - mu_product.value * mu_next);
     rule.bias_correction2_sqrt = root(1.0 - power(beta2, step));
     rule.l2 = decoupled_weight_decay ? 0.0 : weight_decay;
-    rule.decay = decoupled_weight_decay ? 1.0 - lr * weight_decay : 1.0;
+    rule.decay = decoupled_weight_decay ? shrinkage(lr, weight_decay) : 1.0;
     return rule;
   }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -12,7 +13,19 @@ struct RMSprop {
   static constexpr unsigned kUpdates = kUsed & ~operand_bit(1);
 
   double lr, alpha, eps, weight_decay, momentum;
-  bool maximize;
+  bool centered, maximize;
+
+  static constexpr List kLists[] = {params(),
+                                    grads(),
+                                    operand(2, "square_avgs", "square_avg"),
+                                    operand(4, "momentum_buffers", "momentum_buffer"),
+                                    operand(3, "grad_avgs", "grad_avg"),
+                                    steps()};
+  static constexpr Field<RMSprop> kFields[] = {
+      tensor_or(number("lr", &RMSprop::lr)),  number("alpha", &RMSprop::alpha),
+      number("eps", &RMSprop::eps),           number("weight_decay", &RMSprop::weight_decay),
+      number("momentum", &RMSprop::momentum), flag("centered", &RMSprop::centered),
+      flag("maximize", &RMSprop::maximize)};
 
   OPTIM_EXT_RULE RMSprop at_step(double) const { return *this; }
 

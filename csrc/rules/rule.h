@@ -95,10 +95,22 @@ OPTIM_EXT_RULE double power(double base, double count) {
   return result;
 }
 
-// base ** exponent for any positive base and moderate exponent, to a few units in the last place, in arithmetic that
-// rounds alike on the CPU and on a GPU.
+// base ** exponent to a few units in the last place, in arithmetic that rounds alike on the CPU and on a GPU. NaN where
+// it is no real number; 0 to a negative power, which a caller divides by, is 0.
 OPTIM_EXT_RULE double real_power(double base, double exponent) {
-  if (!(base > 0.0) || base > 1.7e308) return base == 0.0 && exponent > 0.0 ? 0.0 : exponent == 0.0 ? 1.0 : base;
+  double sign = 1.0;
+  if (base < 0.0) {
+    const bool is_large = magnitude(exponent) >= 0x1p53;  // then it is an even number
+    const int64_t whole = is_large ? 0 : static_cast<int64_t>(exponent);
+    base = -base;
+    if (whole % 2 != 0) sign = -1.0;
+    if (!is_large && static_cast<double>(whole) != exponent) {
+      if (base <= 1.7e308) return __builtin_nan("");
+      sign = 1.0;
+    }
+  }
+  if (!(base > 0.0) || exponent == 0.0) return exponent == 0.0 ? 1.0 : base;
+  if (base > 1.7e308) return exponent > 0.0 ? sign * base : 0.0;
   // log(base) = shift * log(2) + log(m), m in [sqrt(1/2), sqrt(2)), by the series of atanh.
   const uint64_t bits = __builtin_bit_cast(uint64_t, base < 2.3e-308 ? base * 0x1p54 : base);
   double shift = static_cast<double>(static_cast<int>(bits >> 52) - 1023 - (base < 2.3e-308 ? 54 : 0));
@@ -112,14 +124,14 @@ OPTIM_EXT_RULE double real_power(double base, double exponent) {
   for (int k = 25; k >= 3; k -= 2) series = (series + 1.0 / k) * s2;
   const double log_m = 2.0 * s + 2.0 * s * series;
   const double y = exponent * (shift * 0.6931471805599453 + log_m);
-  if (y > 709.0 || y < -708.0) return y > 0.0 ? __builtin_inf() : 0.0;
+  if (y > 709.0 || y < -708.0) return y > 0.0 ? sign * __builtin_inf() : 0.0;
   // exp(y) = 2 ** n * exp(r), |r| <= log(2) / 2, log(2) in two parts so that r keeps its last bits.
   const double scaled = y * 1.4426950408889634;
   const double n = static_cast<double>(static_cast<int64_t>(scaled + (scaled < 0.0 ? -0.5 : 0.5)));
   const double r = (y - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
   double sum = 1.0;
   for (int k = 14; k >= 1; --k) sum = 1.0 + sum * r / k;
-  return sum * __builtin_bit_cast(double, static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
+  return sign * sum * __builtin_bit_cast(double, static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
 }
 
 // The gradient a rule starts from: turned around for `maximize`, with L2 regularisation added. A weight_decay of zero
@@ -129,5 +141,8 @@ OPTIM_EXT_RULE V regularized(V grad, V param, bool maximize, V weight_decay) {
   const V ascent = grad * (maximize ? V(-1) : V(1));
   return weight_decay != V(0) ? ascent + weight_decay * param : ascent;
 }
+
+// Decoupled weight decay: what a step leaves of a parameter.
+OPTIM_EXT_RULE double shrinkage(double lr, double weight_decay) { return 1.0 - lr * weight_decay; }
 
 }  // namespace optim_ext::rules

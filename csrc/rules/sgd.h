@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -14,9 +15,15 @@ struct Sgd {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
   bool is_first_step;  // the buffer starts as the gradient itself, without dampening
+  // Filled in by at_step; the last two are the shares of the old buffer and of the gradient in the new one.
+  double lookahead, kept, taken;
 
-  double lookahead, kept,
-      taken;  // filled in by at_step: the shares of the old buffer and of the gradient in the new one
+  static constexpr List kLists[] = {params(), grads(), operand(2, "momentum_buffers", "momentum_buffer")};
+  static constexpr Field<Sgd> kFields[] = {
+      tensor_or(number("lr", &Sgd::lr)),         number("momentum", &Sgd::momentum),
+      number("dampening", &Sgd::dampening),      number("weight_decay", &Sgd::weight_decay),
+      flag("nesterov", &Sgd::nesterov),          flag("maximize", &Sgd::maximize),
+      flag("is_first_step", &Sgd::is_first_step)};
 
   OPTIM_EXT_RULE Sgd at_step(double) const {
     Sgd rule = *this;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "rule.h"
+#include "table.h"
 
 namespace optim_ext::rules {
 
@@ -14,6 +15,15 @@ struct SparseAdam {
   double lr, beta1, beta2, eps;
   bool maximize;
   double step_size;  // filled in by at_step
+
+  static constexpr List kLists[] = {params(), grads(), operand(2, "exp_avgs", "exp_avg"),
+                                    operand(3, "exp_avg_sqs", "exp_avg_sq"), steps()};
+  static constexpr Field<SparseAdam> kFields[] = {
+      tensor_or(number("lr", &SparseAdam::lr)), number("beta1", &SparseAdam::beta1, "betas", 0),
+      number("beta2", &SparseAdam::beta2, "betas", 1), number("eps", &SparseAdam::eps),
+      flag("maximize", &SparseAdam::maximize)};
+  static constexpr Derived<SparseAdam> kDerived[] = {
+      finite("the step size", &SparseAdam::step_size, &SparseAdam::lr, &SparseAdam::beta1, &SparseAdam::beta2)};
 
   OPTIM_EXT_RULE SparseAdam at_step(double step) const {
     SparseAdam rule = *this;

@@ -6,6 +6,7 @@
 #include "cases.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cuda/reduce_block.h"
+#include "rules/reductions.h"
 
 using namespace optim_ext;
 

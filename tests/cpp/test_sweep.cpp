@@ -8,6 +8,7 @@
 
 #include "cases.h"
 #include "kernels/cpu/kernels.h"
+#include "rules/all_rules.h"
 
 using namespace optim_ext;
 

@@ -10,24 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from optim_ext import _C
+
 CSRC = Path(__file__).parents[2] / "csrc"
-LISTED = (CSRC / "rules/all_rules.h").read_text().split("FOR_EACH_RULE(X)")[1].split("FOR_EACH_REDUCTION(X)")[0]
-RULES = re.findall(r"X\((\w+(?:<[^>]*>)?)\)", LISTED)
 COMPILER = os.environ.get("CXX", "g++").split()
 
-REGISTER_BYTES = {"avx2": 32, "avx512": 64}
-# A compile of several seconds each, so AVX-512 has the same loops checked for one rule only.
-COMPILED = [*(("avx2", rule) for rule in RULES), ("avx512", "Adam<false>")]
-
-# One rule for one instruction set: the file that compiles everything for it, with the lists cut to that rule.
+# A family's translation unit with one rule only: its loops for every instruction set.
 ONE_RULE = """
-#include "kernels/cpu/kernels.h"
-#undef OPTIM_EXT_FOR_EACH_RULE
-#define OPTIM_EXT_FOR_EACH_RULE(X) X({rule})
-#undef OPTIM_EXT_FOR_EACH_REDUCTION
-#define OPTIM_EXT_FOR_EACH_REDUCTION(X)
-#undef OPTIM_EXT_FOR_EACH_FIBER_REDUCTION
-#define OPTIM_EXT_FOR_EACH_FIBER_REDUCTION(X)
+#include "rules/all_rules.h"
+#include "kernels/cpu/program-inl.h"
+template const optim_ext::RuleProgram& optim_ext::program_of<optim_ext::rules::{rule}>();
 """
 
 
@@ -41,18 +33,17 @@ def line_of_loop(function):
     platform.machine() != "x86_64" or shutil.which(COMPILER[0]) is None or "clang" in COMPILER[0],
     reason="reads what GCC reports about x86-64 loops",
 )
-@pytest.mark.parametrize(("isa", "rule"), COMPILED)
-def test_loops_are_vectorised(isa, rule):
+@pytest.mark.parametrize("rule", _C.rules())
+def test_loops_are_vectorised(rule):
     flags = (CSRC / "compile_flags.txt").read_text().split()
-    include = [f"-I{CSRC}", f"-I{CSRC / 'kernels/cpu'}"]
-    command = [*COMPILER, *flags, *include, "-fopt-info-vec-optimized", "-x", "c++", "-c", "-", "-o", os.devnull]
-    instruction_set = (CSRC / f"kernels/cpu/isa_{isa}.cpp").read_text().replace('#include "history-inl.h"\n', "")
-    done = subprocess.run(command, input=ONE_RULE.format(rule=rule) + instruction_set, capture_output=True, text=True)
+    command = [*COMPILER, *flags, f"-I{CSRC}", "-fopt-info-vec-optimized", "-x", "c++", "-c", "-", "-o", os.devnull]
+    done = subprocess.run(command, input=ONE_RULE.format(rule=rule), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    def loops(function):
+    def loops(function, register_bytes):
         place = rf"sweep-inl\.h:{line_of_loop(function)}:\d+"
-        return len(re.findall(rf"{place}: optimized: loop vectorized using {REGISTER_BYTES[isa]} byte", done.stderr))
+        return len(re.findall(rf"{place}: optimized: loop vectorized using {register_bytes} byte", done.stderr))
 
-    assert loops("apply") >= 2, f"in float or in double {rule} is computed one element at a time"
-    assert loops("apply_to_bf16") >= 1, f"on bf16 {rule} is computed one element at a time"
+    for isa, register_bytes in (("avx2", 32), ("avx512", 64)):
+        assert loops("apply", register_bytes) >= 2, f"{rule} on {isa}: in float or in double one element at a time"
+        assert loops("apply_to_bf16", register_bytes) >= 1, f"{rule} on {isa}: bf16 one element at a time"

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optim_ext import _C
 
-STATE_KEYS = {"state_sums": "sum", "state_steps": "step", "axs": "ax"}
+TABLES = _C.step_ops()
+STATE_KEYS = {name: key for table in TABLES.values() for name, key, _ in table["lists"]}
 
 
 def op_of(spec):
@@ -20,13 +21,9 @@ def is_list(argument):
     return isinstance(argument.type, torch.ListType) and not argument.has_default_value()
 
 
-def state_key_of(name):
-    """momentum_buffers holds what state_dict calls momentum_buffer, and so on."""
-    return STATE_KEYS.get(name, name.removesuffix("s"))
-
-
 def state_key(argument):
-    return state_key_of(argument.name)
+    """momentum_buffers holds what state_dict calls momentum_buffer, and so on."""
+    return STATE_KEYS[argument.name]
 
 
 def positive(value):
@@ -35,14 +32,10 @@ def positive(value):
 
 
 PARTS = {
-    "beta1": ("betas", 0),
-    "beta2": ("betas", 1),
-    "eps1": ("eps", 0),
-    "eps2": ("eps", 1),
-    "etaminus": ("etas", 0),
-    "etaplus": ("etas", 1),
-    "step_size_min": ("step_sizes", 0),
-    "step_size_max": ("step_sizes", 1),
+    name: (option, index)
+    for table in TABLES.values()
+    for name, _, option, index in table["hypers"]
+    if index is not None
 }
 
 
@@ -218,7 +211,7 @@ def test_wrong_tensors_name_list_and_index(spec):
         lists, keywords = sample(spec, spec.typical)
         if len(lists[position]) < len(lists[0]):
             continue  # state that only some parameters have: test_adafactor.py
-        if state_key_of(name) in spec.numbers:
+        if STATE_KEYS[name] in spec.numbers:
             lists[position][1] = torch.ones(2)
             refused(spec, lists, keywords, RuntimeError, f"{name}[1]", "one element")
             continue
@@ -247,7 +240,8 @@ def test_nan_and_shape_of_tensor_hypers(spec):
         for wrong in (torch.tensor(float("nan")), torch.ones(2), torch.ones(0)):
             lists, keywords = sample(spec, spec.typical)
             keywords[argument.name] = wrong
-            refused(spec, lists, keywords, ValueError, argument.name)
+            option, index = PARTS.get(argument.name, (argument.name, None))
+            refused(spec, lists, keywords, ValueError, option if index is None else f"{option}[{index}]")
 
 
 def test_hypers_are_keyword_only(spec):

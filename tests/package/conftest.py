@@ -41,10 +41,15 @@ def kernel_objects():
     have changed since, or where it was built elsewhere."""
     info = optim_ext.build_info()
     name = f"torch-{info['torch']}-{'cuda' if info['cuda'] else 'cpu'}-{sys.implementation.cache_tag}"
-    folder = ROOT / "build" / name / "objects/csrc/kernels/cpu"
-    made = [path.stat().st_mtime for path in folder.glob("*.o")]
-    sources = [path for room in ("rules", "kernels") for path in (ROOT / "csrc" / room).rglob("*.*")]
-    return folder if made and min(made) > max(path.stat().st_mtime for path in sources) else None
+    objects = ROOT / "build" / name / "objects"
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if ninja is None or not (objects / "build.ninja").exists():
+        return None
+    folder, sources = objects / "csrc/kernels/cpu", ROOT / "csrc/kernels/cpu"
+    if {path.stem for path in folder.glob("*.o")} != {path.stem for path in sources.glob("*.cpp")}:
+        return None  # some are of sources that are gone
+    to_do = subprocess.run([ninja, "-C", objects, "-n"], capture_output=True, text=True)
+    return folder if "no work to do" in to_do.stdout else None
 
 
 @pytest.fixture(scope="session")

@@ -38,53 +38,49 @@ def test_device_code_runs_on_the_double(cpp_build):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture
-def object_of(cpp_build, kernel_objects):
-    def find(isa):
-        (found,) = [kernel_objects / f"{isa}.o"] if kernel_objects else cpp_build.glob(f"**/kernels.dir/**/{isa}.cpp.o")
-        return found
+# Registers that only code of these instruction sets may use, in functions of their namespace.
+OWNERS = {"ymm": ("isa_avx2", "isa_avx512"), "zmm": ("isa_avx512",)}
+PACKED = ("sqrtps", "sqrtpd", "divps", "divpd")
 
-    return find
+
+@pytest.fixture(scope="module")
+def functions(cpp_build, kernel_objects):
+    """Every function of the kernels with what it does: the registers, packed instructions and contractions in its code."""
+    objects = kernel_objects.glob("*.o") if kernel_objects else cpp_build.glob("**/kernels.dir/**/*.cpp.o")
+    found = []
+    for path in sorted(objects):
+        code = subprocess.check_output(["objdump", "-d", "-C", "--no-show-raw-insn", path], text=True)
+        parts = re.split(r"^[0-9a-f]+ <(.*)>:$", code, flags=re.MULTILINE)
+        for name, body in zip(parts[1::2], parts[2::2], strict=True):
+            packed = re.findall(rf"v?({'|'.join(PACKED)})\s.*%([xyz]mm)", body)
+            contracted = bool(re.search(r"vfn?m(?:add|sub)\w+", body))
+            found.append((name, {register for register in OWNERS if f"%{register}" in body}, set(packed), contracted))
+    assert len(found) > 300
+    return found
 
 
 @on_x86
-@pytest.mark.parametrize("isa", ["isa_baseline", "isa_avx2", "isa_avx512"])
-def test_isa_objects_define_only_their_sweeps(object_of, isa):
-    """Any other symbol could be picked by the linker for everybody, and crash on a CPU without that instruction set."""
-    lines = subprocess.check_output(["nm", "-C", "--defined-only", "-g", object_of(isa)], text=True)
-    names = [line.split(" ", 2)[2] for line in lines.splitlines()]
-    assert names
+def test_no_code_for_an_instruction_set_outside_its_namespace(functions):
+    """The linker could pick it for everybody, and it would crash on a CPU without that instruction set."""
     strangers = [
         name
-        for name in names
-        if not re.match(
-            rf"((void|double) )?optim_ext::cpu::{isa}::(sweep<|reduce<|reduce_fibers<|history_\w+\(|norms_of_tiles\()",
-            name,
-        )
+        for name, registers, _, _ in functions
+        for register in registers
+        if not any(f"optim_ext::cpu::{owner}::" in name for owner in OWNERS[register])
     ]
     assert strangers == []
 
 
 @on_x86
 @pytest.mark.parametrize(("isa", "register"), [("isa_baseline", "xmm"), ("isa_avx2", "ymm"), ("isa_avx512", "zmm")])
-def test_rules_are_vectorised(object_of, isa, register):
-    code = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", object_of(isa)], text=True)
-    for instruction in ("sqrtps", "sqrtpd", "divps", "divpd"):
-        packed = re.findall(rf"v?{instruction}\s.*%{register}", code)
-        assert packed, f"no packed {instruction} in {isa}"
+def test_rules_are_vectorised(functions, isa, register):
+    found = {pair for name, _, packed, _ in functions if f"::{isa}::" in name for pair in packed}
+    assert {(instruction, register) for instruction in PACKED} <= found
 
 
 @on_x86
-@pytest.mark.parametrize("isa", ["isa_baseline", "isa_avx2", "isa_avx512"])
-def test_nothing_is_contracted(object_of, isa):
+def test_nothing_is_contracted(functions):
     """A fused multiply-add rounds once where a*b+c rounds twice: the bits would depend on the instruction set. Only the
     sweeps of L-BFGS may have them, for products that are exact."""
-    code = subprocess.check_output(["objdump", "-d", "-C", "--no-show-raw-insn", object_of(isa)], text=True)
-    functions = re.split(r"^[0-9a-f]+ <(.*)>:$", code, flags=re.MULTILINE)
-    contracted = {
-        name
-        for name, body in zip(functions[1::2], functions[2::2], strict=True)
-        if re.search(r"vfn?m(?:add|sub)\w+", body)
-    }
-    assert len(functions) > 20
+    contracted = {name for name, _, _, contracted in functions if contracted}
     assert {name for name in contracted if not re.search("history_(dots|combine)", name)} == set()

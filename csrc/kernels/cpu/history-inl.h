@@ -1,6 +1,7 @@
 // The loops of L-BFGS over tiles of its history, compiled once per instruction set as sweep-inl.h is. Sums are written
 // with vectors of a fixed number of lanes, as a compiler may not reorder them itself: the registers of each instruction
 // set hold them in one, two or four pieces, which changes nothing in the order of additions.
+#include "sweep-inl.h"
 
 namespace optim_ext::cpu::OPTIM_EXT_ISA {
 

@@ -1,4 +1,7 @@
-// The CPU's part of a reduction, included by sweep-inl.h inside the namespace of an instruction set.
+// The CPU's part of a reduction, compiled once per instruction set as sweep-inl.h is, whose operands it opens.
+#include "sweep-inl.h"
+
+namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
 // What element i of opened operands contributes; those a rule does not have are 0.
 template <class Rule, int... I>
@@ -64,10 +67,6 @@ double reduce(const Bundle& bundle, int64_t begin, int64_t end) {
   }
 }
 
-#define OPTIM_EXT_INSTANTIATE(...) template double reduce<rules::__VA_ARGS__>(const Bundle&, int64_t, int64_t);
-OPTIM_EXT_FOR_EACH_REDUCTION(OPTIM_EXT_INSTANTIATE)
-#undef OPTIM_EXT_INSTANTIATE
-
 // Units [begin, end) of fibers whose elements are widened by `wide`.
 template <class Rule, class T, class Widen>
 OPTIM_EXT_INLINE void reduce_units(const Fibers& fibers, int64_t begin, int64_t end, const Widen& wide) {
@@ -117,6 +116,4 @@ void reduce_fibers(const Fibers& fibers, int64_t begin, int64_t end) {
   }
 }
 
-#define OPTIM_EXT_INSTANTIATE(...) template void reduce_fibers<rules::__VA_ARGS__>(const Fibers&, int64_t, int64_t);
-OPTIM_EXT_FOR_EACH_FIBER_REDUCTION(OPTIM_EXT_INSTANTIATE)
-#undef OPTIM_EXT_INSTANTIATE
+}  // namespace optim_ext::cpu::OPTIM_EXT_ISA

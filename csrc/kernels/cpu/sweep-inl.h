@@ -1,6 +1,6 @@
-// The CPU loop, compiled once per instruction set inside the namespace OPTIM_EXT_ISA. No include guard, no torch, and
-// nothing for other files to link with but what kernels.h declares: everything else is inlined or in the unnamed
-// namespace, so no code built for AVX-512 can be linked into a baseline caller.
+// The CPU loop, compiled once per instruction set inside the namespace OPTIM_EXT_ISA (for_each_isa.h). No include
+// guard, no torch, and nothing for other files to link with: what is not inlined is in that namespace, so no code built
+// for AVX-512 can be linked into a baseline caller.
 
 namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
@@ -334,7 +334,8 @@ OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_
 
 // Applies `rule` to elements [begin, end) of one parameter, and brings its average up to date where the same loop can.
 template <class Rule, class V>
-void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass) {
+void sweep(const void* given, const Bundle& bundle, int64_t begin, int64_t end, const Pass& pass) {
+  const Rule& rule = *static_cast<const Rule*>(given);
   alignas(64) V buffer[Rule::kOperands][kTile];
   TileOperand<V> operands[Rule::kOperands];
   bool all_in_place = true, all_bf16 = bundle.layout == nullptr && bundle.average == nullptr && !pass.unscale;
@@ -382,14 +383,5 @@ void sweep(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t end, c
     }
   }
 }
-
-#define OPTIM_EXT_INSTANTIATE(...)                                                                            \
-  template void sweep<rules::__VA_ARGS__, float>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t,  \
-                                                 const Pass&);                                                \
-  template void sweep<rules::__VA_ARGS__, double>(const rules::__VA_ARGS__&, const Bundle&, int64_t, int64_t, \
-                                                  const Pass&);
-OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
-#undef OPTIM_EXT_INSTANTIATE
-#include "reduce-inl.h"
 
 }  // namespace optim_ext::cpu::OPTIM_EXT_ISA

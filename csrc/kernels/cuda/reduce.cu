@@ -1,6 +1,6 @@
 // Reductions on a GPU: one launch fills the slots of all tensors, and its last block turns them into the outcome.
 #include "../../device/kernel.h"
-#include "../../rules/all_rules.h"
+#include "../../rules/reductions.h"
 #include "launch.h"
 #include "reduce_block.h"
 

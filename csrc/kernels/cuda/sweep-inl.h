@@ -1,7 +1,6 @@
-// The kernel around a block's work, instantiated for every rule with the value type OPTIM_EXT_VALUE. Two files include
-// this, so that a build with two jobs compiles them side by side.
+// The kernel around a block's work. Each family of rules is a translation unit that includes its header and this file
+// and instantiates the kernel for its rules: to change a rule recompiles its own family only.
 #include "../../device/kernel.h"
-#include "../../rules/all_rules.h"
 #include "block.h"
 #include "launch.h"
 
@@ -53,9 +52,10 @@ device::Status launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, devi
   return error;
 }
 
-#define OPTIM_EXT_INSTANTIATE(...)                                                           \
-  template device::Status launch_sweep<rules::__VA_ARGS__, OPTIM_EXT_VALUE, kArgumentBytes>( \
+#define OPTIM_EXT_INSTANTIATE(...)                                                  \
+  template device::Status launch_sweep<rules::__VA_ARGS__, float, kArgumentBytes>(  \
+      const Args<rules::__VA_ARGS__, kArgumentBytes>&, int64_t, device::Stream);    \
+  template device::Status launch_sweep<rules::__VA_ARGS__, double, kArgumentBytes>( \
       const Args<rules::__VA_ARGS__, kArgumentBytes>&, int64_t, device::Stream);
-OPTIM_EXT_FOR_EACH_RULE(OPTIM_EXT_INSTANTIATE)
 
 }  // namespace optim_ext::cuda

@@ -1,14 +1,11 @@
-// The sweeps for AVX2, chosen at run time (x86-64 only).
-#include "kernels.h"
+// The loops of L-BFGS for AVX2, chosen at run time (x86-64 only).
+#include "isa.h"
 
 #if OPTIM_EXT_X86_ISAS
-#include <immintrin.h>
-
 #define OPTIM_EXT_TARGET_AVX2
 #include "target_begin.h"
 #define OPTIM_EXT_ISA isa_avx2
 #define OPTIM_EXT_REGISTER_BYTES 32
-#include "sweep-inl.h"
 #include "history-inl.h"
 #include "target_end.h"
 #endif

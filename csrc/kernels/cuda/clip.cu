@@ -1,0 +1,8 @@
+#include "../../rules/clip.h"
+#include "sweep-inl.h"
+
+namespace optim_ext::cuda {
+
+OPTIM_EXT_INSTANTIATE(Clip)
+
+}  // namespace optim_ext::cuda

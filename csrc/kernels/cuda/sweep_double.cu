@@ -1,2 +1,0 @@
-#define OPTIM_EXT_VALUE double
-#include "sweep-inl.h"

@@ -1,2 +1,0 @@
-#define OPTIM_EXT_VALUE float
-#include "sweep-inl.h"
