@@ -9,6 +9,8 @@ import torch
 from specs import Options, Spec, Tolerance
 from torch import Tensor
 
+from optim_ext._tables import TABLES
+
 Device = torch.device | str
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0,), (3, 5), (2, 3, 4), (17, 33))
@@ -103,7 +105,7 @@ def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer
             if not isinstance(value, Tensor):
                 assert found == value, (index, key)
                 continue
-            if key in ours._scalar_state - {"step"}:
+            if key in TABLES[ours._op].scalar_state - {"step"}:
                 found = found.to(value.dtype)
             assert (found.dtype, found.device, found.shape) == (value.dtype, value.device, value.shape), (index, key)
             assert_close(found, value, Tolerance(0, 0) if key == "step" else tolerance, f"state {index} {key}")
