@@ -41,8 +41,40 @@ OPTIM_EXT_INLINE void over_block(const Block& given, const Visit& visit) {
   }
 }
 
+// Runs of few elements, of which none needs converting, in two moves each that may overlap: kHalf bytes from either
+// end.
+template <int kHalf, class T>
+OPTIM_EXT_INLINE void move_runs(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t runs,
+                                int64_t length) {
+  const int64_t second = length - kHalf / static_cast<int64_t>(sizeof(T));
+  for (int64_t r = 0; r < runs; ++r, from += from_step, to += to_step) {
+    __builtin_memcpy(to, from, kHalf);
+    __builtin_memcpy(to + second, from + second, kHalf);
+  }
+}
+
+// Whether move_short_runs() has moved them.
+template <class T>
+OPTIM_EXT_INLINE bool move_short_runs(const T* from, int64_t from_step, T* to, int64_t to_step, const Block& block) {
+  const int64_t bytes = block.length * static_cast<int64_t>(sizeof(T));
+  if (block.stride != 1 || block.runs < 2 || bytes < 8 || bytes > 64) return false;
+  if (bytes >= 32) {
+    move_runs<32>(from, from_step, to, to_step, block.runs, block.length);
+  } else if (bytes >= 16) {
+    move_runs<16>(from, from_step, to, to_step, block.runs, block.length);
+  } else {
+    move_runs<8>(from, from_step, to, to_step, block.runs, block.length);
+  }
+  return true;
+}
+template <class T, class V>
+OPTIM_EXT_INLINE bool move_short_runs(const T*, int64_t, V*, int64_t, const Block&) {
+  return false;  // they need converting
+}
+
 template <class T, class V, class Convert>
 OPTIM_EXT_INLINE void widen_block(const T* x, const Block& block, V* to, const Convert& wide) {
+  if (move_short_runs(x, block.run_stride, to, block.length, block)) return;
   if (block.runs == 1 && block.stride == 1) {
     OPTIM_EXT_FOR(i, block.length) to[i] = static_cast<V>(wide(x[i]));
   } else {
@@ -53,6 +85,7 @@ OPTIM_EXT_INLINE void widen_block(const T* x, const Block& block, V* to, const C
 
 template <class T, class V, class Convert>
 OPTIM_EXT_INLINE void narrow_block(const V* from, T* x, const Block& block, const Convert& narrowed) {
+  if (move_short_runs(from, block.length, x, block.run_stride, block)) return;
   if (block.runs == 1 && block.stride == 1) {
     OPTIM_EXT_FOR(i, block.length) x[i] = narrowed(from[i]);
   } else {
@@ -330,6 +363,47 @@ OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_
   }
 }
 
+// Whether the fastest dimension of a layout is walked in runs that are one piece of memory in every operand, long
+// enough to be updated where they are, and that nothing needs converting.
+constexpr int64_t kLeastRun = 8, kLeastRuns = 8;
+
+template <class Rule, class V>
+OPTIM_EXT_INLINE bool has_runs(const Bundle& bundle) {
+  const Layout& layout = *bundle.layout;
+  const int last = layout.ndim - 1;
+  bool fits = layout.rows == nullptr && layout.outer == nullptr && last > 0 && layout.sizes[last] >= kLeastRun &&
+              layout.sizes[last - 1] >= kLeastRuns;
+  for (int k = 0; k < Rule::kOperands; ++k) {
+    if ((Rule::kUsed >> k) & 1u) fits = fits && bundle.storage[k] == kNative<V> && layout.strides[k][last] == 1;
+  }
+  return fits;
+}
+
+template <class Rule, class V>
+OPTIM_EXT_INLINE void sweep_runs(const Rule& given, const Bundle& bundle, int64_t begin, int64_t end, V grad_factor) {
+  constexpr typename MakeIndices<Rule::kOperands>::type kAll;
+  const Rule rule = given;
+  const Layout& layout = *bundle.layout;
+  const int last = layout.ndim - 1;
+  const int64_t length = layout.sizes[last], runs = layout.sizes[last - 1];
+  for (int64_t start = begin; start < end;) {
+    int64_t run = start / length, column = start - run * length;
+    run %= runs;
+    V* tile[Rule::kOperands] = {};
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      if ((Rule::kUsed >> k) & 1u) tile[k] = static_cast<V*>(bundle.data[k]) + layout.offset(k, start);
+    }
+    for (; run < runs && start < end; ++run, column = 0) {
+      const int64_t n = length - column < end - start ? length - column : end - start;
+      apply<Rule, V>(rule, tile, n, grad_factor, [](int64_t) __attribute__((always_inline)) {}, kAll);
+      start += n;
+      for (int k = 0; k < Rule::kOperands; ++k) {
+        if ((Rule::kUsed >> k) & 1u) tile[k] += layout.strides[k][last - 1] - column;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // Applies `rule` to elements [begin, end) of one parameter, and brings its average up to date where the same loop can.
@@ -354,10 +428,16 @@ void sweep(const void* given, const Bundle& bundle, int64_t begin, int64_t end, 
     for (int k = 0; k < Rule::kOperands; ++k) native &= !((Rule::kUsed >> k) & 1u) || bundle.storage[k] == kNative<V>;
     if (native) return sweep_rows<Rule, V>(rule, bundle, begin, end, V(pass.grad_factor));
   }
+  if (bundle.layout != nullptr && !pass.unscale && has_runs<Rule, V>(bundle))
+    return sweep_runs<Rule, V>(rule, bundle, begin, end, V(pass.grad_factor));
   const bool averages = bundle.average != nullptr && averages_in_loop(bundle);
-  const int64_t length = all_in_place ? end - begin : kTile;
-  for (int64_t start = begin; start < end; start += length) {
-    const int64_t n = end - start < length ? end - start : length;
+  // Where there are short runs, tiles hold whole ones.
+  const int64_t run = bundle.layout != nullptr ? bundle.layout->sizes[bundle.layout->ndim - 1] : 1;
+  const int64_t length = all_in_place ? end - begin : run <= kTile ? kTile - kTile % run : kTile;
+  const int64_t in_first = run <= kTile ? begin % run : 0;
+  for (int64_t start = begin, n; start < end; start += n) {
+    n = start == begin && !all_in_place ? length - in_first : length;
+    if (n > end - start) n = end - start;
     V* tile[Rule::kOperands] = {};
     for (int k = 0; k < Rule::kOperands; ++k) {
       if ((Rule::kUsed >> k) & 1u) tile[k] = operands[k].open(start, n, buffer[k]);
