@@ -58,6 +58,17 @@ def one_each(package: Any, shapes: list[tuple[int, ...]], **options: Any) -> Ste
     return step_all
 
 
+def in_turn(package: Any, count: int, **options: Any) -> Stepper:
+    """Optimizers of 500 small tensors each that step one after the other."""
+    optimizers = [package.AdamW(parameters([(4,)] * 500), lr=1e-4, **options) for _ in range(count)]
+
+    def step_all() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step_all
+
+
 def lbfgs(package: Any, numel: int, history: int) -> Stepper:
     """Iterations on an ill-conditioned quadratic, whose closure costs next to nothing."""
     import torch
@@ -83,6 +94,7 @@ CASES: dict[str, tuple[Callable[..., Stepper], bool]] = {
     "AdamW, 1000 x (64 x 64 and 64)": (lambda package, **options: adamw(package, MIXED, **options), True),
     "AdamW, 10 x 64": (lambda package, **options: adamw(package, [(64,)] * 10, **options), True),
     "1000 optimizers of one parameter": (lambda package, **options: one_each(package, SMALL, **options), True),
+    "24 optimizers in turn": (lambda package, **options: in_turn(package, 24, **options), True),
     "L-BFGS, n = 10,000, m = 100": (lambda package: lbfgs(package, 10_000, 100), False),
 }
 

@@ -1,7 +1,5 @@
 """Parameters, gradients and state in one piece of memory: views that interleave, and views that overlap."""
 
-import time
-
 import pytest
 import torch
 from lockstep import give_grads, random, snapshot
@@ -176,23 +174,3 @@ def test_gradients_that_overlap_are_clipped_in_turn():
         clip(params, 0.5)
         results.append(base)
     torch.testing.assert_close(*results)
-
-
-def test_many_optimizers_in_turn_are_remembered():
-    """Each keeps what it has found out about its addresses: a step costs the same whether or not others come between.
-    Comparing anew takes seven times as long."""
-
-    def fastest(optimizers):
-        times = []
-        for optimizer in optimizers * (96 // len(optimizers)):
-            begin = time.perf_counter()
-            optimizer.step()
-            times.append(time.perf_counter() - begin)
-        return min(times[len(optimizers) :])
-
-    optimizers = []
-    for _ in range(24):
-        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(500)]
-        give_grads(params, 0)
-        optimizers.append(optim_ext.SGD(params, lr=0.1, momentum=0.9))
-    assert fastest(optimizers) < 4 * fastest(optimizers[:1])
