@@ -105,7 +105,8 @@ def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer
             if not isinstance(value, Tensor):
                 assert found == value, (index, key)
                 continue
-            if key in TABLES[ours._op].scalar_state - {"step"}:
+            native = getattr(ours, "_op", None)  # state may also be compared between two optimizers of torch or of ours
+            if native is not None and key in TABLES[native].scalar_state - {"step"}:
                 found = found.to(value.dtype)
             assert (found.dtype, found.device, found.shape) == (value.dtype, value.device, value.shape), (index, key)
             assert_close(found, value, Tolerance(0, 0) if key == "step" else tolerance, f"state {index} {key}")

@@ -183,7 +183,7 @@ def test_source_distribution_needs_no_torch(python, root, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         files = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
-    for folder in ("csrc", "optim_ext", "tests", "examples", "tools"):
+    for folder in ("csrc", "optim_ext", "tests", "examples", ".ci"):
         for path in (root / folder).rglob("*"):
             name = str(path.relative_to(root))
             generated = path.suffix in (".so", ".pyc") or path.name in ("_build_info.py", "__pycache__")
@@ -219,7 +219,7 @@ def test_make_builds_for_the_cpu_where_no_gpu_is_visible(root, tmp_path, switch,
     """The recipe runs with stand-ins for the environment's Python and pip."""
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy(root / name, tmp_path)
-    shutil.copytree(root / "tools", tmp_path / "tools")
+    shutil.copytree(root / ".ci", tmp_path / ".ci")
     (tmp_path / "csrc").mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/torch.stamp").touch()
