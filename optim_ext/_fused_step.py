@@ -462,8 +462,13 @@ class FusedStep(NativeStep):
         hypers = [self._hypers(group) for group in self.param_groups]
         if averaging is not None and weight is not None:
             plan.besides.run(weight, common[1], check_only=True)
-        if not plan.step(self.state, self.param_groups, hypers, *common, weight):
-            return False
+        try:
+            if not plan.step(self.state, self.param_groups, hypers, *common, weight):
+                return False
+        except RuntimeError:
+            if all(self._torch_reason(group) is None for group in self.param_groups):
+                raise
+            return False  # what a plan is refused may be torch's by now
         if averaging is not None and pairing is not None:
             averaging.finish(pairing, weight, plan.besides, common[1])
         return True
@@ -695,6 +700,8 @@ class FusedStep(NativeStep):
             entry = self.state[p] if p in self.state else {}
             if not isinstance(entry, Mapping):
                 raise RuntimeError(f"{self._described(group, index)}: its state is {entry!r}, expected a dict")
+            if self._has_torch_step() and (key := _in_its_own_memory(p, entry)) is not None:
+                return f"{self._described(group, index)}: its state {key!r} lies in its own memory"
             counter = entry.get("step")
             if self._has_torch_step() and isinstance(counter, Tensor) and counter.dtype not in _COUNTED_IN:
                 return f"{self._described(group, index)}: its step counter is of {counter.dtype}"
@@ -812,6 +819,21 @@ def _is_other_mapping(entry: Any) -> bool:
 
 def _has_counter(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("step"), Tensor) and not entry["step"].requires_grad
+
+
+def _in_its_own_memory(p: Tensor, entry: Mapping[str, Any]) -> str | None:
+    """The key of state that a parameter was made to share: ``p.data = state["ax"]``. Torch's code, which writes one after
+    the other, gives that a meaning; a kernel that writes both at once does not."""
+    if p.numel() == 0 or p.device.type == "meta":
+        return None
+    place = p.data_ptr()
+    return next((key for key, value in entry.items() if isinstance(value, Tensor) and _begins_at(value, place)), None)
+
+
+def _begins_at(tensor: Tensor, place: int) -> bool:
+    return (
+        type(tensor) is Tensor and tensor.layout == torch.strided and tensor.numel() > 0 and tensor.data_ptr() == place
+    )
 
 
 def _is_zero_on_the_host(lr: Any) -> bool:

@@ -49,15 +49,19 @@ struct Layout {
     return at;
   }
 
-  // The same, and its place in each dimension.
-  OPTIM_EXT_HOST_DEVICE int64_t locate(int operand, int64_t index, int64_t* places) const {
-    int64_t at = 0;
+  // The place of element `index` in each dimension, which is the same for all operands.
+  OPTIM_EXT_HOST_DEVICE void find(int64_t index, int64_t* places) const {
     for (int d = ndim - 1; d >= 0; --d) {
       const int64_t rest = index / sizes[d];
       places[d] = index - rest * sizes[d];
-      at += place(operand, d, places[d]) * strides[operand][d];
       index = rest;
     }
+  }
+
+  // Where the element at these places lies in `operand`, in elements from its data pointer.
+  OPTIM_EXT_HOST_DEVICE int64_t offset_at(int operand, const int64_t* places) const {
+    int64_t at = 0;
+    for (int d = 0; d < ndim; ++d) at += place(operand, d, places[d]) * strides[operand][d];
     return at;
   }
 

@@ -7,6 +7,8 @@ namespace optim_ext::memory {
 namespace {
 
 constexpr int64_t kShortRun = 16, kLongRun = 256;  // elements of the innermost loop
+constexpr int64_t kSmallSide = 8, kSide = 16,
+                  kLongSide = 64;  // of the squares of two arrays that lie across each other
 
 bool is_used(const Walk& walk, int k) { return (walk.used >> k) & 1u; }
 
@@ -18,7 +20,47 @@ bool repeats_elements(const Walk& walk) {
   return repeats;
 }
 
+// The dimension other than the fastest along which an array that is not dense in the fastest is; -1: none.
+int across(const Walk& walk) {
+  for (int k = 0; k < kMostArrays; ++k) {
+    if (!is_used(walk, k) || walk.dims.back().strides[k] == 1) continue;
+    for (size_t d = 0; d + 1 < walk.dims.size(); ++d) {
+      if (walk.dims[d].strides[k] == 1 && walk.dims[d].size >= kSmallSide) return static_cast<int>(d);
+    }
+  }
+  return -1;
+}
+
+// Leaves blocks of about `side` neighbours out of a dimension and returns them; all of it where it has no such factor.
+WalkDim split(WalkDim& dim, int64_t side) {
+  WalkDim block = dim;
+  for (block.size = side; block.size >= kSmallSide && dim.size % block.size != 0;) --block.size;
+  if (block.size < kSmallSide) block.size = dim.size;
+  dim.size /= block.size;
+  for (int64_t& stride : dim.strides) stride *= block.size;
+  return block;
+}
+
+bool lie_alike(const Walk& walk, int a, int b) {
+  return std::all_of(walk.dims.begin(), walk.dims.end(),
+                     [&](const WalkDim& dim) { return dim.size == 1 || dim.strides[a] == dim.strides[b]; });
+}
+
+int count_alike(const Walk& walk, int array) {
+  int count = 0;
+  for (int k = 0; k < kMostArrays; ++k) count += is_used(walk, k) && lie_alike(walk, array, k);
+  return count;
+}
+
 }  // namespace
+
+int most_common(const Walk& walk, int leader) {
+  int found = leader;
+  for (int k = 0; k < kMostArrays; ++k) {
+    if (is_used(walk, k) && count_alike(walk, k) > count_alike(walk, found)) found = k;
+  }
+  return found;
+}
 
 void order(Walk& walk, int leader) {
   std::stable_sort(walk.dims.begin(), walk.dims.end(),
@@ -53,6 +95,18 @@ void lengthen_runs(Walk& walk) {
   dims.front().size /= neighbours.size;
   for (int64_t& stride : dims.front().strides) stride *= neighbours.size;
   dims.push_back(neighbours);
+}
+
+void make_squares(Walk& walk) {
+  if (walk.dims.size() < 2) return;
+  const int other = across(walk);
+  if (other < 0) return;
+  WalkDim &row = walk.dims.back(), &column = walk.dims[static_cast<size_t>(other)];
+  if (std::min(row.size, column.size) <= kLongSide) return;  // whose lines stay in the cache until they are used up
+  const WalkDim run = split(row, kSide), runs = split(column, kSide);
+  walk.dims.push_back(runs);
+  walk.dims.push_back(run);
+  std::erase_if(walk.dims, [](const WalkDim& dim) { return dim.size == 1; });
 }
 
 std::vector<int64_t> list_outer(Walk& walk, size_t most) {

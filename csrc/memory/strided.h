@@ -22,6 +22,9 @@ struct Walk {
   unsigned used;  // bit k: array k is there
 };
 
+// The array that lies as most of them do; `leader` where none has more of its kind.
+int most_common(const Walk& walk, int leader);
+
 // The dimensions in the order in which the leader lies in memory, so that it is read front to back where it is dense.
 void order(Walk& walk, int leader);
 
@@ -31,6 +34,10 @@ void merge(Walk& walk);
 // Small matrices that share factors: corresponding elements of neighbouring ones make longer runs than rows do. Changes
 // the order of elements, so only for a walk that no other has to follow.
 void lengthen_runs(Walk& walk);
+
+// A large matrix that one array holds by rows and another by columns is walked in small squares, so that the cache
+// lines of both are used whole. Changes the order of elements, too.
+void make_squares(Walk& walk);
 
 // Leaves at most `most` dimensions. The outermost become one whose places are listed: the one of index i in array k is
 // element k * size + i of the list, to be multiplied by a stride of one; arrays that are not used get those of dense

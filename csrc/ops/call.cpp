@@ -522,11 +522,12 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
       if (operands.is_used(k)) dim.strides[k] = operands.lists[k].tensors[i].stride(d) * width;
     }
   }
-  memory::order(walk, operands.leader);
+  const bool any_order = spec_.any_order && spec_.common.averages.empty();  // an average follows the same walk
+  memory::order(walk, any_order ? memory::most_common(walk, operands.leader) : operands.leader);
   if (width == 2) walk.dims.push_back({2, {1, 1, 1, 1, 1, 1}});
   memory::merge(walk);
-  // An average follows the same walk, whose own operands do not repeat.
   if (spec_.common.averages.empty()) memory::lengthen_runs(walk);
+  if (any_order) memory::make_squares(walk);
   Layout& layout = layouts_.emplace_back();
   const std::vector<int64_t> outer = memory::list_outer(walk, kMaxDims);
   if (!outer.empty()) {

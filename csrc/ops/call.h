@@ -101,7 +101,8 @@ struct CallSpec {
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
   bool counts = true;  // false: the step is counted by another call of the same op, after this one
   std::initializer_list<PartialList> partial = {};  // only checked
-  int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
+  bool any_order = false;  // nothing is summed over elements, so that these may come in any order
+  int leader = 0;          // the operand whose shape the others must have and whose memory order is walked
 };
 
 // Bundles are written first by the threads that fill them in, in whose caches they were at the last step.

@@ -156,7 +156,8 @@ void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse)
                         .operands = {given.operand(K)...},
                         .state_steps = steps,
                         .scalars = {given.scalar(S)...},
-                        .takes_sparse = takes_sparse};
+                        .takes_sparse = takes_sparse,
+                        .any_order = true};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
     given.fill(call, rule);
     check_derived(call, rule, &rule);

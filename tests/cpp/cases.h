@@ -105,36 +105,60 @@ struct Case {
 
 using Storages = std::vector<Storage>;  // per operand, the last one repeated
 
-// Sizes and strides that only a walk can follow: each operand has its own order of dimensions, with gaps.
-inline void make_strided(Layout& layout, int operands, int64_t numel) {
+// How the operands of a case lie in memory.
+enum Strides : int {
+  kDense,    // in one order, without gaps
+  kMixed,    // each operand has its own order of dimensions, with gaps
+  kRows,     // rows of one piece in every operand, with gaps between them
+  kSquares,  // rows in some operands, columns of the same small matrices in the others
+  kColumn,   // every so many elements
+  kStrides
+};
+
+// Sizes and strides that only a walk can follow.
+inline void make_strided(Layout& layout, int strides, int operands, int64_t numel) {
+  if (strides == kColumn) {
+    layout.ndim = 1;
+    layout.sizes[0] = numel;
+    for (int k = 0; k < operands; ++k) layout.strides[k][0] = 2 + k;
+    return;
+  }
   layout.ndim = 3;
-  layout.sizes[2] = numel % 7 == 0 ? 7 : numel % 2 == 0 ? 2 : 1;
-  layout.sizes[1] = (numel / layout.sizes[2]) % 3 == 0 ? 3 : 1;
+  if (strides == kMixed) {
+    layout.sizes[2] = numel % 7 == 0 ? 7 : numel % 2 == 0 ? 2 : 1;
+    layout.sizes[1] = (numel / layout.sizes[2]) % 3 == 0 ? 3 : 1;
+  } else {
+    layout.sizes[2] = 1;
+    for (int64_t length = 3; length <= 21; ++length) layout.sizes[2] = numel % length == 0 ? length : layout.sizes[2];
+    const int64_t rows = numel / layout.sizes[2];
+    layout.sizes[1] = 1;
+    for (int64_t count = 2; count <= 19; ++count) layout.sizes[1] = rows % count == 0 ? count : layout.sizes[1];
+  }
   layout.sizes[0] = numel / layout.sizes[2] / layout.sizes[1];
   const int orders[][3] = {{0, 1, 2}, {2, 1, 0}, {1, 0, 2}, {2, 0, 1}, {0, 2, 1}, {1, 2, 0}};
   for (int k = 0; k < operands; ++k) {
-    int64_t stride = 1 + k % 3;
+    int64_t stride = strides == kMixed ? 1 + k % 3 : 1;
     for (int d = 2; d >= 0; --d) {
-      const int dim = orders[k % 6][d];
+      const int dim = strides == kMixed ? orders[k % 6][d] : strides == kSquares && k % 2 == 1 && d > 0 ? 3 - d : d;
       layout.strides[k][dim] = stride;
-      stride *= layout.sizes[dim] + (k == 3);
+      stride = stride * layout.sizes[dim] + (strides == kMixed ? (k == 3) * stride : d == 2 ? k % 3 : 0);
     }
   }
 }
 
 // Up to four elements lie before the data, which then need not be aligned to a vector; none if `aligned`.
 template <class Rule>
-Case make_case(int64_t numel, const Storages& storages, bool strided, Random& random, bool aligned = false) {
+Case make_case(int64_t numel, const Storages& storages, int strides, Random& random, bool aligned = false) {
   Case made;
   made.bundle.numel = numel;
-  if (strided) make_strided(made.layout, Rule::kOperands, numel);
+  if (strides != kDense) make_strided(made.layout, strides, Rule::kOperands, numel);
   for (int k = 0; k < Rule::kOperands; ++k) {
     const Storage storage = storages[k < static_cast<int>(storages.size()) ? k : storages.size() - 1];
     const bool used = (Rule::kUsed >> k) & 1u;
     int64_t last = numel - 1;
-    if (strided && numel > 0) {
+    if (strides != kDense && numel > 0) {
       last = 0;
-      for (int d = 0; d < 3; ++d) last += (made.layout.sizes[d] - 1) * made.layout.strides[k][d];
+      for (int d = 0; d < made.layout.ndim; ++d) last += (made.layout.sizes[d] - 1) * made.layout.strides[k][d];
     }
     const int64_t lead = used && !aligned ? static_cast<int64_t>(random.bits() % 5) : 0;
     const int64_t length = used ? lead + last + 1 : 0;

@@ -58,6 +58,7 @@ void walks_visit_the_same_elements() {
     memory::order(walk, 0);
     memory::merge(walk);
     if (n % 2) memory::lengthen_runs(walk);
+    if (n % 5 < 2) memory::make_squares(walk);
     const size_t most = n % 3 == 0 ? 2 : kMaxDims;
     const std::vector<int64_t> outer = memory::list_outer(walk, most);
     check(walk.dims.size() <= most, "%d: %zu dimensions", n, walk.dims.size());
@@ -79,10 +80,33 @@ void the_leader_is_read_front_to_back() {
   check(flat.dims.size() == 1 && flat.dims[0].size == 48, "one dimension");
 }
 
+// The matrices that are walked in squares, and what is walked as it is.
+void squares_have_both_orders() {
+  struct {
+    int64_t rows, columns;
+    size_t dims;
+    int64_t fastest;
+  } const matrices[] = {{768, 768, 4, 16},  {96, 9, 2, 9},    {769, 768, 3, 16},
+                        {768, 769, 3, 769}, {4, 768, 2, 768}, {768, 64, 2, 64}};
+  for (const auto& [rows, columns, dims, fastest] : matrices) {
+    memory::Walk walk{{{rows, {columns, 1}}, {columns, {1, rows}}}, 0b11};
+    auto right = places(walk, {});
+    memory::make_squares(walk);
+    check(walk.dims.size() == dims && walk.dims.back().size == fastest, "%ld x %ld: %zu dimensions, runs of %ld",
+          static_cast<long>(rows), static_cast<long>(columns), walk.dims.size(),
+          static_cast<long>(walk.dims.back().size));
+    auto found = places(walk, {});
+    std::sort(right.begin(), right.end());
+    std::sort(found.begin(), found.end());
+    check(found == right, "%ld x %ld", static_cast<long>(rows), static_cast<long>(columns));
+  }
+}
+
 }  // namespace
 
 int main() {
   walks_visit_the_same_elements();
+  squares_have_both_orders();
   the_leader_is_read_front_to_back();
   return verdict();
 }

@@ -1,5 +1,6 @@
 // Every rule, swept by every instruction set this machine has, against the same rule called one element at a time:
 // the same bytes, whatever the length, the place to begin, the storage of each operand, the strides and the switches.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -56,14 +57,15 @@ void test(const char* name, const std::vector<Storages>& mixes) {
     for (int64_t numel = 0; numel <= 300; ++numel, ++turn) {
       // Switches, zeros, strides, scaling and the place to begin take turns at different paces, so they meet each
       // other.
-      const bool strided = numel > 0 && turn % 3 == 2;
+      const int strides =
+          numel > 0 && turn % 3 == 2 ? kMixed + static_cast<int>(turn / 3 % (kStrides - kMixed)) : kDense;
       const Rule rule = at_step(filled<Rule>(turn % 8, static_cast<int>(turn % 7) - 1, random), 1.0 + turn % 5);
       Pass pass;
       pass.unscale = turn % 4 == 1;
       pass.grad_scale = 3.0 + turn % 2;
       if (turn % 6 >= 4) pass.grad_factor = 0.3;
       const int64_t begin = turn % 5 == 4 ? numel / 3 : 0, end = turn % 11 == 10 ? numel - numel / 4 : numel;
-      const Case start = make_case<Rule>(numel, storages, strided, random);
+      const Case start = make_case<Rule>(numel, storages, strides, random);
       Case expected = start.clone();
       sweep_slowly<Rule, V>(rule, expected.ready(), begin, end, pass);
       for (const auto& [isa_name, isa] : isas()) {
@@ -72,11 +74,37 @@ void test(const char* name, const std::vector<Storages>& mixes) {
         int operand = -1;
         int64_t element = -1;
         check(same(got, expected, &operand, &element),
-              "%s on %s, V of %zu bytes, storages %d %d.., numel %ld [%ld, %ld), strided %d, unscale %d: operand %d, "
+              "%s on %s, V of %zu bytes, storages %d %d.., numel %ld [%ld, %ld), strides %d, unscale %d: operand %d, "
               "element %ld",
               name, isa_name, sizeof(V), static_cast<int>(storages[0]), static_cast<int>(storages.back()),
-              static_cast<long>(numel), static_cast<long>(begin), static_cast<long>(end), strided, pass.unscale,
+              static_cast<long>(numel), static_cast<long>(begin), static_cast<long>(end), strides, pass.unscale,
               operand, static_cast<long>(element));
+      }
+    }
+  }
+}
+
+// Strided ones of many tiles, whole and in pieces.
+template <class Rule, class V>
+void test_long_strides(const char* name, Storage storage) {
+  Random random{13};
+  const Rule rule = at_step(filled<Rule>(0, -1, random), 2.0);
+  for (const int64_t numel : {21 * 19 * 11, 8 * 8 * 40, 16 * 16 * 5, 9 * 17 * 23}) {
+    for (int strides = kMixed; strides < kStrides; ++strides) {
+      const Case start = make_case<Rule>(numel, {storage}, strides, random);
+      Case expected = start.clone();
+      sweep_slowly<Rule, V>(rule, expected.ready(), 0, numel, Pass{});
+      for (const auto& [isa_name, isa] : isas()) {
+        for (const int64_t piece : {numel, int64_t(769), int64_t(100)}) {
+          Case got = start.clone();
+          for (int64_t begin = 0; begin < numel; begin += piece)
+            cpu::sweep_for<Rule, V>(isa)(rule, got.ready(), begin, std::min(begin + piece, numel), Pass{});
+          int operand = -1;
+          int64_t element = -1;
+          check(same(got, expected, &operand, &element),
+                "%s on %s, strides %d, %ld in pieces of %ld: operand %d, element %ld", name, isa_name, strides,
+                static_cast<long>(numel), static_cast<long>(piece), operand, static_cast<long>(element));
+        }
       }
     }
   }
@@ -117,6 +145,9 @@ void test_rule(const char* name) {
   test_long<Rule, float>(name, {f32});
   test_long<Rule, float>(name, {bf16});
   test_long<Rule, double>(name, {f64});
+  test_long_strides<Rule, float>(name, f32);
+  test_long_strides<Rule, float>(name, bf16);
+  test_long_strides<Rule, double>(name, f64);
 }
 
 }  // namespace

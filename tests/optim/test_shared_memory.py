@@ -155,13 +155,35 @@ def test_a_decoder_tied_to_its_encoder_is_averaged_after_all_turns():
 
 
 def test_asgd_after_the_average_is_put_in_place():
-    """``p.data = state["ax"]`` for evaluation, and training goes on: refused, as it always overwrites itself."""
+    """``p.data = state["ax"]`` for evaluation, and training goes on: torch's code steps it, which writes one after the
+    other."""
+    results = []
+    for library in (optim_ext, torch.optim):
+        p, other = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+        optimizer = library.ASGD([{"params": [p]}, {"params": [other]}], lr=0.1, t0=0)
+        for step in range(5):
+            give_grads([p, other], step)
+            optimizer.step()
+            if step == 1:
+                p.data = optimizer.state[p]["ax"]
+                if library is optim_ext:
+                    text = str(optim_ext.explain(optimizer))
+        results.append([p, other, *(optimizer.state[q]["ax"] for q in (p, other))])
+    assert "parameter 0 of group 0: its state 'ax' lies in its own memory" in text
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    assert results[0][0].data_ptr() == results[0][2].data_ptr()
+
+
+@pytest.mark.parametrize("name", ["Lion", "LARS"])
+def test_state_in_its_own_memory_is_refused_where_torch_has_no_code(name):
     p = torch.nn.Parameter(torch.ones(4))
-    optimizer = optim_ext.ASGD([p], lr=0.1, t0=0)
+    optimizer = getattr(optim_ext, name)([p], **({"momentum": 0.9} if name == "LARS" else {}))
     p.grad = torch.ones(4)
     optimizer.step()
-    p.data = optimizer.state[p]["ax"]
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0: axs overlaps in memory"):
+    key = next(iter(optimizer.state[p]))
+    p.data = optimizer.state[p][key]
+    with pytest.raises(RuntimeError, match=f"parameter 0 of group 0: {key} overlaps in memory"):
         optimizer.step()
 
 

@@ -6,6 +6,8 @@
 #include "../convert.h"
 #include "kernels.h"
 
+#include <type_traits>
+
 #if OPTIM_EXT_X86_ISAS
 #include <immintrin.h>
 #if !defined(__clang__)

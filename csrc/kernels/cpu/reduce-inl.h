@@ -19,7 +19,7 @@ OPTIM_EXT_INLINE double reduce_joint(const Bundle& bundle, int64_t begin, int64_
     const double* tile[Rule::kOperands] = {};
     for (int k = 0; k < Rule::kOperands; ++k) {
       if (!((Rule::kUsed >> k) & 1u)) continue;
-      tile[k] = TileOperand<double>(bundle, k).open(start, n, buffer[k]);
+      tile[k] = TileOperand<double>(bundle, k).open({bundle.layout, start}, n, buffer[k]);
     }
     reduce_into<rules::Combined<Rule>>(
         lane, n, [&](int64_t i) { return joint_term<Rule>(tile, i, typename MakeIndices<Rule::kOperands>::type{}); });
@@ -34,7 +34,7 @@ OPTIM_EXT_INLINE double reduce_single(const Bundle& bundle, int64_t begin, int64
   const int64_t size = end - begin;
   if (operand.layout != nullptr) {
     double buffer[kReduceTile];
-    operand.load(begin, size, buffer);
+    operand.load({bundle.layout, begin}, size, buffer);
     return reduce_tile<Rule>(size, [&](int64_t i) { return buffer[i]; });
   }
   switch (operand.storage) {
