@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from problems import PROBLEMS, Run, quartic, rosenbrock, rosenbrock_start, start, start_at
 
 import optim_ext
-from optim_ext._line_search import Point, rounded_to, strong_wolfe
+from optim_ext._lbfgs.line_search import Point, rounded_to, strong_wolfe
 
 BOTH = (optim_ext.LBFGS, torch.optim.LBFGS)
 WOLFE = {"line_search_fn": "strong_wolfe"}
@@ -417,10 +417,13 @@ def test_a_loss_on_the_device_is_read_with_the_norms():
         return loss
 
     optimizer.step(closure)
-    work = optimizer._workspace
-    vector, other = torch.tensor([3.0, -4.0, 0.5]), torch.tensor([1.0, 1.0, 2.0])
+    history = optimizer._workspace.history
     for loss in (torch.tensor(0.1), torch.tensor([7.0], dtype=torch.float64, requires_grad=True)):
-        assert work.loss_and_norms(loss, vector, other) == (loss.item(), work.norms(vector, other))
+        together, apart = (history.evaluate([param], False, True, *given) for given in ((loss,), ()))
+        assert together.loss == loss.item() and math.isnan(apart.loss)
+        for key in ("largest", "total", "product"):
+            assert getattr(together, key) == getattr(apart, key)
+        assert apart.largest == param.grad.abs().max().item()
 
 
 @pytest.mark.parametrize("saved, loaded", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)

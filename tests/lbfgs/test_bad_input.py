@@ -273,7 +273,7 @@ def test_a_closure_that_raises_where_the_slope_is_infinite():
 
 
 def lent(optimizer):
-    return len(optimizer._workspace.vectors._own)
+    return optimizer._workspace.history.vectors
 
 
 def test_starting_anew_and_failing_keep_no_memory():
