@@ -1,9 +1,11 @@
 """LBFGS as one of this package's optimizers: the same controls, texts and refusals, and what is there for any optimizer."""
 
 import copy
+import gc
 import math
 import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,17 @@ def test_an_iteration_calls_the_history_three_times(options):
         assert len(in_iterations) == 3 * 5 + 2 * further
     else:
         assert len(in_iterations) == 2 * 5 - 1  # the last move is not evaluated
+
+
+@pytest.mark.parametrize("options", [{}, WOLFE, {"bounds": (-1.0, 1.0)}], ids=["fixed", "wolfe", "bounded"])
+def test_a_hook_that_has_the_optimizer_keeps_nothing_alive(options):
+    """A cycle of references through the optimizer is for Python's garbage collector to find."""
+    run = start(LBFGS, "rosenbrock-10", max_iter=3, **options).steps(2)
+    run.params[0].register_hook(lambda grad, optimizer=run.optimizer: grad)
+    kept = [weakref.ref(of) for of in (run.params[0], run.optimizer, run.state["d"])]
+    del run
+    gc.collect()
+    assert all(ref() is None for ref in kept)
 
 
 def test_help_and_repr_tell_what_is_added():
