@@ -141,6 +141,15 @@ class NativeStep(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    @property
+    def _native_how(self) -> str:
+        """What a native step consists of, in a few words."""
+        raise NotImplementedError
+
+    def _torch_reason(self, group: dict[str, Any], ahead: bool = False) -> str | None:
+        """Why a group takes torch's own code, or None if it runs natively; ``ahead``: once there are gradients."""
+        raise NotImplementedError
+
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch, which knows of parameters and step counts only, has cast to the dtype of a parameter."""
         raise NotImplementedError

@@ -67,6 +67,8 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
     left them, and the state fits them; bad input is found before anything is written.
     """
 
+    _no_joint_norm = "LBFGS evaluates gradients within its step and does not clip"
+
     def __init__(
         self,
         params: Any,
@@ -239,8 +241,9 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
             return "parameters share memory"
         return None
 
-    _no_joint_norm = "LBFGS evaluates gradients within its step and does not clip"
-    _native_how = "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
+    @property
+    def _native_how(self) -> str:
+        return "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
 
     @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
     @torch.no_grad()

@@ -78,29 +78,47 @@ Gradients gradients_of(TensorList params, const std::vector<int64_t>& offsets, a
   return found;
 }
 
-OptionalTensor tensor_in(const py::object& state, const char* key) {
-  const py::object value = state.attr("get")(key);
-  if (value.is_none()) return kNone;
-  if (!is_tensor(value.ptr())) throw py::type_error(std::string("the state '") + key + "' of LBFGS is no tensor");
-  return THPVariable_Unpack(value.ptr());
-}
+// The vectors of a state, as the history computes with them: it may come from torch, or from a checkpoint of another
+// dtype. Those of the last time are what they were.
+class StateReader {
+ public:
+  StateReader(const py::object& state, int64_t numel, at::Device device)
+      : state_(state), numel_(numel), device_(device) {}
 
-// The newest `size` rows.
-std::vector<Tensor> rows_in(const py::object& state, const char* key, int64_t size) {
-  std::vector<Tensor> rows;
-  const py::object value = state.attr("get")(key);
-  if (value.is_none()) return rows;
-  const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), "the rows of LBFGS are no list"));
-  if (!list) throw py::error_already_set();
-  const int64_t count = PySequence_Fast_GET_SIZE(list.ptr());
-  rows.reserve(std::min(count, size));
-  for (int64_t i = std::max<int64_t>(0, count - size); i < count; ++i) {
-    PyObject* const row = PySequence_Fast_GET_ITEM(list.ptr(), i);
-    if (!is_tensor(row)) throw py::type_error(std::string("the state '") + key + "' of LBFGS holds what is no tensor");
-    rows.push_back(THPVariable_Unpack(row));
+  OptionalTensor vector(const char* key, at::ScalarType dtype) const {
+    const py::object value = state_.attr("get")(key);
+    return value.is_none() ? kNone : OptionalTensor(fitting(value.ptr(), key, dtype));
   }
-  return rows;
-}
+
+  // The newest `size` of a list.
+  std::vector<Tensor> rows(const char* key, at::ScalarType dtype, int64_t size) const {
+    std::vector<Tensor> rows;
+    const py::object value = state_.attr("get")(key);
+    if (value.is_none()) return rows;
+    TORCH_CHECK_TYPE(PyList_Check(value.ptr()) || PyTuple_Check(value.ptr()), "the state '", key,
+                     "' of LBFGS is of type ", Py_TYPE(value.ptr())->tp_name, ", expected a list");
+    const int64_t count = PySequence_Fast_GET_SIZE(value.ptr());
+    rows.reserve(std::min(count, size));
+    for (int64_t i = std::max<int64_t>(0, count - size); i < count; ++i)
+      rows.push_back(fitting(PySequence_Fast_GET_ITEM(value.ptr(), i), key, dtype));
+    return rows;
+  }
+
+ private:
+  Tensor fitting(PyObject* value, const char* key, at::ScalarType dtype) const {
+    TORCH_CHECK_TYPE(is_tensor(value), "the state '", key, "' of LBFGS holds an object of type ",
+                     Py_TYPE(value)->tp_name, ", expected a tensor");
+    const Tensor& tensor = THPVariable_Unpack(value);
+    TORCH_CHECK(tensor.dim() == 1 && tensor.numel() == numel_, "the state '", key, "' of LBFGS has shape ",
+                tensor.sizes(), ", the parameters have ", numel_, " numbers; optimizer.state.clear() starts anew");
+    const bool fits = tensor.scalar_type() == dtype && tensor.device() == device_ && tensor.is_contiguous();
+    return fits ? tensor : tensor.to(device_, dtype).contiguous();
+  }
+
+  const py::object& state_;
+  const int64_t numel_;
+  const at::Device device_;
+};
 
 py::list as_list(const std::vector<Tensor>& tensors, int64_t size) {
   py::list list(size);
@@ -122,6 +140,7 @@ class PythonHistory {
                 std::vector<std::pair<int64_t, int64_t>> held)
       : history_(numel, dtype, row_dtype, device, history_size, std::move(metric), std::move(held)),
         offsets_(std::move(offsets)),
+        numel_(numel),
         dtype_(dtype),
         row_dtype_(row_dtype),
         device_(device) {}
@@ -138,23 +157,14 @@ class PythonHistory {
 
   // Whether there is a direction.
   bool load(const py::object& state, int64_t history_size) {
-    const auto fitting = [&](const Tensor& tensor, at::ScalarType dtype) {
-      return tensor.to(device_, dtype).contiguous();
-    };
-    std::vector<Tensor> dirs = rows_in(state, "old_dirs", history_size);
-    std::vector<Tensor> stps = rows_in(state, "old_stps", history_size);
+    const StateReader reader(state, numel_, device_);
+    const std::vector<Tensor> dirs = reader.rows("old_dirs", row_dtype_, history_size);
+    const std::vector<Tensor> stps = reader.rows("old_stps", row_dtype_, history_size);
     TORCH_CHECK_VALUE(dirs.size() == stps.size(), "the state of LBFGS has ", dirs.size(), " old_dirs but ", stps.size(),
                       " old_stps");
-    for (auto* const rows : {&dirs, &stps}) {
-      for (Tensor& row : *rows) {
-        if (row.scalar_type() != row_dtype_ || row.device() != device_ || !row.is_contiguous())
-          row = fitting(row, row_dtype_);
-      }
-    }
-    OptionalTensor d = tensor_in(state, "d"), prev_grad = d ? tensor_in(state, "prev_flat_grad") : kNone;
+    const OptionalTensor d = reader.vector("d", dtype_);
+    const OptionalTensor prev_grad = d ? reader.vector("prev_flat_grad", dtype_) : kNone;
     TORCH_CHECK_VALUE(!d || prev_grad, "the state of LBFGS has a direction 'd', but no 'prev_flat_grad'");
-    if (d) d = fitting(*d, dtype_);
-    if (prev_grad) prev_grad = fitting(*prev_grad, dtype_);
     history_.take_up(dirs, stps, d, prev_grad);
     return d.has_value();
   }
@@ -191,6 +201,7 @@ class PythonHistory {
  private:
   LbfgsHistory history_;
   const std::vector<int64_t> offsets_;
+  const int64_t numel_;
   const at::ScalarType dtype_, row_dtype_;
   const at::Device device_;
 };

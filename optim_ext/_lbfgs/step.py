@@ -67,9 +67,9 @@ class Step:
             return given
         self.evals = 1
         self.state: dict[str, Any] = self.states[self.params[0]]  # torch keeps it under the first parameter
+        self._load()
         self.state["func_evals"] = self.state.get("func_evals", 0) + 1
         self.state.setdefault("n_iter", 0)
-        self._load()
         try:
             self._measure()
             if self.method.recover and not self._is_finite():
