@@ -57,6 +57,8 @@ class Rows {
                 ": a history of dtype ", dtype, " cannot be combined with vectors of dtype ",
                 vectors.like.scalar_type());
     storage_ = *storage_of(dtype);
+    dirs_.reserve(old_dirs.size() + 1);
+    stps_.reserve(old_stps.size() + 1);
     for (const Tensor& row : old_dirs) add(vectors, row, "old_dirs", dtype, dirs_);
     for (const Tensor& row : old_stps) add(vectors, row, "old_stps", dtype, stps_);
   }
