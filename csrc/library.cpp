@@ -6,12 +6,11 @@
 
 #include "kernels/rule_names.h"
 #include "ops/average_plan.h"
-#include "ops/block_memory.h"
 #include "ops/drivers.h"
 #include "ops/grad_marks.h"
 #include "ops/gradients.h"
 #include "ops/lbfgs_op.h"
-#include "ops/lbfgs_params.h"
+#include "ops/lbfgs_python.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -64,19 +63,7 @@ PYBIND11_MODULE(_C, m) {
   bind_average_plan(m);
   bind_gradients(m);
   bind_grad_marks(m);
-  bind_lbfgs_params(m);
-  m.def("vectors_of_one_block", &vectors_of_one_block,
-        "Vectors on the CPU that lie one behind the other, in huge pages where the system has them.");
-  py::class_<LbfgsGram>(m, "LbfgsGram")
-      .def(py::init<>())
-      .def("append_dots", [](LbfgsGram& gram, const Tensor& dots) { gram.append_dots(dots); })
-      .def("push", [](LbfgsGram& gram, const Tensor& dots, int64_t history_size,
-                      double least) { return gram.push(dots, history_size, least); })
-      .def("coefficients", &LbfgsGram::coefficients)
-      .def_property_readonly("count", &LbfgsGram::count)
-      .def_property_readonly("h_diag", &LbfgsGram::h_diag)
-      .def_property_readonly("curvatures", &LbfgsGram::curvatures)
-      .def_property_readonly("alpha", &LbfgsGram::alpha);
+  bind_lbfgs(m);
   m.def(
       "rules",
       [] {

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 import optim_ext
-from optim_ext._fused_step import FusedStep
-from optim_ext.lbfgs import LBFGS
+from optim_ext._native_step import NativeStep
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,10 @@ def explain(optimizer: Any) -> list[GroupReport]:
 
 
 def _judge(optimizer: Any, group: dict[str, Any]) -> tuple[bool, str]:
-    if not isinstance(optimizer, (FusedStep, LBFGS)):
+    if not isinstance(optimizer, NativeStep):
         name = type(optimizer).__name__
         ours = getattr(optim_ext, name, None)
-        if (
-            ours is not None
-            and issubclass(ours, FusedStep | LBFGS)
-            and type(optimizer) is getattr(torch.optim, name, None)
-        ):
+        if ours is not None and issubclass(ours, NativeStep) and type(optimizer) is getattr(torch.optim, name, None):
             return False, f"this is torch.optim.{name}; use optim_ext.{name}"
         return False, f"{name} has no native step in optim_ext"
     reason = optimizer._torch_reason(group, ahead=True)
@@ -77,7 +72,7 @@ def _is_optimizer(thing: Any) -> bool:
 def _innermost(optimizer: Any, where: str, seen: set[int]) -> list[tuple[Any, str]]:
     """Those that step in the end, each with the attributes that lead to it."""
     found = []
-    if not isinstance(optimizer, (FusedStep, LBFGS)):
+    if not isinstance(optimizer, NativeStep):
         for name, value in getattr(optimizer, "__dict__", {}).items():
             several = value if isinstance(value, (list, tuple)) else None
             for place, inner in enumerate((value,) if several is None else several):

@@ -11,7 +11,6 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
@@ -20,9 +19,9 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from optim_ext import _grad_control, _joint
-from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
+from optim_ext._grad_control import GradPolicy, Verdict
 from optim_ext._load import _C
-from optim_ext._native_step import NativeStep
+from optim_ext._native_step import ADDED_TO_ALL, Controls, NativeStep
 from optim_ext._tables import TABLES
 from optim_ext.swa_utils import AveragedModel, StepAveraging, step_averaging
 
@@ -43,16 +42,11 @@ _NOT_COMPILED = (
     "Use set_grad_policy(max_norm=...), which is compiled into the step"
 )
 
-# What help() says of each class after torch's own text, or ours.
-_OURS = """\
-.. rubric:: What optim_ext adds
-
+# What help() says of each class.
+_ADDS = f"""\
 * ``clip_grad_norm(max_norm)`` instead of ``torch.nn.utils.clip_grad_norm_``: the next ``step()`` clips as it updates.
 * ``set_grad_policy(max_norm=, skip_nonfinite=, skip_above=)``: every step clips, or is skipped, by the gradients' norm.
-* ``average_into(averaged)``: every step also updates an :class:`optim_ext.swa_utils.AveragedModel`.
-* ``find_nonfinite()`` names the parameters that are not finite, ``measure_step()`` gives norms of a step.
-* :func:`optim_ext.explain` says which parameter groups step natively, and why others do not.
-"""
+{ADDED_TO_ALL}"""
 
 # Why a differentiable step takes torch's code.
 _RECORDED = "differentiable=True: the step itself is recorded by autograd"
@@ -86,19 +80,6 @@ class _AskedByScaler:
         raise AttributeError("_step_supports_amp_scaling")
 
 
-@dataclass
-class Controls:
-    """What was asked of an optimizer's steps besides its options. In one object, as frameworks wrap optimizers in others
-    that share their attributes: what such a wrapper is told reaches the optimizer that steps."""
-
-    armed: ArmedClip | None = None  # by clip_grad_norm, for the next step
-    by_scaler: bool = False  # the step is GradScaler's, which may have unscaled the gradients just now
-    turn: _joint.Turn | None = None  # told by the first of those that share the policy, for the next step
-    policy: GradPolicy | None = None
-    averaging: StepAveraging | None = None
-    groups: int = 0  # how many parameter groups the optimizer had when it was last asked for one of these
-
-
 class FusedStep(NativeStep):
     """Base of the native optimizers: put it in front of the ``torch.optim`` class whose rule it replaces.
 
@@ -122,16 +103,14 @@ class FusedStep(NativeStep):
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
     _plan: _C.Plan | None  # of the last step
-    _controls: Controls
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+        own = "_op" in cls.__dict__  # not of a user's subclass
+        super().__init_subclass__(adds=_ADDS if own else None, **kwargs)
         after_mixin = cls.__mro__[cls.__mro__.index(FusedStep) + 1 :]
         step = next(base.__dict__["step"] for base in after_mixin if "step" in base.__dict__)
         cls._bare_torch_step = staticmethod(inspect.unwrap(step))
-        if "_op" in cls.__dict__ and cls.__doc__ is not None:  # not of a user's subclass
-            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{_OURS}"
 
     @property
     def _native_how(self) -> str:
@@ -315,42 +294,12 @@ class FusedStep(NativeStep):
         self._replace_policy(GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None)
         return self.grad_policy
 
-    def _replace_policy(self, policy: GradPolicy | None) -> None:
-        controls = self._ask()
-        if controls.policy is not None and controls.policy._sharing is not None:
-            controls.policy._sharing.leave(controls)
-        controls.policy, controls.turn = policy, None
-
-    @property
-    def grad_policy(self) -> GradPolicy | None:
-        """What ``set_grad_policy`` made, or None."""
-        return self._asked().policy
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         controls = self._asked()
         controls.armed = controls.turn = None
 
     zero_grad.__doc__ = Optimizer.zero_grad.__doc__
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Torch's, which copies and pickles options and state alone, and the policy: clipping must not get lost."""
-        policy = self.grad_policy
-        return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        policy = state.get("_grad_policy")
-        super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
-        controls = self._asked()  # there from now on: a wrapper that shares attributes must find it
-        if policy is not None:
-            controls.policy = policy
-            if policy._sharing is not None:
-                policy._sharing.join(self)
-
-    def __repr__(self) -> str:
-        """Torch's, and the policy."""
-        text, policy = super().__repr__(), self.grad_policy
-        return text if policy is None else f"{text.removesuffix(')')}grad_policy: {policy}\n)"
 
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """One number for a whole parameter is kept in torch's default precision, not in the parameter's. Of step counts
@@ -370,18 +319,6 @@ class FusedStep(NativeStep):
         self._ask()
 
     add_param_group.__doc__ = Optimizer.add_param_group.__doc__
-
-    def _asked(self) -> Controls:
-        controls: Controls | None = getattr(self, "_controls", None)
-        if controls is None:
-            self._controls = controls = Controls(groups=len(self.__dict__.get("param_groups", ())))
-        return controls
-
-    def _ask(self) -> Controls:
-        """The controls, for a caller who is about to change them and sees every group."""
-        controls = self._asked()
-        controls.groups = len(self.param_groups)
-        return controls
 
     def _eager_step(self) -> None:
         if not self._in_plain_containers():

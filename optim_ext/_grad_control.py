@@ -7,7 +7,7 @@ update multiplies them by, and whether it is skipped. The gradients themselves a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from optim_ext._load import _C
 
 if TYPE_CHECKING:
-    from optim_ext._fused_step import Controls
     from optim_ext._joint import Round, Sharing, Turn
+    from optim_ext._native_step import Controls
 
 NORM_TYPES = (1.0, 2.0, math.inf)
 
@@ -304,14 +304,25 @@ def find_nonfinite(optimizer: Optimizer) -> list[NonFinite]:
     sharded ones this process's part counts."""
     found = []
     for index, group in enumerate(optimizer.param_groups):
-        values = _count(group["params"])
-        grads = _count([p.grad for p in group["params"]])
-        for place, (grad, value) in enumerate(zip(grads, values, strict=True)):
-            if grad or value:
-                names = group.get("param_names")
-                name = str(names[place]) if names else _C.describe(optimizer.param_groups, index, place)
-                found.append(NonFinite(name, grad, value))
+        params, names = list(group["params"]), group.get("param_names")
+        for place, grad, value in _nonfinite_among(params):
+            name = str(names[place]) if names else _C.describe(optimizer.param_groups, index, place)
+            found.append(NonFinite(name, grad, value))
     return found
+
+
+def find_nonfinite_params(params: Iterable[Tensor | tuple[str, Tensor]]) -> list[NonFinite]:
+    """The same of parameters, with their names where they come with them."""
+    named = [given if isinstance(given, tuple) else (f"parameter {place}", given) for place, given in enumerate(params)]
+    return [NonFinite(named[place][0], grad, value) for place, grad, value in _nonfinite_among([p for _, p in named])]
+
+
+def _nonfinite_among(params: list[Tensor]) -> Iterator[tuple[int, int, int]]:
+    """The places of parameters that are not all finite, with the counts of their gradients and values."""
+    values, grads = _count(list(params)), _count([p.grad for p in params])
+    for place, (grad, value) in enumerate(zip(grads, values, strict=True)):
+        if grad or value:
+            yield place, grad, value
 
 
 def _count(tensors: list[Tensor | None]) -> list[int]:

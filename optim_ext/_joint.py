@@ -19,7 +19,8 @@ from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
 from optim_ext._load import _C
 
 if TYPE_CHECKING:
-    from optim_ext._fused_step import Controls, FusedStep
+    from optim_ext._fused_step import FusedStep
+    from optim_ext._native_step import Controls
 
 _UNSCALE_ALL = (
     "Take the norm once all backward passes are done; under GradScaler call scaler.unscale_(optimizer) for every "

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from optim_ext import _grad_control
-from optim_ext._grad_control import GroupNorms, NonFinite
+from optim_ext import _grad_control, _joint
+from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite
+from optim_ext.swa_utils import StepAveraging
+
+# What help() says of every class after its own lines.
+ADDED_TO_ALL = """\
+* ``average_into(averaged)``: every step also updates an :class:`optim_ext.swa_utils.AveragedModel`.
+* ``find_nonfinite()`` names the parameters that are not finite, ``measure_step()`` gives norms of a step.
+* :func:`optim_ext.explain` says which parameter groups step natively, and why others do not.
+"""
+
+
+@dataclass
+class Controls:
+    """What was asked of an optimizer's steps besides its options. In one object, as frameworks wrap optimizers in others
+    that share their attributes: what such a wrapper is told reaches the optimizer that steps."""
+
+    armed: ArmedClip | None = None  # by clip_grad_norm, for the next step
+    by_scaler: bool = False  # the step is GradScaler's, which may have unscaled the gradients just now
+    turn: _joint.Turn | None = None  # told by the first of those that share the policy, for the next step
+    policy: GradPolicy | None = None
+    averaging: StepAveraging | None = None
+    groups: int = 0  # how many parameter groups the optimizer had when it was last asked for one of these
 
 
 class NativeStep(Optimizer):
-    """Base of all optimizers whose step runs natively: of :class:`optim_ext._fused_step.FusedStep` and of L-BFGS."""
+    """Base of all optimizers whose step runs natively: of :class:`optim_ext._fused_step.FusedStep` and of L-BFGS.
+
+    A subclass says with ``adds`` what help() is to tell of it after torch's own text, or ours.
+    """
+
+    _controls: Controls
+    # Why a norm cannot be taken of its gradients and other optimizers' together; None if it can.
+    _no_joint_norm: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, adds: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if adds is not None and cls.__doc__ is not None:
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n.. rubric:: What optim_ext adds\n\n{adds}"
 
     def find_nonfinite(self) -> list[NonFinite]:
         """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
@@ -32,6 +67,55 @@ class NativeStep(Optimizer):
         Keeps a copy of all parameters meanwhile.
         """
         return _grad_control.measure_step(self)
+
+    @property
+    def grad_policy(self) -> GradPolicy | None:
+        """What ``set_grad_policy`` made, or None."""
+        return self._asked().policy
+
+    def _replace_policy(self, policy: GradPolicy | None) -> None:
+        controls = self._ask()
+        if controls.policy is not None and controls.policy._sharing is not None:
+            controls.policy._sharing.leave(controls)
+        controls.policy, controls.turn = policy, None
+
+    def _asked(self) -> Controls:
+        controls: Controls | None = getattr(self, "_controls", None)
+        if controls is None:
+            self._controls = controls = Controls(groups=len(self.__dict__.get("param_groups", ())))
+        return controls
+
+    def _ask(self) -> Controls:
+        """The controls, for a caller who is about to change them and sees every group."""
+        controls = self._asked()
+        controls.groups = len(self.param_groups)
+        return controls
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._asked()  # there from the constructor on, which adds the first group
+        super().add_param_group(param_group)
+        self._ask()
+
+    add_param_group.__doc__ = Optimizer.add_param_group.__doc__
+
+    def __repr__(self) -> str:
+        """Torch's, and the policy."""
+        text, policy = super().__repr__(), self.grad_policy
+        return text if policy is None else f"{text.removesuffix(')')}grad_policy: {policy}\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch's, which copies and pickles options and state alone, and the policy: it must not get lost."""
+        policy = self.grad_policy
+        return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        policy = state.get("_grad_policy")
+        super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
+        controls = self._asked()  # there from now on: a wrapper that shares attributes must find it
+        if policy is not None:
+            controls.policy = policy
+            if policy._sharing is not None:
+                policy._sharing.join(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class, or of torch's class of the same name, returned.
@@ -56,6 +140,15 @@ class NativeStep(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @property
+    def _native_how(self) -> str:
+        """What a native step consists of, in a few words."""
+        raise NotImplementedError
+
+    def _torch_reason(self, group: dict[str, Any], ahead: bool = False) -> str | None:
+        """Why a group takes torch's own code, or None if it runs natively; ``ahead``: once there are gradients."""
+        raise NotImplementedError
 
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch, which knows of parameters and step counts only, has cast to the dtype of a parameter."""

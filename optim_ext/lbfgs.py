@@ -13,12 +13,12 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 
 from optim_ext import _grad_control
-from optim_ext._fused_step import Controls, Group, Loss, _is_plain
+from optim_ext._fused_step import Group, Loss, _is_plain
 from optim_ext._grad_control import GradPolicy
-from optim_ext._lbfgs_box import BoxedStep
-from optim_ext._lbfgs_step import Bound, Method, Step, Workspace, span_of, working_dtype
+from optim_ext._lbfgs.step import Step
+from optim_ext._lbfgs.workspace import Bound, Method, Workspace, span_of, working_dtype
 from optim_ext._load import _C
-from optim_ext._native_step import NativeStep
+from optim_ext._native_step import ADDED_TO_ALL, NativeStep
 from optim_ext.swa_utils import AveragedModel, step_averaging
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
@@ -32,7 +32,12 @@ _NOT_CLIPPED = (
 )
 
 
-class LBFGS(NativeStep, torch.optim.LBFGS):
+_ADDS = f"""\
+* ``set_grad_policy(skip_nonfinite=, skip_above=)``: a step is skipped by the norm of the gradient it begins with.
+{ADDED_TO_ALL}"""
+
+
+class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
     """L-BFGS (Liu & Nocedal 1989), torch's optimizer with a native iteration.
 
     The arguments up to ``maximize`` (in versions of torch that have it) are those of :class:`torch.optim.LBFGS`, and so
@@ -62,6 +67,8 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
     left them, and the state fits them; bad input is found before anything is written.
     """
 
+    _no_joint_norm = "LBFGS evaluates gradients within its step and does not clip"
+
     def __init__(
         self,
         params: Any,
@@ -89,17 +96,9 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
         for group in further:
             self.add_param_group(group)
         self._method()
-        self._asked()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Torch's, which copies and pickles options and state alone, and the policy: skipping must not get lost."""
-        policy = self.grad_policy
-        return super().__getstate__() | ({} if policy is None else {"_grad_policy": policy})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({key: value for key, value in state.items() if key != "_grad_policy"})
-        controls = self._asked()  # there from now on: wrappers share it with the optimizer they hold
-        controls.policy = state.get("_grad_policy", controls.policy)
+        super().__setstate__(state)
         self.__dict__.pop("_workspace", None)
         self._params = self.param_groups[0]["params"]  # torch's own step looks there
         self._numel_cache = None
@@ -114,7 +113,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, under torch's keys. Later steps do not write to its tensors."""
         if "_workspace" in self.__dict__:
-            self._workspace.disown()  # its tensors may be kept: they are not written again
+            self._workspace.history.disown()  # its tensors may be kept: they are not written again
         return super().state_dict()
 
     def average_into(self, averaged: AveragedModel | None, model: Module | None = None) -> None:
@@ -131,7 +130,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
             ValueError: it has an averaging function of its own, does not match the model, is on another device, belongs
                 to another optimizer, or its model is not known.
         """
-        self._asked().averaging = None if averaged is None else step_averaging(averaged, model, self)
+        self._ask().averaging = None if averaged is None else step_averaging(averaged, model, self)
 
     def clip_grad_norm(self, *args: Any, **kwargs: Any) -> None:
         """Refused: L-BFGS needs the gradient itself.
@@ -170,17 +169,8 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
         if max_norm is not None:
             raise RuntimeError(_NOT_CLIPPED)
         asked = skip_nonfinite or skip_above is not None
-        self._asked().policy = GradPolicy(None, norm_type, skip_nonfinite, skip_above) if asked else None
+        self._replace_policy(GradPolicy(None, norm_type, skip_nonfinite, skip_above) if asked else None)
         return self.grad_policy
-
-    @property
-    def grad_policy(self) -> GradPolicy | None:
-        """What ``set_grad_policy`` made, or None."""
-        return self._asked().policy
-
-    def _asked(self) -> Controls:
-        controls: Controls = self.__dict__.setdefault("_controls", Controls())
-        return controls
 
     def _is_to_skip(self) -> bool:
         """What the policy makes of the gradients that are there. Waits for the device."""
@@ -251,7 +241,9 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
             return "parameters share memory"
         return None
 
-    _native_how = "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
+    @property
+    def _native_how(self) -> str:
+        return "optim_ext::lbfgs_pair_ and lbfgs_combine_ in every iteration"
 
     @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
     @torch.no_grad()
@@ -286,8 +278,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
             by_torch: Loss = self._torch_step(closure, reason)
             return by_torch
         workspace = self._workspace_for(params, method)
-        kind = BoxedStep if method.bounded else Step
-        step = kind(self.state, workspace, method, torch.enable_grad()(closure), self._is_to_skip)
+        step = Step(self.state, workspace, method, torch.enable_grad()(closure), self._is_to_skip)
         first: Loss = step.run()
         averaging = self._asked().averaging
         if averaging is not None and not step.is_skipped:
@@ -315,8 +306,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS):
             changed = workspace.what_changed(params)
             if changed is not None and state.get("prev_flat_grad") is not None:
                 raise RuntimeError(f"{changed} since the last step of LBFGS; optimizer.state.clear() starts anew")
-            was_cleared = state.get("prev_flat_grad") is None and workspace.has_lent()
-            if changed is not None or was_cleared or not workspace.serves(params, sizes, bounds, method):
+            if changed is not None or not workspace.serves(params, sizes, bounds, method):
                 workspace = None
         if workspace is None:
             workspace = Workspace(params, sizes, bounds, method)

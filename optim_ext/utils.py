@@ -1,5 +1,6 @@
 """Native equals of ``torch.nn.utils``' gradient clipping, for training loops that keep their own, and clipping of several
-optimizers by one norm (``clip_optimizers``, ``share_grad_policy``).
+optimizers by one norm (``clip_optimizers``, ``share_grad_policy``). ``find_nonfinite`` and ``measure_step`` look at any
+optimizer, this package's or not.
 
 ``clip_grad_norm_``, ``clip_grad_value_`` and ``get_total_norm`` take the same arguments as torch's, return the same and change the gradients in place. One pass reads the gradients for the
 norm and one scales them; an optimizer's ``clip_grad_norm`` saves the second. What the kernels do not cover (norm types
@@ -10,17 +11,27 @@ twice) goes to torch's own function. ``foreach`` chooses between torch's impleme
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optim_ext import _joint
+from optim_ext import _grad_control, _joint
 from optim_ext._fused_step import FusedStep
-from optim_ext._grad_control import NORM_TYPES, GradPolicy, check_finite, checked_limit
+from optim_ext._grad_control import NORM_TYPES, GradPolicy, GroupNorms, NonFinite, check_finite, checked_limit
 from optim_ext._load import _C
 
-__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_optimizers", "get_total_norm", "share_grad_policy"]
+__all__ = [
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_optimizers",
+    "find_nonfinite",
+    "get_total_norm",
+    "measure_step",
+    "share_grad_policy",
+]
 
 
 @torch.no_grad()
@@ -202,14 +213,71 @@ def share_grad_policy(
     return policy
 
 
+def find_nonfinite(optimizer_or_params: Optimizer | Iterable[Tensor | tuple[str, Tensor]]) -> list[NonFinite]:
+    """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
+    process's part, for sharded parameters).
+
+    For any optimizer, also a subclass of ``torch.optim.Optimizer`` in Python or a wrapper with ``param_groups``; those of
+    this package have it as a method. Reads everything, and waits for the device.
+
+    Args:
+        optimizer_or_params: an optimizer, a model's ``parameters()`` or ``named_parameters()``, or one tensor. Tensors of
+            any shape and of the dtypes float32, float64, bfloat16, float16 and complex.
+
+    Returns:
+        One entry for each such parameter, in order; none if all are finite.
+
+    Raises:
+        TypeError: what was given is neither, or holds what is no tensor.
+    """
+    given: Any = optimizer_or_params
+    if hasattr(given, "param_groups"):
+        return _grad_control.find_nonfinite(given)
+    if isinstance(given, Tensor):
+        given = [given]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"find_nonfinite takes an optimizer or parameters, found {type(given).__name__}")
+    params = list(given)
+    for place, p in enumerate(params):
+        if not isinstance(p[1] if isinstance(p, tuple) and len(p) == 2 else p, Tensor):
+            raise TypeError(f"parameter {place} is {type(p).__name__}, expected a tensor, or its name and the tensor")
+    return _grad_control.find_nonfinite_params(params)
+
+
+def measure_step(optimizer: Optimizer) -> AbstractContextManager[list[GroupNorms]]:
+    """Norms of gradient, parameter and update of each group for a step taken inside, there when it ends::
+
+        with optim_ext.utils.measure_step(optimizer) as norms:
+            optimizer.step()
+        print(norms[0].update / norms[0].param)
+
+    For any optimizer; those of this package have it as a method. Keeps a copy of all parameters meanwhile.
+
+    Args:
+        optimizer: anything with ``param_groups``.
+
+    Returns:
+        A context manager that gives a list, which is filled at its end: one :class:`optim_ext.GroupNorms` for each group.
+
+    Raises:
+        TypeError: it is no optimizer.
+        RuntimeError: parameters are sharded (DTensor, or FullyShardedDataParallel's).
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"measure_step takes an optimizer, found {type(optimizer).__name__}")
+    return _grad_control.measure_step(optimizer)
+
+
 def _several(optimizers: Iterable[Optimizer]) -> list[FusedStep]:
     """Optimizers whose gradients make one norm."""
     several: list[FusedStep] = []
     owners: dict[Tensor, int] = {}
     for place, optimizer in enumerate(optimizers):
         if not isinstance(optimizer, FusedStep):
+            why = getattr(optimizer, "_no_joint_norm", None)
             raise TypeError(
                 f"optimizer {place} is {type(optimizer).__name__}, expected one of optim_ext's with native steps"
+                + (f": {why}" if why else "")
             )
         several.append(optimizer)
         for group in optimizer.param_groups:

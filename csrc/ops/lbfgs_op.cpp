@@ -57,6 +57,8 @@ class Rows {
                 ": a history of dtype ", dtype, " cannot be combined with vectors of dtype ",
                 vectors.like.scalar_type());
     storage_ = *storage_of(dtype);
+    dirs_.reserve(old_dirs.size() + 1);
+    stps_.reserve(old_stps.size() + 1);
     for (const Tensor& row : old_dirs) add(vectors, row, "old_dirs", dtype, dirs_);
     for (const Tensor& row : old_stps) add(vectors, row, "old_stps", dtype, stps_);
   }
@@ -282,80 +284,5 @@ OPTIM_EXT_INSTANTIATE_OP(lbfgs_norms)
 OPTIM_EXT_INSTANTIATE_OP(lbfgs_dots)
 OPTIM_EXT_INSTANTIATE_OP(lbfgs_pair_)
 OPTIM_EXT_INSTANTIATE_OP(lbfgs_combine_)
-
-void LbfgsGram::append(const double* y_column, const double* s_column, int64_t stride) {
-  if (count_ == stride_) {
-    const int64_t wider = std::max<int64_t>(8, 2 * stride_);
-    std::vector<double> sy(wider * wider), yy(wider * wider);
-    for (int64_t j = 0; j < count_; ++j) {
-      std::copy_n(&sy_[j * stride_], count_, &sy[j * wider]);
-      std::copy_n(&yy_[j * stride_], count_, &yy[j * wider]);
-    }
-    sy_.swap(sy);
-    yy_.swap(yy);
-    stride_ = wider;
-  }
-  const int64_t j = count_++;
-  for (int64_t i = 0; i <= j; ++i) {
-    sy_[j * stride_ + i] = s_column[i * stride];
-    yy_[j * stride_ + i] = yy_[i * stride_ + j] = y_column[i * stride];
-  }
-}
-
-void LbfgsGram::drop_oldest() {
-  for (int64_t j = 1; j < count_; ++j) {
-    std::copy_n(&sy_[j * stride_ + 1], count_ - 1, &sy_[(j - 1) * stride_]);
-    std::copy_n(&yy_[j * stride_ + 1], count_ - 1, &yy_[(j - 1) * stride_]);
-  }
-  --count_;
-}
-
-void LbfgsGram::append_dots(const Tensor& dots) {
-  TORCH_CHECK(dots.is_cpu() && dots.scalar_type() == at::kDouble && dots.numel() == 2 * (count_ + 1));
-  const double* const values = dots.const_data_ptr<double>();
-  append(values, values + count_ + 1, 1);
-}
-
-bool LbfgsGram::push(const Tensor& dots, int64_t history_size, double least_curvature) {
-  const int64_t rows = count_ + 1;
-  TORCH_CHECK(dots.is_cpu() && dots.scalar_type() == at::kDouble && dots.numel() == 4 * rows);
-  const double *y = dots.const_data_ptr<double>(), *s = y + 2 * rows;
-  const bool accepted = s[2 * count_ + 1] > least_curvature;
-  int64_t first = 0;
-  if (accepted) {
-    if (count_ == history_size) {
-      drop_oldest();
-      first = 1;
-    }
-    append(y + 1 + 2 * first, s + 1 + 2 * first, 2);
-  }
-  yg_.resize(count_);
-  sg_.resize(count_);
-  for (int64_t i = 0; i < count_; ++i) {
-    yg_[i] = y[2 * (i + first)];
-    sg_[i] = s[2 * (i + first)];
-  }
-  return accepted;
-}
-
-Tensor LbfgsGram::coefficients() {
-  Tensor out = at::empty({1 + 2 * count_}, at::kDouble);
-  double* const values = out.mutable_data_ptr<double>();
-  alpha_.resize(count_);
-  rules::lbfgs_two_loop(count_, stride_, sy_.data(), yy_.data(), sg_.data(), yg_.data(), h_diag(), values, values + 1,
-                        values + 1 + count_, alpha_.data());
-  return out;
-}
-
-std::vector<double> LbfgsGram::curvatures() const {
-  std::vector<double> ys;
-  for (int64_t j = 0; j < count_; ++j) ys.push_back(sy_[j * stride_ + j]);
-  return ys;
-}
-
-double LbfgsGram::h_diag() const {
-  const int64_t newest = (count_ - 1) * (stride_ + 1);
-  return count_ == 0 ? 1.0 : sy_[newest] / yy_[newest];
-}
 
 }  // namespace optim_ext::ops

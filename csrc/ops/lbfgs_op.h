@@ -1,7 +1,5 @@
-// The ops of L-BFGS, as library.cpp registers them, and the small dense part of the method, which lives on the host.
+// The ops of L-BFGS, as library.cpp registers them.
 #pragma once
-
-#include <vector>
 
 #include "ops.h"
 
@@ -35,30 +33,5 @@ Tensor lbfgs_pair_(const Tensor& y, const Tensor& s, const Tensor& grad, const T
 template <class Driver>
 Tensor lbfgs_combine_(const Tensor& d, const Tensor& grad, TensorList old_dirs, TensorList old_stps,
                       const Tensor& coefficients, const OptionalTensor& metric);
-
-// The dot products of a history's rows among themselves, oldest first, kept up from one iteration to the next.
-class LbfgsGram {
- public:
-  int64_t count() const { return count_; }
-  // Adds the newest pair by lbfgs_dots of its y with all rows, itself included: for a history that came from elsewhere.
-  void append_dots(const Tensor& dots);
-  // Takes what lbfgs_pair_ returned. The pair joins the history, whose oldest one goes when it is full, unless its
-  // curvature is too small.
-  bool push(const Tensor& dots, int64_t history_size, double least_curvature);
-  // For lbfgs_combine_, after a push.
-  Tensor coefficients();
-  // The scale of the initial inverse Hessian: from the newest pair, one without.
-  double h_diag() const;
-  std::vector<double> curvatures() const;
-  const std::vector<double>& alpha() const { return alpha_; }
-
- private:
-  void append(const double* y_column, const double* s_column, int64_t stride);
-  void drop_oldest();
-
-  int64_t count_ = 0, stride_ = 0;
-  std::vector<double> sy_, yy_;  // s_i . y_j and y_i . y_j at [j][i]
-  std::vector<double> sg_, yg_, alpha_;
-};
 
 }  // namespace optim_ext::ops

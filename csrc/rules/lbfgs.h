@@ -67,10 +67,20 @@ OPTIM_EXT_RULE void lbfgs_two_loop(int64_t count, int64_t stride, const double* 
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t i = 0; i < count; ++i) y_dot_q[i] -= alpha[j] * yy[j * stride + i];
   }
-  for (int64_t i = 0; i < count; ++i) {
-    double y_dot_r = h_diag * y_dot_q[i];
-    for (int64_t j = 0; j < i; ++j) y_dot_r += s_coefficient[j] * sy[i * stride + j];
-    s_coefficient[i] = alpha[i] - y_dot_r / sy[i * stride + i];
+  // Some rows at a time, as each is a sum whose additions wait for one another.
+  constexpr int64_t kRows = 8;
+  for (int64_t first = 0; first < count; first += kRows) {
+    const int64_t rows = count - first < kRows ? count - first : kRows;
+    double y_dot_r[kRows];
+    for (int64_t r = 0; r < rows; ++r) y_dot_r[r] = h_diag * y_dot_q[first + r];
+    for (int64_t j = 0; j < first; ++j) {
+      for (int64_t r = 0; r < rows; ++r) y_dot_r[r] += s_coefficient[j] * sy[(first + r) * stride + j];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = first + r;
+      for (int64_t j = first; j < i; ++j) y_dot_r[r] += s_coefficient[j] * sy[i * stride + j];
+      s_coefficient[i] = alpha[i] - y_dot_r[r] / sy[i * stride + i];
+    }
   }
   for (int64_t i = 0; i < count; ++i) y_coefficient[i] = -h_diag * alpha[i];
   *grad_coefficient = -h_diag;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,41 @@ def quartic(seed: int, n: int = 20) -> tuple[Callable[[Tensor], Tensor], Tensor]
         return 0.5 * x @ (matrix.to(x.dtype) @ x) - linear.to(x.dtype) @ x + 0.1 * (x**4).sum()
 
     return loss, start
+
+
+def classification(seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Logistic regression on noisy labels, with a little L2."""
+    generator = torch.Generator().manual_seed(seed)
+    features, true, noise = (torch.randn(size, generator=generator).double() for size in ((300, 30), (30,), (300,)))
+    signs = torch.sign(features @ true + noise)
+
+    def loss(w: Tensor) -> Tensor:
+        margin = signs.to(w.dtype) * (features.to(w.dtype) @ w)
+        return torch.nn.functional.softplus(-margin).mean() + 1e-3 * (w**2).sum()
+
+    return loss, torch.zeros(30, dtype=torch.float64)
+
+
+def regression(seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A network of two hidden layers of 16, whose weights are one vector."""
+    generator = torch.Generator().manual_seed(seed)
+    given, true = (torch.randn(size, generator=generator).double() for size in ((200, 5), (5, 1)))
+    shapes = [(5, 16), (16,), (16, 16), (16,), (16, 1), (1,)]
+    sizes = [math.prod(shape) for shape in shapes]
+    start = torch.cat([torch.rand(size, generator=generator).double() - 0.5 for size in sizes])
+
+    def loss(x: Tensor) -> Tensor:
+        parts = [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)]
+        inner = given.to(x.dtype)
+        for weight, bias in zip(parts[:-2:2], parts[1:-2:2], strict=True):
+            inner = torch.tanh(inner @ weight + bias)
+        return (inner @ parts[-2] + parts[-1] - torch.sin(given @ true).to(x.dtype)).square().mean()
+
+    return loss, start
+
+
+def random_start(loss: Callable[[Tensor], Tensor], n: int, seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    return loss, torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rosenbrock_start(n: int) -> Tensor:

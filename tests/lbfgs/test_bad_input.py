@@ -157,6 +157,36 @@ def test_state_of_another_size():
     other.steps(1)
 
 
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        ({"old_dirs": [1.0, 2.0]}, TypeError, "'old_dirs' of LBFGS holds an object of type float, expected a tensor"),
+        ({"old_stps": 3}, TypeError, "'old_stps' of LBFGS is of type int, expected a list"),
+        ({"old_stps": []}, ValueError, "old_dirs but 0 old_stps"),
+        ({"d": "along"}, TypeError, "'d' of LBFGS holds an object of type str, expected a tensor"),
+        ({"prev_flat_grad": None}, ValueError, "no 'prev_flat_grad'"),
+        (
+            {"old_dirs": [torch.ones(3)] * 2, "old_stps": [torch.ones(3)] * 2},
+            RuntimeError,
+            r"'old_dirs' .* shape \[3\], the parameters have 10",
+        ),
+        ({"d": torch.ones(3)}, RuntimeError, r"'d' .* shape \[3\], the parameters have 10"),
+    ],
+    ids=str,
+)
+def test_state_edited(edit, error, words):
+    """It is found before a parameter moves, and mended by putting back what was there."""
+    run, whole = (start(LBFGS, "rosenbrock-10", lr=1e-3, max_iter=2).steps(2) for _ in range(2))
+    before, at = dict(run.state), run.params[0].detach().clone()
+    run.state.update(edit)
+    with pytest.raises(error, match=words):
+        run.steps(1)
+    assert torch.equal(run.params[0], at)
+    run.state.clear()
+    run.state.update(before)
+    assert run.steps(2).losses[-1] == whole.steps(2).losses[-1]
+
+
 @pytest.mark.parametrize("options", [{"lr": 1e-3}, WOLFE], ids=["fixed", "wolfe"])
 @pytest.mark.parametrize("fails_at", range(1, 7))
 def test_a_closure_that_raises(options, fails_at):
@@ -273,7 +303,7 @@ def test_a_closure_that_raises_where_the_slope_is_infinite():
 
 
 def lent(optimizer):
-    return len(optimizer._workspace.vectors._own)
+    return optimizer._workspace.history.vectors
 
 
 def test_starting_anew_and_failing_keep_no_memory():

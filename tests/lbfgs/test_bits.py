@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -185,24 +186,37 @@ def test_instruction_sets():
 
 
 def test_a_history_from_elsewhere_gives_the_same_dots():
-    """Dot products taken one iteration at a time are those taken all at once, to the bit."""
-    n, count = 3000, 6
-    grads, steps = vectors(count + 1, n, torch.float32, 1), vectors(count, n, torch.float32, 2)
-    kept, dirs, stps = _C.LbfgsGram(), [], []
-    for k in range(count):
-        y, s = torch.empty(n), torch.empty(n)
-        d = steps[k] + 0.5 * (grads[k + 1] - grads[k])
-        assert kept.push(OPS.lbfgs_pair_(y, s, grads[k + 1], grads[k], d, dirs, stps, t=1.0), 100, -1e30)
-        dirs, stps = [*dirs, y], [*stps, s]
-    anew = _C.LbfgsGram()
-    for k in range(count):
-        anew.append_dots(OPS.lbfgs_dots(dirs[k], dirs[: k + 1], stps[: k + 1]))
-    assert anew.curvatures == kept.curvatures and anew.h_diag == kept.h_diag and anew.count == count
-    for gram in (kept, anew):
-        y, s = torch.empty(n), torch.empty(n)
-        dots = OPS.lbfgs_pair_(y, s, grads[0], grads[1], steps[0], dirs, stps, t=1.0)
-        gram.push(dots, 100, 1e30)
-    assert torch.equal(anew.coefficients(), kept.coefficients())
+    """Dot products taken one iteration at a time, with the oldest pair dropped again and again, are those taken all at
+    once, to the bit."""
+    n, size = 3000, 6
+    kept, state, param = history_of(n), {}, torch.zeros(n, requires_grad=True)
+
+    def go_on(history, state, grad, anew=False):
+        param.grad = grad.clone()
+        here = history.evaluate([param], False, False)
+        found = history.depart([param], here, size, anew, 1.0, None, False, None, -math.inf, False)
+        history.save(state, 1.0, 0.0, size, not anew)
+        return found
+
+    for index, grad in enumerate(vectors(40, n, torch.float32, 1)):
+        before = copy.deepcopy(state)
+        found = go_on(kept, state, grad, anew=index == 0)
+        if index > 0:
+            other = history_of(n)
+            assert other.load(before, size) and other.pairs == min(index - 1, size)
+            assert go_on(other, before, grad) == found
+            for key, value in state.items():
+                for ours, theirs in zip(listed(value), listed(before[key]), strict=True):
+                    assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert kept.pairs == size
+
+
+def history_of(n):
+    return _C.LbfgsHistory([0], n, torch.float32, torch.float32, torch.device("cpu"), 6, None, [])
+
+
+def listed(value):
+    return value if isinstance(value, list) else [value]
 
 
 def test_opcheck():

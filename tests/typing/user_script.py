@@ -140,6 +140,11 @@ def look_at(optimizer: optim.Optimizer) -> None:
     for report in explain(optimizer):
         assert_type(report, GroupReport)
         print(f"{report.group}: {report.native}, {report.reason}")
+    with utils.measure_step(optimizer) as norms:
+        assert_type(norms, list[GroupNorms])
+    assert_type(utils.find_nonfinite(optimizer), list[NonFinite])
+    assert_type(utils.find_nonfinite(model.parameters()), list[NonFinite])
+    assert_type(utils.find_nonfinite(model.named_parameters()), list[NonFinite])
     assert_type(optim_ext.build_info(), dict[str, Any])
     assert_type(optim_ext.__version__, str)
 
