@@ -276,7 +276,7 @@ def test_step_releases_the_interpreter():
     assert meanwhile
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.only_where(hasattr(os, "fork"), reason="processes are forked")
 def test_fork(spec):
     """A child steps on after its parent has used threads, with the same result, and does not hang."""
     before = torch.get_num_threads()
