@@ -3,6 +3,7 @@
 #include <array>
 
 #include "place.h"
+#include "rules/all_rules.h"
 
 namespace optim_ext {
 

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "place.h"
+#include "rules/all_rules.h"
 
 namespace optim_ext {
 
@@ -31,6 +32,15 @@ bool any_double(const Case& made, unsigned used) {
   bool any = false;
   for (size_t k = 0; k < made.operands.size(); ++k) any |= ((used >> k) & 1u) && made.bundle.storage[k] == Storage::f64;
   return any;
+}
+
+template <class Rule>
+void sweep_on_cpu(const Rule& rule, const Bundle& bundle, const Pass& pass) {
+  if (bundle.in_double) {
+    cpu::sweep_for<Rule, double>(kIsa)(rule, bundle, 0, bundle.numel, pass);
+  } else {
+    cpu::sweep_for<Rule, float>(kIsa)(rule, bundle, 0, bundle.numel, pass);
+  }
 }
 
 // A running average of the parameter that `param` holds: dense like it, or only to be walked.
@@ -157,14 +167,11 @@ class Sweeps {
       numbers.single_scalars[k] = static_cast<float>(numbers.double_scalars[k] = numbers.expected[k].value);
     }
     const Rule ready = at_step(rule_, bundle.step, numbers.expected);
-    const auto sweep = bundle.in_double ? cpu::sweep_for<Rule, double>(kIsa) : cpu::sweep_for<Rule, float>(kIsa);
-    sweep(ready, bundle, 0, bundle.numel, cpu_pass_);
+    sweep_on_cpu(ready, bundle, cpu_pass_);
     const Bundle& average = follow(average_expected_[i], bundle);
     if (!is_averaged(i)) return;
     const rules::Average averaging{call_.pass.device_average_weight ? weight_ : call_.pass.average_weight};
-    const auto average_sweep =
-        average.in_double ? cpu::sweep_for<rules::Average, double>(kIsa) : cpu::sweep_for<rules::Average, float>(kIsa);
-    average_sweep(averaging, average, 0, average.numel, Pass{});
+    sweep_on_cpu(averaging, average, Pass{});
   }
 
   void bundle_for_device(size_t i) {
