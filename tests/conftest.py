@@ -1,5 +1,6 @@
 """What every test shares: the rows of specs.py as parameters, one thread per worker, repeatable random numbers."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(config, items):
 
     items[:], left_out = [i for i in items if fits(i)], [i for i in items if not fits(i)]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish():
+    """What has been collected stays: the collector need not go through tens of thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -398,7 +398,6 @@ def test_no_reference_cycles(spec):
         assert [ref for ref in watched if ref() is not None] == []
         assert gc.collect() == 0
     finally:
-        gc.unfreeze()
         gc.enable()
 
 
