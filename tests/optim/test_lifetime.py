@@ -266,8 +266,8 @@ def test_one_tensor_in_many_places_of_an_average(two_threads):
     owners = sys.getrefcount(param), sys.getrefcount(average)
     for _ in range(50):
         of_one_param.run(0.5)
-        with pytest.raises(RuntimeError, match="overlaps in memory"):
-            of_one_average.run(0.5)
+        of_one_average.run(0.5)
+        torch.testing.assert_close(average, averages[-1])  # a thousand halvings of what lay between
     assert (sys.getrefcount(param), sys.getrefcount(average)) == owners
 
 

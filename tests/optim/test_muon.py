@@ -137,7 +137,7 @@ def test_bad_input_is_refused_before_any_write():
     right = optimizer.state[params[1]]["momentum_buffer"]
     optimizer.state[params[1]]["momentum_buffer"] = torch.zeros(6, 5)
     before = [bits(p) for p in params], bits(optimizer.state[params[0]]["momentum_buffer"])
-    with pytest.raises(RuntimeError, match="parameter 0 of group 1: momentum_buffers has shape"):
+    with pytest.raises(RuntimeError, match="parameter 0 of group 1: momentum_buffer has shape"):
         optimizer.step()
     assert ([bits(p) for p in params], bits(optimizer.state[params[0]]["momentum_buffer"])) == before
     optimizer.state[params[1]]["momentum_buffer"] = right

@@ -161,7 +161,7 @@ def test_asgd_after_the_average_is_put_in_place():
     p.grad = torch.ones(4)
     optimizer.step()
     p.data = optimizer.state[p]["ax"]
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0: axs overlaps in memory"):
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0: ax overlaps in memory"):
         optimizer.step()
 
 
