@@ -1,5 +1,6 @@
 """What every test shares: the rows of specs.py as parameters, one thread per worker, repeatable random numbers."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,10 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores; tests about threads set their own number
 
 
+def parametrized(mark):
+    names = mark.args[0]
+    return names.replace(",", " ").split() if isinstance(names, str) else names
+
+
 def pytest_generate_tests(metafunc):
     """A test that takes `spec` runs once per optimizer, `case` once per option set of each, `variant` once per kind of
     state, `counting` once per variant that counts steps. Marked `torchs`, it runs for those that torch has a class for;
-    marked `only_for`, for those whose spec fulfils the condition: what a test is not about is no row of it."""
+    marked `only_for`, for those whose spec fulfils the condition: what a test is not about is no row of it. A test may
+    also name its own rows, with pytest's mark."""
     rows = {
         "spec": SPECS,
         "case": CASES,
@@ -31,7 +38,8 @@ def pytest_generate_tests(metafunc):
     }
     torchs_only = metafunc.definition.get_closest_marker("torchs") is not None
     conditions = [mark.args[0] for mark in metafunc.definition.iter_markers("only_for")]
-    for name in rows.keys() & set(metafunc.fixturenames):
+    own = [name for mark in metafunc.definition.iter_markers("parametrize") for name in parametrized(mark)]
+    for name in rows.keys() & set(metafunc.fixturenames) - set(own):
         specs = ((row, getattr(row, "spec", row)) for row in rows[name])
         chosen = [
             row for row, spec in specs if (spec.in_torch or not torchs_only) and all(fits(spec) for fits in conditions)
@@ -40,9 +48,11 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Complex numbers are only for the optimizers that take them."""
+    """Left out, not skipped: complex numbers for optimizers that do not take them, tests marked `only_where` elsewhere."""
 
     def fits(item):
+        if not all(mark.args[0] for mark in item.iter_markers("only_where")):
+            return False
         params = item.callspec.params if hasattr(item, "callspec") else {}
         rows = [row for row in (getattr(value, "spec", value) for value in params.values()) if isinstance(row, Spec)]
         dtypes = [value for value in params.values() if isinstance(value, torch.dtype)]
@@ -50,6 +60,12 @@ def pytest_collection_modifyitems(config, items):
 
     items[:], left_out = [i for i in items if fits(i)], [i for i in items if not fits(i)]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish():
+    """What has been collected stays: the collector need not go through tens of thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

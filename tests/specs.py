@@ -97,10 +97,14 @@ class Spec:
         """The class ours is derived from."""
         return getattr(torch.optim, self.name, torch.optim.Optimizer)
 
+    def accepts(self, option: str) -> bool:
+        """Whether torch's class has the option."""
+        return option in inspect.signature(self.torch).parameters
+
     @property
     def differentiable(self) -> bool:
         """Whether torch's class has the flag."""
-        return "differentiable" in inspect.signature(self.torch).parameters
+        return self.accepts("differentiable")
 
     @property
     def scales_in_step(self) -> bool:
@@ -154,8 +158,7 @@ class Spec:
     @property
     def device_steps(self) -> Options:
         """The option with which torch keeps step counters where the parameters are; none where nothing is counted."""
-        accepted = inspect.signature(self.torch).parameters
-        return {"capturable": True} if "capturable" in accepted else {"fused": True} if self.fused else {}
+        return {"capturable": True} if self.accepts("capturable") else {"fused": True} if self.fused else {}
 
     @property
     def error_inputs(self) -> list[Any]:

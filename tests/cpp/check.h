@@ -33,4 +33,7 @@ struct Random {
     return z ^ (z >> 31);
   }
   double uniform(double low, double high) { return low + (high - low) * static_cast<double>(bits() >> 11) * 0x1p-53; }
+  // From 0 up to the limit.
+  int64_t below(int64_t limit) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(limit)); }
+  bool one_in(int64_t many) { return below(many) == 0; }
 };

@@ -22,10 +22,6 @@ struct Array {
   }
 };
 
-int64_t below(Random& random, int64_t limit) {
-  return static_cast<int64_t>(random.bits() % static_cast<uint64_t>(limit));
-}
-
 void list_bytes(const Array& array, size_t d, int64_t at, std::vector<int64_t>& out) {
   if (d == array.sizes.size()) {
     for (int64_t b = 0; b < array.element; ++b) out.push_back(at + b);
@@ -79,14 +75,14 @@ void compare_all_small_matrices() {
 
 Array random_array(Random& random, bool nested) {
   Array array;
-  array.element = int64_t{1} << below(random, 4);
-  array.offset = below(random, 120);
-  if (below(random, 2)) array.offset -= array.offset % array.element;
-  const int64_t dims = below(random, 5);
+  array.element = int64_t{1} << random.below(4);
+  array.offset = random.below(120);
+  if (random.below(2)) array.offset -= array.offset % array.element;
+  const int64_t dims = random.below(5);
   int64_t span = 1;
   for (int64_t d = 0; d < dims; ++d) {
-    const int64_t size = 1 + below(random, 4);
-    const int64_t stride = nested ? span + below(random, 3) : below(random, 14);
+    const int64_t size = 1 + random.below(4);
+    const int64_t stride = nested ? span + random.below(3) : random.below(14);
     array.sizes.push_back(size);
     array.strides.push_back(stride);
     span = std::max(span, (size - 1) * stride + span);

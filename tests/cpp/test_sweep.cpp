@@ -49,22 +49,39 @@ std::vector<std::pair<const char*, cpu::Isa>> isas() {
   return found;
 }
 
+// What a sweep of a tensor is given beside the tensor. All of it is drawn, so that anything meets anything else.
+struct Scene {
+  unsigned switches;
+  int zero;  // which number of the rule is zero; -1: none
+  double step;
+  int strides;
+  Pass pass;
+  int64_t begin, end;
+};
+
+Scene draw_scene(int64_t numel, Random& random) {
+  Scene scene;
+  scene.switches = static_cast<unsigned>(random.below(8));
+  scene.zero = static_cast<int>(random.below(7)) - 1;
+  scene.step = 1.0 + static_cast<double>(random.below(5));
+  const bool strided = random.one_in(3) && numel > 0;
+  scene.strides = strided ? kMixed + static_cast<int>(random.below(kStrides - kMixed)) : kDense;
+  scene.pass.unscale = random.one_in(4);
+  scene.pass.grad_scale = random.one_in(2) ? 3.0 : 4.0;
+  if (random.one_in(3)) scene.pass.grad_factor = 0.3;
+  scene.begin = random.one_in(5) ? numel / 3 : 0;
+  scene.end = random.one_in(11) ? numel - numel / 4 : numel;
+  return scene;
+}
+
 template <class Rule, class V>
 void test(const char* name, const std::vector<Storages>& mixes) {
   Random random{7};
-  unsigned turn = 0;
   for (const Storages& storages : mixes) {
-    for (int64_t numel = 0; numel <= 300; ++numel, ++turn) {
-      // Switches, zeros, strides, scaling and the place to begin take turns at different paces, so they meet each
-      // other.
-      const int strides =
-          numel > 0 && turn % 3 == 2 ? kMixed + static_cast<int>(turn / 3 % (kStrides - kMixed)) : kDense;
-      const Rule rule = at_step(filled<Rule>(turn % 8, static_cast<int>(turn % 7) - 1, random), 1.0 + turn % 5);
-      Pass pass;
-      pass.unscale = turn % 4 == 1;
-      pass.grad_scale = 3.0 + turn % 2;
-      if (turn % 6 >= 4) pass.grad_factor = 0.3;
-      const int64_t begin = turn % 5 == 4 ? numel / 3 : 0, end = turn % 11 == 10 ? numel - numel / 4 : numel;
+    for (int64_t numel = 0; numel <= 300; ++numel) {
+      const Scene scene = draw_scene(numel, random);
+      const auto& [switches, zero, step, strides, pass, begin, end] = scene;
+      const Rule rule = at_step(filled<Rule>(switches, zero, random), step);
       const Case start = make_case<Rule>(numel, storages, strides, random);
       Case expected = start.clone();
       sweep_slowly<Rule, V>(rule, expected.ready(), begin, end, pass);

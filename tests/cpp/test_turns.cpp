@@ -13,10 +13,6 @@ namespace {
 
 constexpr uintptr_t kBase = uintptr_t{1} << 20;
 
-int64_t below(Random& random, int64_t limit) {
-  return static_cast<int64_t>(random.bits() % static_cast<uint64_t>(limit));
-}
-
 // A view of rows and columns of a matrix of floats that is `width` wide.
 Extent view(int64_t width, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {width, 1};
@@ -30,19 +26,19 @@ bool share(const Extent& a, const Extent& b) {
 }
 
 Extent random_view(Random& random) {
-  const int64_t width = below(random, 4) ? 14 : 7, column = below(random, width), row = below(random, 6);
-  return view(width, row, 1 + below(random, 6), column, 1 + below(random, std::min<int64_t>(4, width - column)));
+  const int64_t width = random.below(4) ? 14 : 7, column = random.below(width), row = random.below(6);
+  return view(width, row, 1 + random.below(6), column, 1 + random.below(std::min<int64_t>(4, width - column)));
 }
 
 void random_views() {
   Random random{3};
   for (int n = 0; n < 3000; ++n) {
-    const int32_t members = 2 + static_cast<int32_t>(below(random, 8));
+    const int32_t members = 2 + static_cast<int32_t>(random.below(8));
     std::vector<Access> writes, reads;
     for (int32_t i = 0; i < members; ++i) {
       writes.push_back({random_view(random), i, 0});
-      if (below(random, 3) == 0) writes.push_back({random_view(random), i, 1});
-      if (below(random, 3) == 0) reads.push_back({random_view(random), i, 2});
+      if (random.below(3) == 0) writes.push_back({random_view(random), i, 1});
+      if (random.below(3) == 0) reads.push_back({random_view(random), i, 2});
     }
     const Turns turns = turns_of(writes, reads, members);
     bool bad_write = false, bad_read = false, late_read = false, any = false;

@@ -1,4 +1,4 @@
-"""What needs a GPU. Without one, or in a build without CUDA kernels, every test of this folder is skipped and says why."""
+"""What needs a GPU. Without one, or in a build without CUDA kernels, every module of this folder is skipped and says why."""
 
 import sys
 from pathlib import Path
@@ -11,8 +11,6 @@ import optim_ext
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # for device_trace
 
-FOLDER = Path(__file__).parent
-
 
 def missing():
     if optim_ext.build_info()["cuda"] is None:
@@ -20,11 +18,16 @@ def missing():
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
-def pytest_collection_modifyitems(items):
-    reason = missing()
-    for item in items:
-        if reason is not None and FOLDER in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=reason))
+class Absent(pytest.Module):
+    """A module whose tests would all be skipped: imported, so that it is seen to be whole, and skipped as one."""
+
+    def collect(self):
+        assert self.obj is not None
+        pytest.skip(missing(), allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return None if missing() is None else Absent.from_parent(parent, path=module_path)
 
 
 def pytest_generate_tests(metafunc):

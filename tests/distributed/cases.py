@@ -1,7 +1,9 @@
-"""What test_processes.py runs on several processes: python cases.py CASE RANK WORLD for each rank. They meet in a file."""
+"""What test_processes.py runs on several processes: python cases.py RANK WORLD FOLDER for each rank. They meet in a file
+of that folder, and then run the cases whose names come in, one a line."""
 
-import os
+import json
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import optim_ext
 from optim_ext import swa_utils
 
-SCRATCH = Path(os.environ.get("SCRATCH", "."))
+FOLDER = Path(sys.argv[3] if __name__ == "__main__" else ".")
 ROWS = [
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}),
     ("Adam", {"amsgrad": True}),
@@ -172,7 +174,7 @@ def fsdp2_checkpoints():
     """Into and out of torch's class, by torch.distributed.checkpoint."""
     for name, options in ROWS:
         for first, second in ((torch.optim, optim_ext), (optim_ext, torch.optim)):
-            path = SCRATCH / f"{name}-{first.__name__}"
+            path = FOLDER / f"{name}-{first.__name__}"
             model, optimizer = sharded(getattr(first, name), options)
             train(model, optimizer, range(3))
             weights, state = get_state_dict(model, optimizer)
@@ -336,9 +338,22 @@ CASES = [
     averages_of_another_layout, a_step_that_only_makes_state,
 ]  # fmt: skip
 
-if __name__ == "__main__":
-    rank, world = map(int, sys.argv[2:])
-    dist.init_process_group("gloo", init_method=f"file://{SCRATCH}/meet", rank=rank, world_size=world)
-    {case.__name__: case for case in CASES}[sys.argv[1]]()
-    dist.barrier()
+
+def serve(rank, world):
+    """Answers each name with a line of JSON: null, or the traceback of what the case raised."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # where whatever else is printed goes
+    dist.init_process_group("gloo", init_method=f"file://{FOLDER}/meet", rank=rank, world_size=world)
+    cases = {case.__name__: case for case in CASES}
+    for line in sys.stdin:
+        try:
+            cases[line.strip()]()
+            dist.barrier()
+            said = None
+        except BaseException:
+            said = traceback.format_exc()
+        print(json.dumps(said), file=answers, flush=True)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:3]))

@@ -129,9 +129,11 @@ def test_sparse_gradients(sparse_first):
     def change_to_sparse(model, optimizer):
         model[0].weight.grad = torch.sparse_coo_tensor([[1, 3]], torch.ones(2, 4), (60, 4))
 
+    def leave_dense(model, optimizer): ...
+
     both = Both(lambda params: optim_ext.SGD(params, lr=0.1))
-    for turn in range(4):
-        both.step(1, change=change_to_sparse if (turn % 2 == 0) == sparse_first else lambda m, o: None).check()
+    for change in (change_to_sparse, leave_dense) * 2 if sparse_first else (leave_dense, change_to_sparse) * 2:
+        both.step(1, change=change).check()
 
 
 def test_a_parameter_listed_twice():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from lockstep import Lockstep, copy_of, give_grads, make_params, snapshot, twin
-from specs import TENSOR_LRS, Tolerance
+from specs import CASES, SPECS, TENSOR_LRS, VARIANTS, Tolerance
 from torch.optim import lr_scheduler
 
 from optim_ext.swa_utils import AveragedModel
@@ -47,16 +47,26 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("key", EDITS)
+def can_be_edited(variant, key):
+    if key == "foreach" and isinstance(variant.options.get("lr", 0), torch.Tensor):
+        return False  # torch itself refuses at the step
+    if key == "momentum" and variant.options.get("momentum", 0) == 0:
+        return False  # torch has no buffer to go on with: test_switching_sgd_momentum_on_and_off
+    return key in variant.spec.torch(make_params(((1,),))).param_groups[0]
+
+
+EDITED = [
+    pytest.param(variant, key, id=f"{variant.id}-{key}")
+    for variant in VARIANTS
+    for key in EDITS
+    if can_be_edited(variant, key)
+]
+
+
+@pytest.mark.parametrize(("variant", "key"), EDITED)
 def test_live_edits(variant, key):
     """Written by hand between steps, in the group that is there."""
     lockstep = Lockstep(variant.spec, variant.options, dtype=torch.float64)
-    if key not in lockstep.theirs.param_groups[0]:
-        return  # this optimizer has no such option
-    if key == "foreach" and isinstance(variant.options.get("lr", 0), torch.Tensor):
-        return  # torch itself refuses at the step
-    if key == "momentum" and variant.options.get("momentum", 0) == 0:
-        return  # torch has no buffer to go on with: test_switching_momentum_on
     # torch's foreach ASGD keeps its coefficients in float32.
     tolerance = Tolerance(1e-6, 1e-7) if (variant.spec.name, key) == ("ASGD", "foreach") else None
     lockstep.step(2)
@@ -68,8 +78,6 @@ def test_live_edits(variant, key):
 
 
 def test_switching_sgd_momentum_on_and_off():
-    from specs import SPECS
-
     sgd = next(spec for spec in SPECS if spec.name == "SGD")
     lockstep = Lockstep(sgd, {"lr": 0.1}, dtype=torch.float64).step(2).check()
     for momentum in (0.9, 0.0, 0.5):
@@ -305,12 +313,14 @@ def test_warning_when_the_scheduler_steps_first(spec):
         scheduler.step()
 
 
+MOVING = [case for case in CASES if case.options.get("lr", 1) != 0.0]
+
+
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("case", MOVING, ids=[case.id for case in MOVING])
 def test_descends(case, contiguous):
     """Twenty steps lower a quadratic loss; with maximize they raise it."""
     options = {key: value for key, value in case.options.items() if key != "weight_decay"}
-    if options.get("lr", 1) == 0.0:
-        return
     source = torch.randn(10, 5, 2)
     weight = torch.nn.Parameter(source[..., 0].contiguous() if contiguous else source[..., 0])
     bias, data = torch.nn.Parameter(torch.randn(10)), torch.randn(5)

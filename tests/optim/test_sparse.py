@@ -60,11 +60,13 @@ def same_state(ours, theirs):
 def test_equals_torch(name, options, shape, sparse_dim, dtype):
     params = [torch.randn(shape, dtype=dtype)]
     ours, theirs, twins = pair(name, options, params)
-    for step, count in enumerate((3, 0, 7, 1, 12)):
+    coalesced, as_it_comes = torch.Tensor.coalesce, torch.Tensor.clone
+    forms = (coalesced, as_it_comes, coalesced, as_it_comes, coalesced)
+    for step, (count, form) in enumerate(zip((3, 0, 7, 1, 12), forms, strict=True)):
         grad = sparse(shape, sparse_dim, count, dtype, step)
         before = grad._values().clone()
         for own, one in ((params, ours), (twins, theirs)):
-            own[0].grad = grad.clone() if step % 2 else grad.coalesce()
+            own[0].grad = form(grad)
             one.step()
         assert torch.equal(grad._values(), before)
         torch.testing.assert_close(params, twins)
@@ -145,10 +147,12 @@ def test_sparse_adam_counts_its_steps_in_the_state():
     """As Python numbers, one for each parameter; what is put there counts from then on."""
     params = [torch.zeros(3, 2, dtype=torch.float64) for _ in range(2)]
     ours, theirs, twins = pair("SparseAdam", {"lr": 0.1}, params)
-    for step in range(6):
+    for step, second_is_frozen in enumerate((True, False) * 3):
         for own, one in ((params, ours), (twins, theirs)):
-            for i, p in enumerate(own):
-                p.grad = sparse((3, 2), 1, 2, torch.float64, step) if i == 0 or step % 2 else None
+            for p in own:
+                p.grad = sparse((3, 2), 1, 2, torch.float64, step)
+            if second_is_frozen:
+                own[1].grad = None
             if step == 4:
                 one.state[own[0]]["step"] = 1000
             one.step()

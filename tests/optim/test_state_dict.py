@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import cycle
 
 import pytest
 import torch
@@ -407,12 +408,13 @@ def test_foreign_state_before_the_first_step(spec):
         options = {**spec.typical, **spec.half_options}
         optimizer, reference = spec.ours(params, **options), spec.torch(wide, **options)
         for i, (narrow, exact) in enumerate(zip(params, wide, strict=True)):
-            for k, key in enumerate(spec.keys_of(narrow.shape, spec.typical)):
+            keys = spec.keys_of(narrow.shape, spec.typical)
+            for k, (key, state_dtype) in enumerate(zip(keys, cycle(state_dtypes), strict=False)):
                 if key in spec.numbers:
                     value = spec.number(key, 2.0)
                 else:
                     shape = spec.state_shape(key, tuple(narrow.shape))
-                    value = random(shape, torch.float64, 10 * i + k).abs().add(1).to(state_dtypes[k % 3])
+                    value = random(shape, torch.float64, 10 * i + k).abs().add(1).to(state_dtype)
                     # The square of grad_avg is subtracted from square_avg; the others are lengths of steps.
                     value *= {"grad_avg": 0.125, "step_size": 0.003, "acc_delta": 0.01}.get(key, 1)
                 optimizer.state[narrow][key] = value

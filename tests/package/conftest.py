@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forked import Forked
 
 import optim_ext
 
@@ -33,6 +34,20 @@ def python():
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def python_with_torch():
+    """The same in a process that has torch imported, but not optim_ext."""
+    forked = Forked("torch", PYTHONPATH=str(Path(optim_ext.__file__).parents[1]))
+
+    def run(code, check=True):
+        done = forked.run(code=code)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    yield run
+    forked.stop()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from specs import SPECS
 
 import optim_ext
 
-# Runs in a fresh process: replaces modules before optim_ext is imported, then says how that went.
+# Runs in a process of its own: replaces modules before optim_ext is imported, then says how that went.
 IMPORT_WITH = """
 import sys, types
 record = types.ModuleType("optim_ext._build_info")
@@ -60,32 +60,32 @@ print(seconds, megabytes, *sorted(name for name in set(sys.modules) - before if 
 
 
 @pytest.mark.parametrize("torch_version", ["1.99.0", "2.1.0+cpu", "99.0.1"])
-def test_another_torch_minor(python, torch_version):
+def test_another_torch_minor(python_with_torch, torch_version):
     info = {**optim_ext.build_info(), "torch": torch_version}
-    said = python(IMPORT_WITH.format(info=info, modules={})).stdout
+    said = python_with_torch(IMPORT_WITH.format(info=info, modules={})).stdout
     assert f"built for torch {torch_version} " in said and f"found torch {torch.__version__} " in said
     assert REBUILD in said and "undefined symbol" not in said
 
 
-def test_another_patch_release_is_fine(python):
+def test_another_patch_release_is_fine(python_with_torch):
     major, minor = torch.__version__.split(".")[:2]
     info = {**optim_ext.build_info(), "torch": f"{major}.{minor}.99+other"}
-    assert python(IMPORT_WITH.format(info=info, modules={})).stdout == "imported\n"
+    assert python_with_torch(IMPORT_WITH.format(info=info, modules={})).stdout == "imported\n"
 
 
-def test_another_cuda(python):
+def test_another_cuda(python_with_torch):
     info = {**optim_ext.build_info(), "cuda": "1.0"}
-    said = python(IMPORT_WITH.format(info=info, modules={})).stdout
+    said = python_with_torch(IMPORT_WITH.format(info=info, modules={})).stdout
     assert "CUDA: 1.0" in said and f"CUDA: {torch.version.cuda or 'none'}" in said and REBUILD in said
 
 
-def test_not_built(python):
+def test_not_built(python_with_torch):
     """Neither the record of a build nor the module: a source folder that was only unpacked."""
-    said = python(IMPORT_WITH.format(info={}, modules={"optim_ext._build_info": None})).stdout
+    said = python_with_torch(IMPORT_WITH.format(info={}, modules={"optim_ext._build_info": None})).stdout
     assert "no native module" in said and REBUILD in said
 
 
-def test_in_the_source_folder(tmp_path, python):
+def test_in_the_source_folder(tmp_path, python_with_torch):
     """It hides an installed package, and has no native module unless it was built in place."""
     package = Path(optim_ext.__file__).parent
     shutil.copytree(package, tmp_path / "optim_ext", ignore=shutil.ignore_patterns("*.so", "_build_info.py"))
@@ -96,13 +96,13 @@ sys.path.insert(0, {str(tmp_path)!r})
 sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 import optim_ext._load
 """
-    assert "run Python in another folder" in python(code, check=False).stderr
+    assert "run Python in another folder" in python_with_torch(code, check=False).stderr
 
 
-def test_module_cannot_be_loaded(python):
+def test_module_cannot_be_loaded(python_with_torch):
     """A record of a build, but no module for this Python."""
     info = optim_ext.build_info()
-    said = python(IMPORT_WITH.format(info=info, modules={"optim_ext._C": None})).stdout
+    said = python_with_torch(IMPORT_WITH.format(info=info, modules={"optim_ext._C": None})).stdout
     assert f"built for torch {info['torch']} and Python {info['python']}" in said and REBUILD in said
 
 
@@ -128,7 +128,8 @@ print(len(runtimes), before, threads())
 
 
 def test_report(python):
-    done = python("import runpy; runpy.run_module('optim_ext', run_name='__main__')", check=False)
+    code = "import runpy; runpy.run_module('optim_ext', run_name='__main__')"
+    done = python(code, check=False, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"torch {torch.__version__}" in done.stdout
     assert "kernels   optim_ext::adamw_: CPU" in done.stdout
@@ -151,6 +152,7 @@ for name, option in {wrong!r}.items():
 runpy.run_module("optim_ext", run_name="__main__")
 """,
         check=False,
+        OMP_NUM_THREADS="1",
     )
     assert done.returncode == 1
     for name in wrong:

@@ -169,7 +169,7 @@ foreach(file ${planted_files})
   endif()
 endforeach()
 
-add_double(cuda_double_planted ${planted_tree})
+add_double(cuda_double_planted ${planted_tree} adam.cu nadam.cu average.cu advance.cu reduce.cu history.cu)
 target_compile_options(cuda_double_planted PRIVATE -include ${CMAKE_CURRENT_SOURCE_DIR}/planted.h)
 foreach(group sweeps reductions fibers history)
   add_test(NAME cuda_double.no_fault.${group} COMMAND cuda_double_planted ${group} 0)

@@ -1,6 +1,7 @@
 // Every reduction, of whole tensors and along one dimension, against the CPU's, bit by bit.
 #include <algorithm>
 #include <array>
+#include <string>
 
 #include "place.h"
 #include "rules/all_rules.h"
@@ -37,7 +38,8 @@ struct OnCpu {
 };
 
 template <class Reduction>
-void compare(const char* name, const DoublePlace& place, const DoubleCall& call) {
+void compare(const std::string& what, const DoublePlace& place, const DoubleCall& call) {
+  const char* const name = what.c_str();
   const OnCpu<Reduction> expected(call.bundles);
   const cuda::Driver driver(place);
   std::vector<double> each(call.bundles.size(), -1.0);
@@ -65,25 +67,42 @@ void compare(const char* name, const DoublePlace& place, const DoubleCall& call)
   }
 }
 
+// Which tensors a call is given, and how it is made.
+struct Scene {
+  const char* name;
+  uint64_t seed;
+  bool many;  // too many for one launch's arguments
+  bool capturing = false, races = false;
+};
+
+constexpr Scene kScenes[] = {{.name = "few tensors", .seed = 1, .many = false, .races = true},
+                             {.name = "many tensors", .seed = 2, .many = true},
+                             {.name = "few tensors of other types", .seed = 3, .many = false},
+                             {.name = "many tensors, captured", .seed = 4, .many = true, .capturing = true}};
+
+Storage any_storage(Random& random) { return static_cast<Storage>(random.below(4)); }
+
 template <class Reduction>
 void test_reduction(const char* name) {
-  for (unsigned turn = 0; turn < 4; ++turn) {
-    Random random{100 + turn};
+  for (const Scene& scene : kScenes) {
+    Random random{scene.seed};
+    std::vector<int64_t> lengths = kLengths;
+    if (scene.many) {
+      lengths.resize(80);
+      for (int64_t& length : lengths) length = random.below(9) * 30;
+    }
     std::vector<Case> cases;
-    const size_t tensors = turn % 2 ? 80 : kLengths.size();  // they fit into one launch's arguments, or do not
-    for (size_t i = 0; i < tensors; ++i) {
-      const int64_t numel = turn % 2 ? static_cast<int64_t>(i % 9) * 30 : kLengths[i];
-      const auto storage = static_cast<Storage>((i + turn) % 4), other = static_cast<Storage>((i + turn / 2) % 4);
-      cases.push_back(
-          make_case<Reduction>(numel, {storage, other}, (turn % 2 ? i % 4 != 0 : i % 5 == 4) && numel > 0, random));
+    for (const int64_t numel : lengths) {
+      const bool strided = scene.many != random.one_in(4) && numel > 0;
+      cases.push_back(make_case<Reduction>(numel, {any_storage(random), any_storage(random)}, strided, random));
     }
     DoubleCall call;
     for (Case& made : cases) call.bundles.push_back(made.ready());
     DoublePlace place;
-    place.capturing = turn == 3;
-    device::set_seed(turn + 1);
-    find_races(turn == 0);
-    compare<Reduction>(name, place, call);
+    place.capturing = scene.capturing;
+    device::set_seed(scene.seed);
+    find_races(scene.races);
+    compare<Reduction>(std::string(name) + " of " + scene.name, place, call);
   }
 }
 
@@ -148,18 +167,17 @@ void test_fiber_reduction(const char* name) {
   const std::vector<std::array<int64_t, 3>> sizes = {{1, 1, 1},    {3, 5, 1},    {4, 31, 1},  {4, 32, 1},  {2, 300, 1},
                                                      {1, 3000, 1}, {5, 3, 3},    {2, 7, 100}, {70, 33, 1}, {1, 256, 9},
                                                      {2, 257, 33}, {1, 2, 1025}, {9, 1, 4}};
-  for (unsigned turn = 0; turn < 4; ++turn) {
-    Random random{7 + turn};
-    const size_t tensors = turn % 2 ? 100 : sizes.size();
+  for (const Scene& scene : kScenes) {
+    Random random{scene.seed};
+    const size_t tensors = scene.many ? 100 : sizes.size();
     std::vector<Case> inputs;
     std::vector<std::vector<double>> expected(tensors), got(tensors);
     std::vector<Fibers> fibers;
     for (size_t t = 0; t < tensors; ++t) {
       const auto [outer, along, inner] = sizes[t % sizes.size()];
-      inputs.push_back(
-          make_case<Reduction>(outer * along * inner, {static_cast<Storage>((t + turn) % 4)}, false, random));
+      inputs.push_back(make_case<Reduction>(outer * along * inner, {any_storage(random)}, false, random));
       const Bundle& input = inputs[t].bundle;
-      Fibers of{input.data[0], input.storage[0], outer, along, inner, t % 2 ? 3.0 : 1.0, nullptr};
+      Fibers of{input.data[0], input.storage[0], outer, along, inner, random.one_in(2) ? 3.0 : 1.0, nullptr};
       expected[t].assign(static_cast<size_t>(outer * of.pieces() * inner), -1.0);
       got[t] = expected[t];
       of.results = expected[t].data();
@@ -168,13 +186,13 @@ void test_fiber_reduction(const char* name) {
       fibers.push_back(of);
     }
     DoublePlace place;
-    place.capturing = turn == 3;
-    device::set_seed(turn + 1);
-    find_races(turn == 0);
+    place.capturing = scene.capturing;
+    device::set_seed(scene.seed);
+    find_races(scene.races);
     cuda::Driver(place).template reduce_fibers<Reduction>(fibers);
     for (size_t t = 0; t < tensors; ++t) {
-      check(std::equal(expected[t].begin(), expected[t].end(), got[t].begin(), same_bits), "%s of fibers, tensor %zu",
-            name, t);
+      check(std::equal(expected[t].begin(), expected[t].end(), got[t].begin(), same_bits),
+            "%s of fibers, %s, tensor %zu", name, scene.name, t);
     }
   }
 }

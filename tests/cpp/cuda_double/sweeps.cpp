@@ -13,10 +13,103 @@ namespace {
 const std::vector<int64_t> kLengths = {1,   2,   3,   0,    8,    9,    31,   33,   255,  256,  257, 300,
                                        600, 513, 520, 1025, 2047, 2048, 2049, 4097, 6144, 8200, 0,   64};
 // More than a launch has room for.
-constexpr size_t kMany = 100;
+constexpr size_t kMany = 130;
 
 // How a call's table travels.
 enum class Travel { arguments, many_arguments, device_memory };
+
+// What a call is given; between them the scenes have everything in more than one company.
+struct Scene {
+  const char* name;
+  Travel travel;
+  unsigned switches;         // the rule's, a bit each
+  int zero;                  // which of its numbers is zero; -1: none. The first, lr, never is.
+  bool live_number = false;  // the first is read on the device
+  bool may_skip = false;     // found_inf is given, and 0
+  bool scaled = false, clipped = false;
+  bool averaged = false;
+  double average_weight = 0.7;
+  bool live_weight = false;
+  bool counts_on_device = false;
+  bool races = false;  // are looked for
+};
+
+constexpr Scene kScenes[] = {
+    {.name = "nothing but averages",
+     .travel = Travel::arguments,
+     .switches = 0,
+     .zero = -1,
+     .averaged = true,
+     .average_weight = 1.0},
+    {.name = "a live rate, clipped",
+     .travel = Travel::many_arguments,
+     .switches = 1,
+     .zero = 1,
+     .live_number = true,
+     .may_skip = true,
+     .clipped = true,
+     .counts_on_device = true},
+    {.name = "scaled, live averages",
+     .travel = Travel::device_memory,
+     .switches = 2,
+     .zero = 2,
+     .scaled = true,
+     .averaged = true,
+     .live_weight = true,
+     .counts_on_device = true},
+    {.name = "a live rate, scaled",
+     .travel = Travel::arguments,
+     .switches = 3,
+     .zero = 3,
+     .live_number = true,
+     .scaled = true,
+     .counts_on_device = true},
+    {.name = "many averages that may be skipped",
+     .travel = Travel::many_arguments,
+     .switches = 4,
+     .zero = 4,
+     .may_skip = true,
+     .averaged = true},
+    {.name = "many tensors, a live rate, clipped",
+     .travel = Travel::device_memory,
+     .switches = 5,
+     .zero = 5,
+     .live_number = true,
+     .clipped = true,
+     .counts_on_device = true},
+    {.name = "scaled, live averages of every length",
+     .travel = Travel::arguments,
+     .switches = 6,
+     .zero = -1,
+     .scaled = true,
+     .averaged = true,
+     .live_weight = true,
+     .counts_on_device = true,
+     .races = true},
+    {.name = "many tensors, all switches, scaled",
+     .travel = Travel::many_arguments,
+     .switches = 7,
+     .zero = 1,
+     .live_number = true,
+     .may_skip = true,
+     .scaled = true,
+     .counts_on_device = true},
+};
+
+// Where the step and the other numbers of a tensor's state live, and in which type.
+enum class Home { host, device_float, device_double };
+
+// What one tensor of a call is.
+struct Member {
+  Storages storages;
+  Storage average_storage;
+  bool strided, aligned;
+  bool average_strided, average_aligned;
+  bool averaged;
+  Home home;
+  double step;
+  bool behind;  // by this step, where the call does not count on the device
+};
 
 // The state of one tensor outside of its operands: on the host, in float or in double on the device.
 struct Numbers {
@@ -82,15 +175,16 @@ const std::vector<Storages>& mixes() {
 template <class Rule>
 class Sweeps {
  public:
-  Sweeps(const char* name, unsigned turn) : name_(name), turn_(turn), random_{13 + turn} {
-    travel_ = static_cast<Travel>(turn % 3);
-    if (travel_ == Travel::arguments) {
+  Sweeps(const char* name, const Scene& scene, uint64_t seed) : name_(name), scene_(scene), random_{seed} {
+    if (scene.travel == Travel::arguments) {
       lengths_ = kLengths;
     } else {
-      for (size_t i = 0; i < kMany; ++i) lengths_.push_back(i % 41 == 7 ? 2100 : static_cast<int64_t>(i % 11) * 3);
+      lengths_.resize(kMany);
+      for (int64_t& length : lengths_) length = random_.one_in(40) ? 2100 : random_.below(11) * 3;
     }
-    rule_ = filled<Rule>(turn % 8, turn % 6 == 0 ? -1 : static_cast<int>(turn % 6), random_);  // lr is never zero
-    place_.capturing = travel_ == Travel::many_arguments;
+    rule_ = filled<Rule>(scene.switches, scene.zero, random_);
+    place_.capturing = scene.travel == Travel::many_arguments;
+    device::set_seed(seed);
   }
 
   void run() {
@@ -99,14 +193,13 @@ class Sweeps {
     numbers_.resize(lengths_.size());
     for (size_t i = 0; i < lengths_.size(); ++i) step_on_cpu(i);
     for (size_t i = 0; i < lengths_.size(); ++i) bundle_for_device(i);
-    device::set_seed(turn_ + 1);
-    find_races(turn_ == 6);  // averaged, with all lengths
+    find_races(scene_.races);
     const long uploads = DoublePlace::uploads, launches = DoublePlace::launches + call_.steps_on_device;
     const cuda::Driver driver(place_);
     driver.run(given_rule_, call_);
-    check((DoublePlace::uploads > uploads) == (travel_ == Travel::device_memory) &&
-              (DoublePlace::launches - launches > 2) == (travel_ == Travel::many_arguments),
-          "%s, turn %u: %ld tables sent, %ld launches", name_, turn_, DoublePlace::uploads - uploads,
+    check((DoublePlace::uploads > uploads) == (scene_.travel == Travel::device_memory) &&
+              (DoublePlace::launches - launches > 2) == (scene_.travel == Travel::many_arguments),
+          "%s, %s: %ld tables sent, %ld launches", name_, scene_.name, DoublePlace::uploads - uploads,
           DoublePlace::launches - launches);
     compare("a step");
     // Skipped: nothing changes once more.
@@ -123,7 +216,7 @@ class Sweeps {
   void choose_pass() {
     given_rule_ = rule_;
     if constexpr (kHasHypers) {  // the first field is replaced on the device
-      if (turn_ % 2 == 1) {
+      if (scene_.live_number) {
         const double live = live_;
         std::memcpy(static_cast<void*>(&rule_), &live, sizeof live);
         std::memset(static_cast<void*>(&given_rule_), 0, sizeof(double));
@@ -131,28 +224,41 @@ class Sweeps {
       }
     }
     Pass& pass = call_.pass;
-    if (turn_ % 3 == 1) pass.device_found_inf = &zero_;
-    if (turn_ % 4 >= 2) pass.device_grad_scale = &scale_;
-    if (turn_ % 4 == 1) pass.device_grad_factor = &factor_;
-    pass.average_weight = turn_ % 8 == 0 ? 1.0 : 0.7;
-    if (turn_ % 4 == 2) pass.device_average_weight = &weight_;
-    call_.steps_on_device = turn_ % 4 != 0;
+    if (scene_.may_skip) pass.device_found_inf = &zero_;
+    if (scene_.scaled) pass.device_grad_scale = &scale_;
+    if (scene_.clipped) pass.device_grad_factor = &factor_;
+    pass.average_weight = scene_.average_weight;
+    if (scene_.live_weight) pass.device_average_weight = &weight_;
+    call_.steps_on_device = scene_.counts_on_device;
     cpu_pass_.unscale = pass.device_grad_scale != nullptr;
     cpu_pass_.grad_scale = scale_;
     if (pass.device_grad_factor) cpu_pass_.grad_factor = factor_;
   }
 
-  bool is_averaged(size_t i) const { return cuda::kCanAverage<Rule> && turn_ % 2 == 0 && i % 7 != 6; }
+  Member draw_member(int64_t length) {
+    Member member;
+    member.storages = mixes()[random_.below(static_cast<int64_t>(mixes().size()))];
+    member.average_storage = static_cast<Storage>(random_.below(4));
+    // Layouts are what fills a table.
+    member.strided = (scene_.travel == Travel::arguments) == random_.one_in(4) && length > 0;
+    member.aligned = !random_.one_in(3);
+    member.average_strided = random_.one_in(6);
+    member.average_aligned = !random_.one_in(5);
+    member.averaged = cuda::kCanAverage<Rule> && scene_.averaged && !random_.one_in(7);
+    member.home = static_cast<Home>(random_.below(3));
+    member.step = 2.0 + static_cast<double>(random_.below(5));
+    member.behind = random_.one_in(2);
+    return member;
+  }
 
   void make_tensor(size_t i) {
-    // Layouts are what fills a table.
-    const bool strided = (travel_ == Travel::arguments ? i % 4 == 3 : i % 4 != 0) && lengths_[i] > 0;
-    const Storages& storages = mixes()[(i + turn_ + i / mixes().size()) % mixes().size()];
-    start_.push_back(make_case<Rule>(lengths_[i], storages, strided, random_, i % 3 != 2));
-    start_[i].bundle.step = 2.0 + static_cast<double>(i % 5);
+    members_.push_back(draw_member(lengths_[i]));
+    const Member& member = members_[i];
+    start_.push_back(make_case<Rule>(lengths_[i], member.storages, member.strided, random_, member.aligned));
+    start_[i].bundle.step = member.step;
     start_[i].bundle.in_double = any_double(start_[i], Rule::kUsed);
     average_start_.push_back(
-        make_average(start_[i], static_cast<Storage>((i + turn_) % 4), i % 5 != 4, i % 6 == 5, random_));
+        make_average(start_[i], member.average_storage, member.average_aligned, member.average_strided, random_));
     expected_.push_back(start_[i].clone());
     got_.push_back(start_[i].clone());
     average_expected_.push_back(average_start_[i].clone());
@@ -162,14 +268,14 @@ class Sweeps {
   void step_on_cpu(size_t i) {
     const Bundle& bundle = expected_[i].ready();
     Numbers& numbers = numbers_[i];
-    numbers.expected = scalars_before(i % 3 == 2);
+    numbers.expected = scalars_before(members_[i].home == Home::device_double);
     for (int k = 0; k < kScalars; ++k) {
       numbers.single_scalars[k] = static_cast<float>(numbers.double_scalars[k] = numbers.expected[k].value);
     }
     const Rule ready = at_step(rule_, bundle.step, numbers.expected);
     sweep_on_cpu(ready, bundle, cpu_pass_);
     const Bundle& average = follow(average_expected_[i], bundle);
-    if (!is_averaged(i)) return;
+    if (!members_[i].averaged) return;
     const rules::Average averaging{call_.pass.device_average_weight ? weight_ : call_.pass.average_weight};
     sweep_on_cpu(averaging, average, Pass{});
   }
@@ -177,22 +283,24 @@ class Sweeps {
   void bundle_for_device(size_t i) {
     Bundle& there = got_[i].bundle;
     Numbers& numbers = numbers_[i];
+    const Member& member = members_[i];
+    const bool single = member.home == Home::device_float, twice = member.home == Home::device_double;
     for (int k = 0; k < kScalars; ++k) {
       ScalarState& scalar = there.scalars[k];
-      scalar.value = i % 3 == 0 ? numbers.double_scalars[k] : -1.0;
-      scalar.storage = i % 3 == 2 ? Storage::f64 : Storage::f32;
-      if (i % 3 == 1) scalar.device = &numbers.single_scalars[k];
-      if (i % 3 == 2) scalar.device = &numbers.double_scalars[k];
+      scalar.value = member.home == Home::host ? numbers.double_scalars[k] : -1.0;
+      scalar.storage = twice ? Storage::f64 : Storage::f32;
+      if (single) scalar.device = &numbers.single_scalars[k];
+      if (twice) scalar.device = &numbers.double_scalars[k];
     }
-    if (i % 3 != 0) {  // the step lives on the device, where this call counts it, or a later one will
-      const double ahead = call_.steps_on_device ? 1.0 : i % 2 == 0 ? 1.0 : 0.0;
+    if (member.home != Home::host) {  // the step lives on the device, where this call counts it, or a later one will
+      const double ahead = call_.steps_on_device || member.behind ? 1.0 : 0.0;
       numbers.single_step = static_cast<float>(numbers.double_step = there.step - ahead);
       numbers.expected_step = call_.steps_on_device ? there.step : there.step - ahead;
-      there.step_storage = i % 3 == 1 ? Storage::f32 : Storage::f64;
-      there.device_step = i % 3 == 1 ? static_cast<const void*>(&numbers.single_step) : &numbers.double_step;
+      there.step_storage = single ? Storage::f32 : Storage::f64;
+      there.device_step = single ? static_cast<const void*>(&numbers.single_step) : &numbers.double_step;
       there.step = call_.steps_on_device ? 0.0 : ahead;
     }
-    if (is_averaged(i)) there.average = &follow(average_got_[i], there);
+    if (member.averaged) there.average = &follow(average_got_[i], there);
     call_.bundles.push_back(got_[i].ready());
   }
 
@@ -200,38 +308,38 @@ class Sweeps {
     for (size_t i = 0; i < lengths_.size(); ++i) {
       int operand = -1;
       int64_t element = -1;
-      check(lengths_[i] < 8 || !same(start_[i], got_[i], &operand, &element),
-            "%s, turn %u: %s leaves tensor %zu as it is", name_, turn_, what, i);
-      check(same(expected_[i], got_[i], &operand, &element),
-            "%s, turn %u, %s, tensor %zu of %ld: operand %d, element %ld", name_, turn_, what, i,
-            static_cast<long>(lengths_[i]), operand, static_cast<long>(element));
+      check(lengths_[i] < 8 || !same(start_[i], got_[i], &operand, &element), "%s, %s: %s leaves tensor %zu as it is",
+            name_, scene_.name, what, i);
+      check(same(expected_[i], got_[i], &operand, &element), "%s, %s, %s, tensor %zu of %ld: operand %d, element %ld",
+            name_, scene_.name, what, i, static_cast<long>(lengths_[i]), operand, static_cast<long>(element));
       check(same(average_expected_[i], average_got_[i], &operand, &element),
-            "%s, turn %u, %s, average %zu of %ld: element %ld", name_, turn_, what, i, static_cast<long>(lengths_[i]),
+            "%s, %s, %s, average %zu of %ld: element %ld", name_, scene_.name, what, i, static_cast<long>(lengths_[i]),
             static_cast<long>(element));
       compare_numbers(what, i);
     }
   }
 
   void compare_numbers(const char* what, size_t i) {
-    if (i % 3 == 0) return;
+    if (members_[i].home == Home::host) return;
+    const bool single = members_[i].home == Home::device_float;
     const Numbers& numbers = numbers_[i];
-    const double step = i % 3 == 1 ? numbers.single_step : numbers.double_step;
-    check(step == numbers.expected_step, "%s, turn %u, %s, tensor %zu: step %g, expected %g", name_, turn_, what, i,
+    const double step = single ? numbers.single_step : numbers.double_step;
+    check(step == numbers.expected_step, "%s, %s, %s, tensor %zu: step %g, expected %g", name_, scene_.name, what, i,
           step, numbers.expected_step);
     for (int k = 0; k < kScalars; ++k) {
-      const double found = i % 3 == 1 ? numbers.single_scalars[k] : numbers.double_scalars[k];
-      const double value = numbers.expected[k].value, wanted = i % 3 == 1 ? static_cast<float>(value) : value;
-      check(found == wanted, "%s, turn %u, %s, tensor %zu: scalar %d is %g, expected %g", name_, turn_, what, i, k,
+      const double found = single ? numbers.single_scalars[k] : numbers.double_scalars[k];
+      const double value = numbers.expected[k].value, wanted = single ? static_cast<float>(value) : value;
+      check(found == wanted, "%s, %s, %s, tensor %zu: scalar %d is %g, expected %g", name_, scene_.name, what, i, k,
             found, wanted);
     }
   }
 
   const char* name_;
-  unsigned turn_;
+  const Scene& scene_;
   Random random_;
-  Travel travel_;
   DoublePlace place_;
   std::vector<int64_t> lengths_;
+  std::vector<Member> members_;
   Rule rule_, given_rule_;
   DoubleCall call_;
   Pass cpu_pass_;
@@ -242,7 +350,8 @@ class Sweeps {
 
 template <class Rule>
 void test_rule(const char* name) {
-  for (unsigned turn = 0; turn < 8; ++turn) Sweeps<Rule>(name, turn).run();
+  uint64_t seed = 13;
+  for (const Scene& scene : kScenes) Sweeps<Rule>(name, scene, seed++).run();
 }
 
 // One counter may serve several parameters, and is then advanced for each of them; more counters than a launch takes.
