@@ -13,6 +13,7 @@ class Plan:
     besides: AveragePlan
     of_shards: bool
     may_skip: bool
+    steps_as_before: int  # how many steps were taken without another look at what a tensor is
     def __init__(
         self,
         op: str,
@@ -34,6 +35,15 @@ class Plan:
         average_weight: float | Tensor | None = None,
         check_only: bool = False,
     ) -> bool: ...
+    def remember_options(self, param_groups: list[dict[str, Any]], names: Mapping[str, Any]) -> None:
+        """Note the options from which the hyper-parameters of the next step will be taken; of these, `names` matter."""
+    def repeat(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> bool:
+        """Step as the last time, without controls; False, with nothing written, if more than gradients, counts and rates
+        has changed."""
+
+def is_observed() -> bool: ...
+def counts_versions_directly() -> bool: ...
+def reads_dicts_directly() -> bool: ...
 
 class AveragePlan:
     """What an averaged model hands to average_, gathered once; is_current() compares two module trees with it."""

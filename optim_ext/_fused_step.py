@@ -51,6 +51,9 @@ _ADDS = f"""\
 # Why a differentiable step takes torch's code.
 _RECORDED = "differentiable=True: the step itself is recorded by autograd"
 
+# What a step makes of a group's options.
+_FROM_OPTIONS = ("_state_keys", "_hypers", "_takes_sparse", "_signature", "_verdict", "_step_as_told", "_values")
+
 _PLANS_KEPT = 32  # of an optimizer whose groups are stepped some at a time
 
 _COUNTED_IN = (torch.float32, torch.float64)  # step counters
@@ -64,8 +67,16 @@ def _grad_mode_of_defaults(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def wrapper(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
-        with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
+        recorded = bool(self.defaults.get("differentiable", False))
+        if torch.compiler.is_compiling() or recorded:
+            with torch.set_grad_enabled(recorded):
+                return step(self, *args, **kwargs)
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what the context does, at half its cost
+        try:
             return step(self, *args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     return wrapper
 
@@ -102,6 +113,7 @@ class FusedStep(NativeStep):
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
     _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
+    _options_say_all: ClassVar[bool] = False  # equal options mean equal hyper-parameters: no user's code makes them
     _plan: _C.Plan | None  # of the last step
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
@@ -111,6 +123,8 @@ class FusedStep(NativeStep):
         after_mixin = cls.__mro__[cls.__mro__.index(FusedStep) + 1 :]
         step = next(base.__dict__["step"] for base in after_mixin if "step" in base.__dict__)
         cls._bare_torch_step = staticmethod(inspect.unwrap(step))
+        ours = (getattr(cls, name).__module__.partition(".")[0] == "optim_ext" for name in _FROM_OPTIONS)
+        cls._options_say_all = all(ours)
 
     @property
     def _native_how(self) -> str:
@@ -321,6 +335,8 @@ class FusedStep(NativeStep):
     add_param_group.__doc__ = Optimizer.add_param_group.__doc__
 
     def _eager_step(self) -> None:
+        if self._repeats_step():
+            return
         if not self._in_plain_containers():
             with self._plain_containers():
                 return self._eager_step()
@@ -341,6 +357,19 @@ class FusedStep(NativeStep):
             self._controlled_step()
         finally:
             self._controls = asked
+
+    def _repeats_step(self) -> bool:
+        """Step as the last time, if nothing is asked of this step and only rates, counts and gradients have changed."""
+        asked, plan = self._asked(), self.__dict__.get("_plan")
+        if plan is None or asked.armed is not None or asked.policy is not None or asked.averaging is not None:
+            return False
+        attributes = self.__dict__
+        if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
+            return False
+        if not plan.repeat(self.state, self.param_groups):
+            return False
+        asked.by_scaler = False
+        return True
 
     def _only_makes_state(self) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes state: the first one, with rates and
@@ -396,6 +425,8 @@ class FusedStep(NativeStep):
         """Step by a plan, or return False without having written anything where it is not one for this step."""
         if plan.signature != signature or not (plan.may_skip or common[1] is None):
             return False
+        if averaging is None and self._options_say_all:
+            plan.remember_options(self.param_groups, self.defaults)
         hypers = [self._hypers(group) for group in self.param_groups]
         if averaging is not None and weight is not None:
             plan.besides.run(weight, common[1], check_only=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from optim_ext import _grad_control, _joint
 from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite
+from optim_ext._load import _C
 from optim_ext.swa_utils import StepAveraging
 
 # What help() says of every class after its own lines.
@@ -48,6 +53,20 @@ class NativeStep(Optimizer):
         super().__init_subclass__(**kwargs)
         if adds is not None and cls.__doc__ is not None:
             cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n.. rubric:: What optim_ext adds\n\n{adds}"
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Torch's wrapper of a step, which calls hooks and gives profilers a name. Where there are none it only costs
+        more than a step of a few parameters takes."""
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or _C.is_observed() or _has_step_hooks(args[0]):
+                return hooked(*args, **kwargs)
+            return func(*args, **kwargs)
+
+        return wrapper
 
     def find_nonfinite(self) -> list[NonFinite]:
         """Name the parameters whose gradient or value is not finite, with counts (of parts, for complex numbers; of this
@@ -153,3 +172,12 @@ class NativeStep(Optimizer):
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch, which knows of parameters and step counts only, has cast to the dtype of a parameter."""
         raise NotImplementedError
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )

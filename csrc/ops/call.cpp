@@ -97,27 +97,6 @@ bool shares_elements(const at::Tensor& tensor) {
          memory::overlap_within(extent_of(tensor), budget) == memory::Overlap::some;
 }
 
-// A set of addresses that is asked much more often than it is made.
-class Addresses {
- public:
-  explicit Addresses(const std::vector<const void*>& addresses)
-      : slots_(std::bit_ceil(2 * addresses.size() + 1), nullptr) {
-    for (const void* const address : addresses) *place_of(address) = address;
-  }
-  bool contains(const void* address) const {
-    return address != nullptr && *const_cast<Addresses*>(this)->place_of(address) == address;
-  }
-
- private:
-  const void** place_of(const void* address) {
-    const size_t mask = slots_.size() - 1;
-    size_t i = (reinterpret_cast<uintptr_t>(address) >> 4) * 0x9e3779b97f4a7c15u >> 20 & mask;
-    while (slots_[i] != nullptr && slots_[i] != address) i = (i + 1) & mask;
-    return &slots_[i];
-  }
-  std::vector<const void*> slots_;
-};
-
 // Where a tensor's memory was allocated. Views of one allocation have that in common.
 const void* memory_of(const at::Tensor& tensor) { return tensor.storage().data(); }
 
@@ -182,8 +161,24 @@ void Call::refuse(const char* list, int64_t index, const std::string& problem) c
   throw BadInput(spec_.common.op, list, index, problem);
 }
 
-Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
-    : spec_(spec),
+bool Prepared::fits(const CallSpec& spec, unsigned used_here, unsigned updates_here) const {
+  return op == spec.common.op && used == used_here && updates == updates_here && !spec.common.grad_scale &&
+         spec.common.averages.empty();
+}
+
+namespace {
+thread_local Handover* current_handover = nullptr;
+}  // namespace
+
+Handover::Handover(Kind kind, Prepared& prepared) : kind(kind), prepared(prepared), before_(current_handover) {
+  current_handover = this;
+}
+Handover::~Handover() { current_handover = before_; }
+Handover* Handover::current() { return current_handover; }
+
+Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, Handover* handover)
+    : handover_(handover),
+      spec_(spec),
       rule_{spec.operands.begin(),
             operands,
             spec.leader,
@@ -193,6 +188,13 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
       averaging_lists_{{"averages", spec.common.averages}, spec.operands.begin()[kParam]},
       averaging_{averaging_lists_,      rules::Average::kOperands, 1,
                  rules::Average::kUsed, rules::Average::kUpdates,  rules::Average::kUpdates} {
+  if (handover && handover->kind == Handover::Kind::offer && handover->prepared.fits(spec, used, updates)) {
+    loan_.take(handover->prepared.bundles);
+    at_one_point = handover->prepared.at_one_point;
+    handover->taken = true;
+    read_pass();
+    return;
+  }
   check_lengths();
   const auto params = rule_.lists[kParam].tensors;
   if (params.empty()) return;
@@ -210,6 +212,27 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates)
     }
   }
   if (rule_.written != 0 && !OverlapsChecked::active()) check_overlap();
+  if (handover && handover->kind == Handover::Kind::look && is_plain()) {
+    Prepared& found = handover->prepared;
+    found.op = spec.common.op;
+    found.used = used;
+    found.updates = updates;
+    found.bundles = bundles;
+  }
+}
+
+// Whether the bundles say all there is to say of the tensors, for as long as these stay what they are.
+bool Call::is_plain() const {
+  return device.is_cpu() && !spec_.common.grad_scale && averages_.empty() && spec_.scalars.size() == 0 &&
+         spec_.partial.size() == 0 && spec_.leader == kParam && spec_.counts && !OverlapsChecked::active() &&
+         std::all_of(bundles.begin(), bundles.end(),
+                     [](const Bundle& bundle) { return bundle.layout == nullptr && bundle.numel > 0; });
+}
+
+bool Call::leave(const RuleProgram& program, const void* rule) {
+  if (!loan_) return false;
+  handover_->sweep.emplace(program, rule, handover_->prepared.bundles, pass);
+  return true;
 }
 
 // Most tensors are found to be as usual, on all threads at once. The others, and what is wrong with them, are looked
@@ -334,7 +357,7 @@ __attribute__((flatten)) bool Call::add_usual_step(const at::Tensor& tensor, con
   if (memory == nullptr || memory->data() == nullptr) return false;
   const void* const data = static_cast<const char*>(memory->data()) + step->storage_offset() * bytes_of(usual.storage);
   const double count = host_value(data, usual.storage);
-  if (!(count >= 0.0) || std::isinf(count)) return false;
+  if (!is_count(count)) return false;
   bundle.step_storage = usual.storage;
   bundle.step = count + 1.0;
   return true;
@@ -555,8 +578,7 @@ void Call::add_step(int64_t i, Bundle& bundle) {
   bundle.step_storage = *storage_of(step.scalar_type());
   if (step.is_cpu()) {
     const double count = host_value(step.const_data_ptr(), bundle.step_storage);
-    if (!(count >= 0.0) || std::isinf(count))
-      refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
+    if (!is_count(count)) refuse("state_steps", i, text("is ", count, ", expected a count of steps"));
     bundle.step = count + 1.0;  // as advance() will find it, but where several parameters share a count
   } else {
     bundle.device_step = step.mutable_data_ptr();

@@ -7,8 +7,12 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
 #include <deque>
 #include <initializer_list>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -126,6 +130,7 @@ struct Work {
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool steps_on_device = false;
+  bool at_one_point = false;  // known of all bundles; see same_point()
 
   // For another rule over the same memory: gradients are unscaled by now, and steps are counted on the device, too.
   void begin_second_rule();
@@ -173,10 +178,55 @@ class RemembersCalls {
   KnownCalls* const before_;
 };
 
+// One rule over the bundles of one call, with nothing left to check.
+struct Sweep {
+  Sweep(const RuleProgram& program, const void* rule, const Bundles& bundles, const Pass& pass)
+      : program(&program), bundles(&bundles), pass(pass) {
+    std::memcpy(this->rule, rule, program.bytes);
+  }
+  const RuleProgram* program;
+  const Bundles* bundles;
+  Pass pass;
+  alignas(double) unsigned char rule[kMaxRuleBytes];
+};
+
+// What a call found its tensors to be, so that one which is known to find the same need not look at them.
+struct Prepared {
+  const char* op = nullptr;  // null: nothing was found that could be kept
+  unsigned used = 0, updates = 0;
+  Bundles bundles;
+  bool at_one_point = false;  // whether all bundles are at the same step
+  bool fits(const CallSpec& spec, unsigned used, unsigned updates) const;
+};
+
+// What goes between an op that applies one rule element by element and a caller on the host who makes the same call
+// step after step. The op finds it through its thread, as its schema is about tensors.
+//
+// A call that is looking leaves in `prepared` what it found. One that is offered what an earlier call left checks its
+// hyper-parameters and leaves the sweep to the caller, who has vouched for the tensors, and who writes (and counts, and
+// tells autograd) when all of his calls were found sound.
+class Handover {
+ public:
+  enum class Kind { look, offer };
+  Handover(Kind kind, Prepared& prepared);
+  ~Handover();
+  Handover(const Handover&) = delete;
+  static Handover* current();
+
+  const Kind kind;
+  Prepared& prepared;
+  bool taken = false;          // what was offered
+  std::optional<Sweep> sweep;  // none where the step is skipped
+
+ private:
+  Handover* const before_;
+};
+
 class Call : public Work {
  public:
-  // Checks everything; throws BadInput (a Python RuntimeError) or c10::ValueError (a Python ValueError).
-  Call(const CallSpec& spec, int operands, unsigned used, unsigned updates);
+  // Checks everything; throws BadInput (a Python RuntimeError) or c10::ValueError (a Python ValueError). `handover`:
+  // that of the caller, if this is a call for one.
+  Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, Handover* handover = nullptr);
 
   // Puts each hyper-parameter where the rule wants it, or notes that it has to be read on the device.
   void set(std::initializer_list<Hyper> hypers, const void* rule, size_t rule_size);
@@ -195,9 +245,31 @@ class Call : public Work {
 
   const char* op() const { return spec_.common.op; }
 
+  // Leaves what commit() and a driver would do to the caller, if he has offered to do it.
+  bool leave(const RuleProgram& program, const void* rule);
+
   bool skip = false;  // found_inf, where the host can see it
 
  private:
+  // Bundles that are lent by who prepared them, for as long as the call lives.
+  class Loan {
+   public:
+    explicit Loan(Bundles& to) : to_(to) {}
+    ~Loan() {
+      if (from_) from_->swap(to_);
+    }
+    Loan(const Loan&) = delete;
+    void take(Bundles& from) {
+      from.swap(to_);
+      from_ = &from;
+    }
+    explicit operator bool() const { return from_ != nullptr; }
+
+   private:
+    Bundles& to_;
+    Bundles* from_ = nullptr;
+  };
+
   // The lists behind the operands of one rule, with its masks.
   struct Operands {
     const List* lists;
@@ -219,6 +291,7 @@ class Call : public Work {
     c10::DeleterFnPtr deleter;  // not that of memory which is copied before it is written
   };
 
+  bool is_plain() const;
   void check_lengths() const;
   void make_bundles();
   bool find_usual(const Operands& operands, Usual* usual) const;
@@ -250,6 +323,8 @@ class Call : public Work {
   void read_average_weight();
   [[noreturn]] void refuse(const char* list, int64_t index, const std::string& problem) const;
 
+  Handover* const handover_;
+  Loan loan_{bundles};
   const CallSpec& spec_;
   const Operands rule_;
   const List averaging_lists_[2];
@@ -258,9 +333,9 @@ class Call : public Work {
   std::array<KnownCalls::Known, KnownCalls::kMost> known_;
   const KnownCall* expected_ = nullptr;  // one of those
   mutable std::atomic<bool> grads_meet_writes_ = false;
-  std::deque<Layout> layouts_;
-  std::deque<memory::SparseRows> rows_;  // what these say of sparse gradients
-  std::deque<at::Tensor> held_;          // what bundles point to besides the tensors of the lists
+  std::list<Layout> layouts_;
+  std::list<memory::SparseRows> rows_;  // what these say of sparse gradients
+  std::list<at::Tensor> held_;          // what bundles point to besides the tensors of the lists
   bool host_scalars_ = false;
 };
 
@@ -299,6 +374,30 @@ std::optional<Storage> storage_of(at::ScalarType dtype);
 
 // Tells autograd that a tensor has been written.
 void note_write(const at::Tensor& tensor);
+
+// Whether this is a count of steps: neither negative, nor infinite, nor NaN.
+inline bool is_count(double value) { return value >= 0.0 && !std::isinf(value); }
+
+// A set of addresses that is asked much more often than it is made.
+class Addresses {
+ public:
+  explicit Addresses(const std::vector<const void*>& addresses)
+      : slots_(std::bit_ceil(2 * addresses.size() + 1), nullptr) {
+    for (const void* const address : addresses) *place_of(address) = address;
+  }
+  bool contains(const void* address) const {
+    return address != nullptr && *const_cast<Addresses*>(this)->place_of(address) == address;
+  }
+
+ private:
+  const void** place_of(const void* address) {
+    const size_t mask = slots_.size() - 1;
+    size_t i = (reinterpret_cast<uintptr_t>(address) >> 4) * 0x9e3779b97f4a7c15u >> 20 & mask;
+    while (slots_[i] != nullptr && slots_[i] != address) i = (i + 1) & mask;
+    return &slots_[i];
+  }
+  std::vector<const void*> slots_;
+};
 
 // While one of these lives, ops of this thread check their input and return before the first write.
 class CheckOnly {

@@ -51,33 +51,47 @@ void sweep_averaged(cpu::Sweep update, const void* rule, const Bundle& bundle, i
   }
 }
 
+// The tiles from `begin` to `end` of one sweep, the first of them in bundle `i`. Moves `begin` on to what is left.
+void run_tiles(const Sweep& what, const int64_t* first_tile, size_t i, int64_t& begin, int64_t end, cpu::Isa isa) {
+  const RuleProgram& program = *what.program;
+  const cpu::Sweep in_float = sweep_of(program, isa, false), in_double = sweep_of(program, isa, true);
+  constexpr int64_t kTile = CpuDriver::kTile;
+  alignas(double) unsigned char ready[kMaxRuleBytes];
+  const Bundle* ready_at = nullptr;
+  for (; begin < end && i < what.bundles->size(); ++i) {
+    const Bundle& bundle = (*what.bundles)[i];
+    if (ready_at == nullptr || !same_point(program.scalars, *ready_at, bundle))
+      make_ready(program, what.rule, bundle, ready);
+    ready_at = &bundle;
+    const int64_t stop = std::min(end, first_tile[i + 1]);
+    const int64_t from = (begin - first_tile[i]) * kTile, to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
+    const cpu::Sweep sweep = bundle.in_double ? in_double : in_float;
+    if (bundle.average && !averages_in_loop(bundle)) {
+      sweep_averaged(sweep, ready, bundle, from, to, what.pass, isa);
+    } else if (from < to) {
+      sweep(ready, bundle, from, to, what.pass);
+    }
+    begin = stop;
+  }
+}
+
 }  // namespace
 
-void CpuDriver::run(const RuleProgram& program, const void* rule, const Work& call) {
-  std::vector<int64_t> first_tile(call.bundles.size() + 1, 0);
-  for (size_t i = 0; i < call.bundles.size(); ++i) {
-    first_tile[i + 1] = first_tile[i] + (call.bundles[i].numel + kTile - 1) / kTile;
+void CpuDriver::run(const std::vector<Sweep>& sweeps) {
+  std::vector<size_t> first_bundle;       // of each sweep, among those of all
+  std::vector<int64_t> first_tile(1, 0);  // of each bundle
+  for (const Sweep& sweep : sweeps) {
+    first_bundle.push_back(first_tile.size() - 1);
+    for (const Bundle& bundle : *sweep.bundles)
+      first_tile.push_back(first_tile.back() + (bundle.numel + kTile - 1) / kTile);
   }
   const cpu::Isa isa = current_isa();
-  const cpu::Sweep in_float = sweep_of(program, isa, false), in_double = sweep_of(program, isa, true);
   const auto work = [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first_tile.begin(), first_tile.end(), begin) - first_tile.begin() - 1;
-    alignas(double) unsigned char ready[kMaxRuleBytes];
-    const Bundle* ready_at = nullptr;
-    for (; begin < end; ++i) {
-      const Bundle& bundle = call.bundles[i];
-      if (ready_at == nullptr || !same_point(program.scalars, *ready_at, bundle))
-        make_ready(program, rule, bundle, ready);
-      ready_at = &bundle;
-      const int64_t stop = std::min(end, first_tile[i + 1]);
-      const int64_t from = (begin - first_tile[i]) * kTile, to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
-      const cpu::Sweep sweep = bundle.in_double ? in_double : in_float;
-      if (bundle.average && !averages_in_loop(bundle)) {
-        sweep_averaged(sweep, ready, bundle, from, to, call.pass, isa);
-      } else if (from < to) {
-        sweep(ready, bundle, from, to, call.pass);
-      }
-      begin = stop;
+    size_t s = std::upper_bound(first_bundle.begin(), first_bundle.end(), i) - first_bundle.begin() - 1;
+    while (begin < end) {
+      run_tiles(sweeps[s], first_tile.data() + first_bundle[s], i - first_bundle[s], begin, end, isa);
+      i = ++s < sweeps.size() ? first_bundle[s] : i;
     }
   };
   in_parallel(first_tile.back(), kGrain, work);

@@ -22,10 +22,11 @@ struct CpuDriver {
   static constexpr int64_t kGrain = 64;       // tiles below which waking a second thread costs more than it saves
   static constexpr int64_t kReduceGrain = 4;  // the same in chunks of a reduction
 
-  static void run(const RuleProgram& program, const void* rule, const Work& call);
+  // All of them in one parallel region; their memory is disjoint.
+  static void run(const std::vector<Sweep>& sweeps);
   template <class Rule>
   static void run(const Rule& rule, const Work& call) {
-    run(program_of<Rule>(), &rule, call);
+    run({Sweep(program_of<Rule>(), &rule, call.bundles, call.pass)});
   }
 
   // The vectors of L-BFGS; results are written to `out`.

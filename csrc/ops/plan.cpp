@@ -1,10 +1,11 @@
 #include "plan.h"
 
+#include "../host/fast_path.h"
+#include "../host/state_items.h"
 #include "average_plan.h"
 #include "gradients.h"
 #include "python_tensors.h"
 
-#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -13,51 +14,9 @@
 
 #include <set>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace optim_ext::ops {
-
-template <>
-bool from_python<bool>(PyObject* value) {
-  const int truth = PyObject_IsTrue(value);
-  if (truth < 0) throw py::error_already_set();
-  return truth != 0;
-}
-
-template <>
-double from_python<double>(PyObject* value) {
-  const double number = PyFloat_AsDouble(value);
-  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return number;
-}
-
-template <>
-int64_t from_python<int64_t>(PyObject* value) {
-  const int64_t number = PyLong_AsLongLong(value);
-  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return number;
-}
-
-template <>
-Tensor from_python<Tensor>(PyObject* value) {
-  if (THPVariable_Check(value)) return THPVariable_Unpack(value);
-  return c10::scalar_to_tensor(from_python<double>(value));
-}
-
-void PlannedOp::run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common,
-                    bool check_only) const {
-  std::vector<HyperValue> values(op_.hypers.size());
-  for (size_t i = 0; i < values.size(); ++i) {
-    PyObject* const value = PyTuple_GET_ITEM(hypers, i);
-    switch (op_.hypers[i].kind) {
-      case HyperKind::number: values[i].number = from_python<double>(value); break;
-      case HyperKind::tensor: values[i].tensor = from_python<Tensor>(value); break;
-      case HyperKind::flag: values[i].flag = from_python<bool>(value); break;
-      case HyperKind::whole: values[i].whole = from_python<int64_t>(value); break;
-    }
-  }
-  const py::gil_scoped_release no_gil;
-  op_.run(lists, values.data(), common, check_only);
-}
 
 Tensor weight_for(c10::Device device, const Tensor& weight) {
   return weight.is_cpu() ? weight : *moved_to(device, weight);
@@ -74,14 +33,44 @@ class Plan {
   // may be dense) each; a key of None leaves that list empty. partial: keys of state that only some parameters have;
   // the op is given a list of these. averages: running averages by parameter, to be brought up to date with it.
   // numbers: keys of state that are Python numbers; the op is given tensors that hold these during the step.
-  Plan(std::shared_ptr<PlannedOp> op, const py::list& param_groups, const py::dict& state, const py::list& calls,
+  Plan(const StepOp& op, const py::list& param_groups, const py::dict& state, const py::list& calls,
        const py::dict& averages, const py::set& partial, const py::set& numbers)
-      : op_(std::move(op)), groups_(py::len(param_groups)), partial_(partial), number_keys_(numbers) {
+      : op_(op), groups_(py::len(param_groups)), partial_(partial), number_keys_(numbers) {
     for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state, averages);
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (const auto& param : params_of(param_groups[g])) groups_[g].push_back(param.ptr());
     }
-    remember_state(state);
+    state_ = StateItems(state, ours_);
+    ours_.clear();
+    numbers_of_.assign(spec_count_, NumberHypers(op_));
+    for (size_t i = 0; i < op_.hypers.size(); ++i) {
+      if (op_.hypers[i].index < 0 && std::string("lr") == op_.hypers[i].key) rate_ = i;
+    }
+  }
+
+  int64_t steps_as_before() const { return steps_as_before_; }
+
+  // Notes the options that the hyper-parameters of the next step() will be taken from; names: those options that
+  // matter.
+  void remember_options(const py::list& param_groups, const py::object& names) {
+    options_hold_ = false;
+    if (py::len(param_groups) != groups_.size()) return;
+    options_.resize(groups_.size());
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      if (options_[g].are_unchanged(PyList_GET_ITEM(param_groups.ptr(), g))) continue;
+      if (!options_[g].remember(param_groups[g], names)) return options_.clear();
+    }
+  }
+
+  // Takes the step again as the last one was, without controls, where nothing has changed but gradients of the same
+  // kind, counts and rates that are numbers. False, with nothing written, where more has.
+  bool repeat(const py::object& state, const py::object& param_groups) {
+    if (!options_hold_ || !fast_path_.is_known() || !has_same_objects(state, param_groups)) return false;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+      if (!options_[g].are_unchanged(group) || !read_rate(group, numbers_of_[g])) return false;
+    }
+    return step_as_before(std::vector<std::vector<HyperValue>>(spec_count_), {}, param_groups);
   }
 
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
@@ -89,14 +78,16 @@ class Plan {
   bool step(const py::object& state, const py::object& param_groups, const py::list& hypers,
             const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
             const py::object& average_weight, bool check_only) {
-    if (!is_current(state, param_groups)) return false;
-    TORCH_CHECK(py::len(hypers) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
+    std::vector<std::vector<HyperValue>> values = read_all_hypers(hypers);
     const CommonTensors common{
         optional_tensor(grad_scale),
         optional_tensor(found_inf),
         optional_tensor(grad_factor),
         {},
         average_weight.is_none() ? OptionalTensor() : OptionalTensor(from_python<Tensor>(average_weight.ptr()))};
+    if (!has_same_objects(state, param_groups)) return false;
+    if (!check_only && step_as_before(values, common, param_groups)) return options_will_hold();
+    if (!state_is_current()) return false;
     std::vector<Gathered> gathered(calls_.size());
     size_t to_make = 0;
     for (size_t c = 0; c < calls_.size(); ++c) {
@@ -107,11 +98,15 @@ class Plan {
     if (!read_numbers()) return false;
     // One call checks itself before it writes. Several must all be sound before the first of them writes; and what a
     // mode in Python lets through comes back without its index.
+    for (size_t i = 0; i < spec_count_; ++i) {
+      if (values[i].empty()) values[i] = numbers_of_[i].values();  // of its own, as other threads may step, too
+    }
     if (check_only || to_make > 1 || c10::impl::TorchDispatchModeTLS::any_modes_set())
-      run_all(gathered, hypers, common, param_groups, true);
+      run_all(gathered, values, common, param_groups, true);
     if (!check_only) {
-      run_all(gathered, hypers, common, param_groups, false);
+      run_and_remember(gathered, values, common, param_groups);
       write_numbers();
+      options_will_hold();
     }
     {
       const py::gil_scoped_release no_gil;
@@ -142,17 +137,6 @@ class Plan {
     std::vector<int64_t> members;  // into the lists, where not all take part
     std::vector<int64_t> idle;     // the others: without a gradient there is nothing to do but to average
   };
-  struct Item {
-    PyObject* key;
-    PyObject* value;  // null: not ours, may be anything
-  };
-  // Of the state: its items, where it is a dict, end where those of the next one begin.
-  struct Entry {
-    PyObject* key;
-    PyObject* value;
-    size_t first_item;
-  };
-
   // A Python number of state, such as a step count, and the tensor an op sees in its place.
   struct Number {
     py::object key;
@@ -167,8 +151,8 @@ class Plan {
     const auto group = py::cast<size_t>(spec[0]);
     const auto params = params_of(param_groups[group]);
     const auto keys = py::cast<py::tuple>(spec[2]);
-    TORCH_CHECK(keys.size() + kFirstState == op_->lists(), "optim_ext: ", keys.size(),
-                " state keys given, the op takes ", op_->lists() - kFirstState);
+    TORCH_CHECK(keys.size() + kFirstState == op_.lists.size(), "optim_ext: ", keys.size(),
+                " state keys given, the op takes ", op_.lists.size() - kFirstState);
     // One call per device, and per occurrence of a parameter that is in the group more than once: torch updates it that
     // many times in turn. Those that are averaged make a call of their own.
     std::map<std::tuple<std::string, int, bool>, size_t> call_of;
@@ -189,7 +173,7 @@ class Plan {
         calls_.push_back({group,
                           tensor.device(),
                           {},
-                          std::vector<PythonTensors>(op_->lists()),
+                          std::vector<PythonTensors>(op_.lists.size()),
                           py::cast<bool>(spec[3]),
                           py::cast<bool>(spec[4]),
                           {},
@@ -224,7 +208,7 @@ class Plan {
         } else {
           call.lists[kFirstState + k].add(there ? value : nullptr);
         }
-        if (there && !is_number) ours_.emplace(value, true);
+        if (there && !is_number) ours_.insert(value);
         const bool may_lack = partial_.contains(keys[k]);
         if (may_lack) call.partial.insert(kFirstState + k);
         ready &= there || may_lack;
@@ -268,75 +252,68 @@ class Plan {
     }
   }
 
-  void remember_state(const py::dict& state) {
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
-      entries_.push_back({key, value, items_.size()});
-      if (!PyDict_Check(value)) continue;
-      PyObject *name, *item;
-      for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);)
-        items_.push_back({name, ours_.count(item) ? item : nullptr});
+  // By spec; nothing for one whose hyper-parameters are all plain numbers: these are in numbers_of_.
+  std::vector<std::vector<HyperValue>> read_all_hypers(const py::list& given) {
+    TORCH_CHECK(py::len(given) == spec_count_, "optim_ext: one tuple of hyper-parameters per call is needed");
+    std::vector<std::vector<HyperValue>> values(spec_count_);
+    hypers_are_numbers_ = true;
+    for (size_t i = 0; i < spec_count_; ++i) {
+      PyObject* const tuple = PyList_GET_ITEM(given.ptr(), i);
+      TORCH_CHECK(PyTuple_Check(tuple) && static_cast<size_t>(PyTuple_GET_SIZE(tuple)) == op_.hypers.size(),
+                  "optim_ext: ", PyObject_Length(tuple), " hyper-parameters are given, the op takes ",
+                  op_.hypers.size());
+      if (numbers_of_[i].read(tuple)) continue;
+      hypers_are_numbers_ = false;
+      values[i] = read_hypers(op_, tuple);
     }
-    ours_.clear();
+    return values;
   }
 
-  bool is_current(const py::object& state, const py::object& param_groups) const {
+  bool options_will_hold() {
+    options_hold_ = options_.size() == spec_count_ && hypers_are_numbers_;
+    return true;
+  }
+
+  bool read_rate(PyObject* group, NumberHypers& values) const {
+    static PyObject* const key = PyUnicode_InternFromString("lr");
+    if (rate_ == kNoRate) return true;
+    PyObject* const rate = PyDict_GetItem(group, key);
+    if (rate == nullptr || !is_plain_number(rate)) return false;
+    values.set(rate_, rate);
+    return true;
+  }
+
+  // Whether groups, parameters and entries of the state are the same objects, so that they are alive.
+  bool has_same_objects(const py::object& state, const py::object& param_groups) const {
     if (!PyDict_Check(state.ptr()) || !PyList_Check(param_groups.ptr())) return false;
     if (static_cast<size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) return false;
+    static PyObject* const params_key = PyUnicode_InternFromString("params");
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-      PyObject* const params = PyDict_Check(group) ? PyDict_GetItemString(group, "params") : nullptr;
+      PyObject* const params = PyDict_Check(group) ? PyDict_GetItem(group, params_key) : nullptr;
       if (!params || !(PyList_Check(params) || PyTuple_Check(params)) ||
-          static_cast<size_t>(PySequence_Fast_GET_SIZE(params)) != groups_[g].size())
+          static_cast<size_t>(PySequence_Fast_GET_SIZE(params)) != groups_[g].size() ||
+          !std::equal(groups_[g].begin(), groups_[g].end(), PySequence_Fast_ITEMS(params)))
         return false;
-      for (size_t i = 0; i < groups_[g].size(); ++i) {
-        if (PySequence_Fast_GET_ITEM(params, i) != groups_[g][i]) return false;
-      }
     }
-    return state_is_current(state);
+    return state_.has_same_entries(state.ptr());
   }
 
-  // The caller holds the GIL, which the threads can do without: they only read.
-  bool state_is_current(const py::object& state) const {
-    if (static_cast<size_t>(PyDict_Size(state.ptr())) != entries_.size()) return false;
-    PyObject *key, *value;
-    auto entry = entries_.begin();
-    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value); ++entry) {
-      if (key != entry->key || value != entry->value) return false;
-    }
+  // The same of what the entries hold. The caller holds the GIL, which the threads can do without: they only read.
+  bool state_is_current() const {
     std::atomic<bool> same = true;
     const at::Device device = calls_.empty() ? at::Device(at::kCPU) : calls_[0].device;
-    over_tensors(device, static_cast<int64_t>(entries_.size()), [&](int64_t begin, int64_t end) {
+    over_tensors(device, static_cast<int64_t>(state_.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (i + 2 * kAhead < end) __builtin_prefetch(entries_[i + 2 * kAhead].value);
-        if (i + kAhead < end && PyDict_Check(entries_[i + kAhead].value)) fetch_items(entries_[i + kAhead].value);
-        if (!is_unchanged(i)) {
+        if (i + 2 * kAhead < end) state_.fetch_entry(i + 2 * kAhead);
+        if (i + kAhead < end) state_.fetch_items(i + kAhead);
+        if (!state_.is_unchanged(i)) {
           same = false;
           return;
         }
       }
     });
     return same;
-  }
-
-  bool is_unchanged(size_t i) const {
-    PyObject* const value = entries_[i].value;
-    const size_t end = i + 1 < entries_.size() ? entries_[i + 1].first_item : items_.size();
-    if (!PyDict_Check(value)) return entries_[i].first_item == end;  // not a dict that has died, at its address
-    auto expected = items_.begin() + static_cast<int64_t>(entries_[i].first_item);
-    if (static_cast<size_t>(PyDict_GET_SIZE(value)) != end - entries_[i].first_item) return false;
-    PyObject *name, *item;
-    for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item); ++expected) {
-      if (name != expected->key || (expected->value && item != expected->value)) return false;
-    }
-    return true;
-  }
-
-  // Asks for what is_unchanged() will read of a dict.
-  static void fetch_items(PyObject* dict) {
-    const auto* const keys = reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(dict)->ma_keys);
-    __builtin_prefetch(keys);
-    __builtin_prefetch(keys + 64);
   }
 
   // Takes the tensors and their gradients. False where a plan cannot serve: state still to be made, a gradient or
@@ -379,12 +356,62 @@ class Plan {
     return true;
   }
 
-  void run_all(const std::vector<Gathered>& gathered, const py::list& hypers, const CommonTensors& common,
-               const py::object& param_groups, bool check_only) const {
+  // Takes the step by what is remembered of one before. False where that does not hold any more, or does not do.
+  // Between the first look and the last write no Python code runs.
+  bool step_as_before(const std::vector<std::vector<HyperValue>>& values, const CommonTensors& common,
+                      const py::object& param_groups) {
+    const auto on_host = [](const OptionalTensor& tensor) { return !tensor || tensor->device().is_cpu(); };
+    if (!fast_path_.is_known() || common.grad_scale || common.average_weight || !on_host(common.found_inf) ||
+        !on_host(common.grad_factor) || !internals::calls_reach_kernels() || !fast_path_.look(state_))
+      return false;
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    std::vector<Sweep> sweeps;
+    sweeps.reserve(calls_.size());
+    for (size_t c = 0; c < calls_.size(); ++c) {
+      LocalView& view = fast_path_.view(c);
+      Handover handover(Handover::Kind::offer, view.prepared());
+      naming(calls_[c], {}, param_groups, [&] {
+        const std::vector<HyperValue>& own = values[source_[c]];
+        const std::vector<HyperValue>& hypers = own.empty() ? numbers_of_[source_[c]].values() : own;
+        op_.run(view.firsts(op_.lists.size()), hypers.data(), common, /*check_only=*/true);
+      });
+      if (!handover.taken) {
+        fast_path_.forget();
+        return false;
+      }
+      if (handover.sweep) sweeps.push_back(*handover.sweep);
+    }
+    if (!sweeps.empty()) fast_path_.step(sweeps);
+    ++steps_as_before_;
+    return true;
+  }
+
+  void run_and_remember(const std::vector<Gathered>& gathered, const std::vector<std::vector<HyperValue>>& values,
+                        const CommonTensors& common, const py::object& param_groups) {
+    const bool plain = !common.grad_scale && !common.average_weight &&
+                       std::all_of(gathered.begin(), gathered.end(), [](const Gathered& each) { return each.all; });
+    std::vector<Prepared> found(plain && fast_path_.should_remember() ? calls_.size() : 0);
+    run_all(gathered, values, common, param_groups, false, found.data());
+    if (found.empty()) return;
+    const auto entries = state_.places();
+    std::vector<LocalView> views(calls_.size());
+    for (size_t c = 0; c < calls_.size(); ++c) {
+      if (!views[c].remember(op_, calls_[c].lists, std::move(found[c]), entries)) views.clear();
+      if (views.empty()) break;
+    }
+    fast_path_.remember(std::move(views));
+  }
+
+  // found: null, or where each call leaves what it finds.
+  void run_all(const std::vector<Gathered>& gathered, const std::vector<std::vector<HyperValue>>& values,
+               const CommonTensors& common, const py::object& param_groups, bool check_only,
+               Prepared* found = nullptr) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (size_t c = 0; c < calls_.size(); ++c) {
+      std::optional<Handover> handover;
+      if (found != nullptr) handover.emplace(Handover::Kind::look, found[c]);
       if (!gathered[c].grads.empty())
-        run_one(calls_[c], gathered[c], PyList_GET_ITEM(hypers.ptr(), source_[c]), common, param_groups, check_only);
+        run_one(calls_[c], gathered[c], values[source_[c]], common, param_groups, check_only);
       if (common.average_weight && calls_[c].is_averaged() && !gathered[c].all)
         average_idle(calls_[c], gathered[c], common, param_groups, check_only);
     }
@@ -402,13 +429,10 @@ class Plan {
            [&] { run_average(averages, params, *common.average_weight, common.found_inf, check_only); });
   }
 
-  void run_one(const PlannedCall& call, const Gathered& gathered, PyObject* hypers, const CommonTensors& common,
-               const py::object& param_groups, bool check_only) const {
-    TORCH_CHECK(PyTuple_Check(hypers) && static_cast<size_t>(PyTuple_GET_SIZE(hypers)) == op_->hypers(),
-                "optim_ext: group ", call.group, " gives ", PyObject_Length(hypers), " hyper-parameters, its op takes ",
-                op_->hypers());
-    std::vector<TensorList> lists(op_->lists());
-    std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : op_->lists());
+  void run_one(const PlannedCall& call, const Gathered& gathered, const std::vector<HyperValue>& hypers,
+               const CommonTensors& common, const py::object& param_groups, bool check_only) const {
+    std::vector<TensorList> lists(op_.lists.size());
+    std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : lists.size());
     const auto taking_part = [&](TensorList all) {
       std::vector<Tensor> subset;
       for (const int64_t member : gathered.members) subset.push_back(all[member]);
@@ -442,7 +466,10 @@ class Plan {
       here.averages = gathered.all ? all : averages;
       here.average_weight = weight_for(call.device, *common.average_weight);
     }
-    naming(call, gathered.members, param_groups, [&] { op_->run(lists, hypers, here, check_only); });
+    naming(call, gathered.members, param_groups, [&] {
+      const py::gil_scoped_release no_gil;
+      op_.run(lists, hypers.data(), here, check_only);
+    });
   }
 
   // Runs the body; what it refuses by index is told with the parameter's name, and a bad hyper-parameter with its
@@ -468,21 +495,27 @@ class Plan {
   // A list of the op as users know what is in it: by the key under which a parameter's state has it.
   std::string name_of(const PlannedCall& call, const std::string& list) const {
     for (size_t k = 0; k < call.keys.size(); ++k) {
-      if (op_->list_name(kFirstState + k) == list) return call.keys[k];
+      if (op_.lists[kFirstState + k].name == list) return call.keys[k];
     }
     return list;
   }
 
-  std::shared_ptr<PlannedOp> op_;
+  const StepOp& op_;
   std::vector<std::vector<PyObject*>> groups_;  // identities
   const py::set partial_, number_keys_;
   std::map<std::pair<PyObject*, size_t>, Number> numbers_;  // by the state's dict they are in, and the op's list
   std::vector<PlannedCall> calls_;
   std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
-  std::vector<Entry> entries_;
-  std::vector<Item> items_;
-  std::unordered_map<PyObject*, bool> ours_;
+  std::unordered_set<PyObject*> ours_;  // state, while the plan is made
+  StateItems state_;
+  std::vector<NumberHypers> numbers_of_;  // by spec
+  std::vector<GroupOptions> options_;     // of the groups; empty: not known
+  bool hypers_are_numbers_ = false, options_hold_ = false;
+  static constexpr size_t kNoRate = ~size_t{0};
+  size_t rate_ = kNoRate;  // which of the hyper-parameters the learning rate is
+  FastPath fast_path_;
+  int64_t steps_as_before_ = 0;
 };
 
 py::dict table_of(const StepOp& op) {
@@ -505,8 +538,8 @@ py::dict table_of(const StepOp& op) {
 }  // namespace
 
 void bind_plan(py::module_& m) {
-  std::map<std::string, std::shared_ptr<PlannedOp>> ops;
-  for (const StepOp* op : StepOp::all()) ops.emplace(op->name, std::make_shared<PlannedOp>(*op));
+  std::map<std::string, const StepOp*> ops;
+  for (const StepOp* op : StepOp::all()) ops.emplace(op->name, op);
   m.def(
       "step_ops",
       [] {
@@ -517,14 +550,28 @@ void bind_plan(py::module_& m) {
       "The ops an optimizer steps with: their lists of tensors as (argument, key of state, role), and their "
       "hyper-parameters as "
       "(argument, kind, option, index in the tuple there or None).");
+  m.def("is_observed", &at::hasCallbacks, "Whether a profiler, or another observer of ops, is at work.");
+  m.def("counts_versions_directly", &internals::counts_versions_directly,
+        "Whether torch keeps the versions of tensors where the host path knows them to be.");
+  m.def("reads_dicts_directly", &internals::reads_dicts_directly,
+        "Whether the interpreter's dicts are laid out as the host path knows them, so that it need not ask for each "
+        "item.");
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
       .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
                           const py::list& calls, const py::dict& averages, const py::set& partial,
                           const py::set& numbers) {
-             return std::make_unique<Plan>(ops.at(op), param_groups, state, calls, averages, partial, numbers);
+             return std::make_unique<Plan>(*ops.at(op), param_groups, state, calls, averages, partial, numbers);
            }),
            py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict(),
            py::arg("partial") = py::set(), py::arg("numbers") = py::set())
+      .def_property_readonly("steps_as_before", &Plan::steps_as_before)
+      .def("remember_options", &Plan::remember_options, py::arg("param_groups"), py::arg("names"))
+      .def(
+          "repeat",
+          [](Plan& plan, const py::object& state, const py::object& param_groups) {
+            return as_torch_raises([&] { return plan.repeat(state, param_groups); });
+          },
+          py::arg("state"), py::arg("param_groups"))
       .def(
           "step",
           [](Plan& plan, const py::object& state, const py::object& param_groups, const py::list& hypers,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../host/hyper_values.h"
 #include "call.h"
 #include "ops.h"
 #include "step_ops.h"
@@ -16,18 +17,6 @@
 namespace optim_ext::ops {
 
 namespace py = pybind11;
-
-// Python values as the arguments of an op.
-template <class T>
-T from_python(PyObject* value);
-template <>
-bool from_python<bool>(PyObject* value);
-template <>
-double from_python<double>(PyObject* value);
-template <>
-int64_t from_python<int64_t>(PyObject* value);
-template <>
-Tensor from_python<Tensor>(PyObject* value);
 
 // The weight of an average as an op on `device` takes it: a number the host knows stays on the host.
 Tensor weight_for(c10::Device device, const Tensor& weight);
@@ -47,19 +36,6 @@ auto as_torch_raises(const Body& body) {
     throw py::error_already_set();
   }
 }
-
-// What a plan needs of an op: how many leading arguments are lists, how to check a call and how to make it.
-class PlannedOp {
- public:
-  explicit PlannedOp(const StepOp& op) : op_(op) {}
-  size_t lists() const { return op_.lists.size(); }
-  const char* list_name(size_t list) const { return op_.lists[list].name; }
-  size_t hypers() const { return op_.hypers.size(); }  // arguments between the lists and those every op has
-  void run(const std::vector<TensorList>& lists, PyObject* hypers, const CommonTensors& common, bool check_only) const;
-
- private:
-  const StepOp& op_;
-};
 
 // Adds the class Plan to the module, and step_ops(): the table of every op that steps.
 void bind_plan(py::module_& m);

@@ -25,6 +25,8 @@ class PythonTensors {
     own_.back() = tensor;
   }
   size_t size() const { return places_.size(); }
+  // Null where there is none, or where the tensor is one that Python does not know.
+  PyObject* object(size_t i) const { return places_[i].object; }
 
   // Whether the objects are what they were, and `is_good` says so of each tensor.
   template <class IsGood>

@@ -123,6 +123,7 @@ void check_derived(const Call& call, const Rule& given, const void* whole) {
     }
     const Bundle* last = nullptr;
     for (const Bundle& bundle : call.bundles) {
+      if (last && call.at_one_point) break;
       if (bundle.device_step) continue;
       if (last && same_point(rules::kScalarsOf<Rule>, *last, bundle)) continue;
       last = &bundle;
@@ -158,10 +159,10 @@ void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse)
                         .scalars = {given.scalar(S)...},
                         .takes_sparse = takes_sparse,
                         .any_order = true};
-    Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
+    Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates, Handover::current());
     given.fill(call, rule);
     check_derived(call, rule, &rule);
-    if (CheckOnly::active() || call.empty() || call.skip) return;
+    if (call.empty() || call.skip || call.leave(program_of<Rule>(), &rule) || CheckOnly::active()) return;
     call.commit(program_of<Rule>(), &rule);
     Driver::run(rule, call);
   }(std::make_index_sequence<Rule::kOperands>{}, std::make_index_sequence<rules::kScalarsOf<Rule>>{});
