@@ -10,11 +10,13 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 # In the order in which a room may include those above it. `rules` and `memory` know nobody.
-ROOMS = ["rules", "memory", "device", "kernels", "ops"]
+ROOMS = ["rules", "memory", "device", "kernels", "call", "ops", "host"]
 ALONE = {"rules", "memory"}
 
 TORCH = r'#include *[<"](torch|ATen|c10)\b'
-PYTHON = r'#include *[<"](Python|pybind11|torch/csrc/autograd/python_variable)\b'
+PYTHON = r'#include *[<"](Python|pybind11|torch/csrc/(autograd/python_|utils/pybind|Exceptions|python_headers))|\b(py::|PyObject\b)'
+DISPATCHER = r'#include *[<"](torch/library|ATen/core/dispatch/)|\bTORCH_LIBRARY|\btorch::Library\b|\bDispatcher::'
+REGISTERS = r'#include *[<"]torch/library|\bTORCH_LIBRARY|\btorch::Library\b'
 CUDA = r"<<<|\bcuda[A-Z]|\b(threadIdx|blockIdx|gridDim)\b|\b__(shared|global|grid_constant|sync|shfl|threadfence)"
 
 # room -> what it must not say, and why
@@ -23,7 +25,9 @@ FORBIDDEN = {
     "memory": [(TORCH, "torch"), (PYTHON, "Python"), (CUDA, "CUDA")],
     "device": [(TORCH, "torch"), (PYTHON, "Python")],
     "kernels": [(TORCH, "torch"), (PYTHON, "Python"), (CUDA, "CUDA")],
-    "ops": [(CUDA, "CUDA")],
+    "call": [(PYTHON, "Python"), (DISPATCHER, "dispatcher"), (CUDA, "CUDA")],
+    "ops": [(PYTHON, "Python"), (CUDA, "CUDA")],
+    "host": [(REGISTERS, "registration of ops"), (CUDA, "CUDA")],
 }
 
 

@@ -4,15 +4,16 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "host/average_plan.h"
+#include "host/grad_marks.h"
+#include "host/gradients.h"
+#include "host/lbfgs_python.h"
+#include "host/op_tables.h"
+#include "host/plan.h"
 #include "kernels/rule_names.h"
-#include "ops/average_plan.h"
 #include "ops/drivers.h"
-#include "ops/grad_marks.h"
-#include "ops/gradients.h"
 #include "ops/lbfgs_op.h"
-#include "ops/lbfgs_python.h"
 #include "ops/ops.h"
-#include "ops/plan.h"
 
 using namespace optim_ext::ops;
 
@@ -59,6 +60,7 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 #endif
 
 PYBIND11_MODULE(_C, m) {
+  bind_op_tables(m);
   bind_plan(m);
   bind_average_plan(m);
   bind_gradients(m);

@@ -2,17 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <utility>
 
+#include "../call/parallel.h"
 #include "../memory/turns.h"
 #include "../ops/driver_cpu.h"
-#include "../ops/parallel.h"
 
 namespace optim_ext::ops {
 
 namespace {
 
-constexpr size_t kParams = 0;
 constexpr size_t kAhead = 8;                         // tensors of each list
 constexpr int64_t kLongestWait = 256, kWorthIt = 4;  // steps
 
@@ -36,7 +36,9 @@ void fetch_whole(const T* object) {
 
 }  // namespace
 
-WrittenMemory::WrittenMemory(const std::vector<const void*>& allocations) : all_(allocations), filter_(kBits / 64) {
+// 16 bits for each address, one of which is set.
+WrittenMemory::WrittenMemory(const std::vector<const void*>& allocations)
+    : all_(allocations), filter_(std::bit_ceil(allocations.size() / 4 + 1)) {
   for (const void* const address : allocations) filter_[bit_of(address) / 64] |= uint64_t{1} << (bit_of(address) % 64);
 }
 

@@ -8,9 +8,10 @@
 #include <optional>
 #include <vector>
 
-#include "../ops/call.h"
-#include "../ops/python_tensors.h"
+#include "../call/call.h"
 #include "../ops/step_ops.h"
+#include "planned_call.h"
+#include "python_tensors.h"
 #include "state_items.h"
 
 namespace optim_ext::ops {
@@ -24,9 +25,8 @@ class WrittenMemory {
   }
 
  private:
-  static constexpr size_t kBits = size_t{1} << 16;
-  static size_t bit_of(const void* address) {
-    return ((reinterpret_cast<uintptr_t>(address) >> 4) * 0x9e3779b97f4a7c15u >> 20) % kBits;
+  size_t bit_of(const void* address) const {
+    return ((reinterpret_cast<uintptr_t>(address) >> 4) * 0x9e3779b97f4a7c15u >> 20) & (64 * filter_.size() - 1);
   }
   Addresses all_;
   std::vector<uint64_t> filter_;
@@ -111,7 +111,7 @@ class FastPath {
  public:
   // Elements of all parameters. The step keeps the GIL, which keeps the tensors alive without counting their owners, so
   // it must not take longer than a thread may keep others waiting anyway (5 ms).
-  static constexpr int64_t kMostElements = int64_t{1} << 22;
+  static constexpr int64_t kMostElements = int64_t{1} << 21;
 
   bool is_known() const { return !views_.empty(); }
   void forget() { views_.clear(); }

@@ -7,8 +7,8 @@
 #include "../kernels/cpu/kernels.h"
 #include "../kernels/norm_outcome.h"
 #include "../rules/norm.h"
-#include "call.h"
-#include "parallel.h"
+#include "../call/call.h"
+#include "../call/parallel.h"
 
 namespace optim_ext::ops {
 

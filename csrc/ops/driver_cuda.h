@@ -8,7 +8,7 @@
 
 #include "../kernels/cuda/driver.h"
 #include "../rules/norm.h"
-#include "call.h"
+#include "../call/call.h"
 #include "driver_cpu.h"
 
 namespace optim_ext::ops {

@@ -7,7 +7,7 @@
 
 #include "../rules/lbfgs.h"
 #include "drivers.h"
-#include "parallel.h"
+#include "../call/parallel.h"
 
 namespace optim_ext::ops {
 

@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "turns.h"
+#include "in_turns.h"
 
 namespace optim_ext::ops {
 

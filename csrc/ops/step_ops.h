@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../rules/table.h"
-#include "call.h"
+#include "../call/call.h"
 #include "ops.h"
 
 namespace optim_ext::ops {

@@ -1,7 +1,5 @@
 #include "average_plan.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,36 +8,13 @@
 #include <array>
 #include <string>
 
-#include "drivers.h"
+#include "../call/call.h"
+#include "../ops/run_average.h"
 #include "gradients.h"
 #include "plan.h"
 #include "python_tensors.h"
 
 namespace optim_ext::ops {
-
-void run_average(TensorList averages, TensorList params, const Tensor& weight, const OptionalTensor& found_inf,
-                 bool check_only) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Device device = averages[0].device();
-  std::vector<Tensor> copies;
-  if (std::any_of(params.begin(), params.end(), [&](const Tensor& t) { return t.device() != device; })) {
-    for (const Tensor& param : params) copies.push_back(*moved_to(device, param));
-    params = copies;
-  }
-  const Tensor here = weight_for(device, weight);
-  const OptionalTensor found = moved_to(device, found_inf);
-  if (check_only) {
-    const CheckOnly guard;
-#if defined(OPTIM_EXT_WITH_CUDA)
-    if (device.is_cuda()) return average_<CudaDriver>(averages, params, here, found);
-#endif
-    return average_<CpuDriver>(averages, params, here, found);
-  }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("optim_ext::average_", "")
-                             .typed<void(TensorList, TensorList, const Tensor&, const OptionalTensor&)>();
-  op.call(averages, params, here, found);
-}
 
 namespace {
 

@@ -5,9 +5,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "block_memory.h"
+#include "../ops/block_memory.h"
+#include "../ops/lbfgs_history.h"
 #include "gradients.h"
-#include "lbfgs_history.h"
 #include "plan.h"
 
 namespace optim_ext::ops {

@@ -1,10 +1,12 @@
 #include "plan.h"
 
-#include "../host/fast_path.h"
-#include "../host/state_items.h"
-#include "average_plan.h"
+#include "../ops/run_average.h"
+#include "fast_path.h"
 #include "gradients.h"
+#include "planned_call.h"
 #include "python_tensors.h"
+#include "state_items.h"
+#include "state_numbers.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
@@ -17,10 +19,6 @@
 #include <unordered_set>
 
 namespace optim_ext::ops {
-
-Tensor weight_for(c10::Device device, const Tensor& weight) {
-  return weight.is_cpu() ? weight : *moved_to(device, weight);
-}
 
 namespace {
 
@@ -95,7 +93,7 @@ class Plan {
       to_make += !gathered[c].grads.empty();
       to_make += common.average_weight && calls_[c].is_averaged() && !gathered[c].all;
     }
-    if (!read_numbers()) return false;
+    if (!numbers_.read()) return false;
     // One call checks itself before it writes. Several must all be sound before the first of them writes; and what a
     // mode in Python lets through comes back without its index.
     for (size_t i = 0; i < spec_count_; ++i) {
@@ -105,7 +103,7 @@ class Plan {
       run_all(gathered, values, common, param_groups, true);
     if (!check_only) {
       run_and_remember(gathered, values, common, param_groups);
-      write_numbers();
+      numbers_.write();
       options_will_hold();
     }
     {
@@ -116,35 +114,6 @@ class Plan {
   }
 
  private:
-  struct PlannedCall {
-    size_t group;
-    c10::Device device;
-    std::vector<int64_t> indices;      // into group["params"], for messages
-    std::vector<PythonTensors> lists;  // params, (grads: empty), state...; an absent list is empty
-    bool takes_sparse, takes_dense;
-    std::vector<std::string> keys;  // of the state lists, for messages
-    std::vector<uint8_t> ready;     // whether the state of a parameter is there
-    PythonTensors averages;         // of the parameters; empty where they are not averaged
-    std::set<size_t> partial;       // lists with undefined tensors, which the op is not given
-    std::unique_ptr<KnownCalls> known = std::make_unique<KnownCalls>();
-    bool is_averaged() const { return averages.size() > 0; }
-  };
-  // A call's tensors for one step.
-  struct Gathered {
-    TakenTensors taken;  // the call's lists, and last the averages
-    bool all = true;     // every parameter takes part: the lists serve as they are
-    std::vector<Tensor> grads;
-    std::vector<int64_t> members;  // into the lists, where not all take part
-    std::vector<int64_t> idle;     // the others: without a gradient there is nothing to do but to average
-  };
-  // A Python number of state, such as a step count, and the tensor an op sees in its place.
-  struct Number {
-    py::object key;
-    Tensor tensor;
-    double value = 0.0;  // when the step began
-  };
-
-  static constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
   static constexpr int64_t kAhead = 8;  // entries of the state
 
   void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state, const py::dict& averages) {
@@ -195,7 +164,7 @@ class Plan {
             entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
         if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
         const bool is_number = value != nullptr && number_keys_.contains(keys[k]);
-        TORCH_CHECK(!is_number || number_of(value), describe(group, i, param_groups), ": its state '",
+        TORCH_CHECK(!is_number || StateNumbers::number_of(value), describe(group, i, param_groups), ": its state '",
                     std::string(py::str(py::object(keys[k]))), "' is ", std::string(py::repr(value)),
                     ", expected a number");
         const bool there = value != nullptr && (is_number || THPVariable_Check(value));
@@ -204,7 +173,7 @@ class Plan {
                     describe(group, i, param_groups), ": its state '", std::string(py::str(py::object(keys[k]))),
                     "' is on meta, expected ", tensor.device());
         if (is_number) {
-          call.lists[kFirstState + k].add_own(tensor_of_number(entry, k, keys[k]));
+          call.lists[kFirstState + k].add_own(numbers_.tensor_of(entry, k, keys[k]));
         } else {
           call.lists[kFirstState + k].add(there ? value : nullptr);
         }
@@ -216,40 +185,6 @@ class Plan {
       call.ready.push_back(ready);
     }
     ++spec_count_;
-  }
-
-  // The same one wherever a parameter occurs more than once.
-  const Tensor& tensor_of_number(PyObject* entry, size_t k, const py::object& key) {
-    Number& number = numbers_[{entry, k}];
-    if (!number.tensor.defined()) number = {key, at::zeros({}, at::kDouble)};
-    return number.tensor;
-  }
-
-  // False where one is no longer a number.
-  bool read_numbers() {
-    for (auto& [place, number] : numbers_) {
-      PyObject* const value = PyDict_GetItemWithError(place.first, number.key.ptr());
-      const std::optional<double> found = value ? number_of(value) : std::nullopt;
-      if (!found) return false;
-      number.value = *number.tensor.mutable_data_ptr<double>() = *found;
-    }
-    return true;
-  }
-
-  static std::optional<double> number_of(PyObject* value) {
-    const py::object as_float = py::reinterpret_steal<py::object>(PyNumber_Float(value));
-    if (as_float) return PyFloat_AS_DOUBLE(as_float.ptr());
-    PyErr_Clear();
-    return std::nullopt;
-  }
-
-  void write_numbers() {
-    for (const auto& [place, number] : numbers_) {
-      const double value = *number.tensor.const_data_ptr<double>();
-      if (value == number.value) continue;
-      const py::object as_int = py::reinterpret_steal<py::object>(PyLong_FromDouble(value));
-      if (!as_int || PyDict_SetItem(place.first, number.key.ptr(), as_int.ptr()) < 0) throw py::error_already_set();
-    }
   }
 
   // By spec; nothing for one whose hyper-parameters are all plain numbers: these are in numbers_of_.
@@ -314,46 +249,6 @@ class Plan {
       }
     });
     return same;
-  }
-
-  // Takes the tensors and their gradients. False where a plan cannot serve: state still to be made, a gradient or
-  // parameter of another kind.
-  static bool gather(const PlannedCall& call, Gathered& out) {
-    std::vector<const PythonTensors*> lists;
-    for (const PythonTensors& list : call.lists) lists.push_back(&list);
-    lists.push_back(&call.averages);
-    if (!out.taken.take(std::move(lists))) return false;
-    const TensorList params = out.taken.get(kParams);
-    const Tensor& first = params[0].grad();
-    if (first.defined() && first.layout() == at::kStrided && !is_intercepted(first) && !first.is_conj() &&
-        !first.is_neg() && !is_intercepted(params[0])) {
-      const c10::DispatchKeySet keys = params[0].key_set();
-      const auto usual = [&](int64_t i) {
-        const c10::TensorImpl* const param = params[i].unsafeGetTensorImpl();
-        return call.ready[i] && param->key_set() == keys && param->device() == call.device ? param : nullptr;
-      };
-      if (take_usual(first, static_cast<int64_t>(params.size()), usual, out.grads)) return true;
-    }
-    out.grads.reserve(params.size());
-    for (size_t i = 0; i < params.size(); ++i) {
-      const Tensor& grad = params[i].grad();
-      if (!grad.defined()) {
-        if (out.all) {
-          out.all = false;
-          for (size_t j = 0; j < i; ++j) out.members.push_back(static_cast<int64_t>(j));
-        }
-        out.idle.push_back(static_cast<int64_t>(i));
-        continue;
-      }
-      const bool sparse = call.takes_sparse && grad.is_sparse() && !grad.is_complex() && params[i].is_contiguous();
-      if (sparse && call.is_averaged()) return false;  // only some rows are stepped, but all are averaged
-      if (!call.ready[i] || !(sparse || (call.takes_dense && grad.layout() == at::kStrided)) || is_intercepted(grad) ||
-          params[i].device() != call.device || is_intercepted(params[i]))
-        return false;
-      out.grads.push_back(grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad);
-      if (!out.all) out.members.push_back(static_cast<int64_t>(i));
-    }
-    return true;
   }
 
   // Takes the step by what is remembered of one before. False where that does not hold any more, or does not do.
@@ -503,7 +398,7 @@ class Plan {
   const StepOp& op_;
   std::vector<std::vector<PyObject*>> groups_;  // identities
   const py::set partial_, number_keys_;
-  std::map<std::pair<PyObject*, size_t>, Number> numbers_;  // by the state's dict they are in, and the op's list
+  StateNumbers numbers_;
   std::vector<PlannedCall> calls_;
   std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
@@ -518,44 +413,11 @@ class Plan {
   int64_t steps_as_before_ = 0;
 };
 
-py::dict table_of(const StepOp& op) {
-  static constexpr const char* kKinds[] = {"number", "tensor", "flag", "whole"};
-  static constexpr const char* kRoles[] = {"operand", "scalar", "partial", "steps"};
-  py::list lists, hypers;
-  for (const rules::List& list : op.lists)
-    lists.append(py::make_tuple(list.name, list.key, kRoles[static_cast<int>(list.role)]));
-  for (const HyperInfo& hyper : op.hypers) {
-    hypers.append(py::make_tuple(hyper.name, kKinds[static_cast<int>(hyper.kind)], hyper.key,
-                                 hyper.index < 0 ? py::object(py::none()) : py::object(py::int_(hyper.index))));
-  }
-  py::dict table;
-  table["lists"] = lists;
-  table["hypers"] = hypers;
-  table["takes_sparse"] = op.takes_sparse;
-  return table;
-}
-
 }  // namespace
 
 void bind_plan(py::module_& m) {
   std::map<std::string, const StepOp*> ops;
   for (const StepOp* op : StepOp::all()) ops.emplace(op->name, op);
-  m.def(
-      "step_ops",
-      [] {
-        py::dict tables;
-        for (const StepOp* op : StepOp::all()) tables[op->name] = table_of(*op);
-        return tables;
-      },
-      "The ops an optimizer steps with: their lists of tensors as (argument, key of state, role), and their "
-      "hyper-parameters as "
-      "(argument, kind, option, index in the tuple there or None).");
-  m.def("is_observed", &at::hasCallbacks, "Whether a profiler, or another observer of ops, is at work.");
-  m.def("counts_versions_directly", &internals::counts_versions_directly,
-        "Whether torch keeps the versions of tensors where the host path knows them to be.");
-  m.def("reads_dicts_directly", &internals::reads_dicts_directly,
-        "Whether the interpreter's dicts are laid out as the host path knows them, so that it need not ask for each "
-        "item.");
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
       .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
                           const py::list& calls, const py::dict& averages, const py::set& partial,

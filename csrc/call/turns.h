@@ -1,11 +1,7 @@
 // Calls whose members share memory: taken apart into calls that follow one another, and calls found sound remembered.
 #pragma once
 
-#include <array>
 #include <deque>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -54,22 +50,5 @@ class OverlapsChecked {
   OverlapsChecked(const OverlapsChecked&) = delete;
   static bool active();
 };
-
-// The turns of a call, all of them checked before the first one writes. Averages follow when all parameters are
-// stepped.
-void step_in_turns(const MembersInTurn& turns, const Common& common, at::TensorList params,
-                   const std::function<void(const Common&, const Members&)>& body);
-
-// Calls body(common, members), and where the members overlap, once for each of their turns.
-template <class Body>
-void in_turns(const Common& common, at::TensorList params, const Body& body) {
-  MembersInTurn turns;
-  try {
-    return body(common, Members());
-  } catch (const InTurn& overlap) {
-    turns = overlap.turns;
-  }
-  step_in_turns(turns, common, params, body);
-}
 
 }  // namespace optim_ext::ops

@@ -9,17 +9,14 @@
 #include <string>
 #include <vector>
 
-#include "../host/hyper_values.h"
-#include "call.h"
-#include "ops.h"
-#include "step_ops.h"
+#include "../call/call.h"
+#include "../ops/ops.h"
+#include "../ops/step_ops.h"
+#include "hyper_values.h"
 
 namespace optim_ext::ops {
 
 namespace py = pybind11;
-
-// The weight of an average as an op on `device` takes it: a number the host knows stays on the host.
-Tensor weight_for(c10::Device device, const Tensor& weight);
 
 // Calls `body` for Python: C++ exceptions as torch's own bindings raise them (ValueError, OutOfMemoryError, ...).
 template <class Body>
@@ -37,7 +34,7 @@ auto as_torch_raises(const Body& body) {
   }
 }
 
-// Adds the class Plan to the module, and step_ops(): the table of every op that steps.
+// Adds the class Plan to the module.
 void bind_plan(py::module_& m);
 
 }  // namespace optim_ext::ops

@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "parallel.h"
+#include "../call/parallel.h"
+#include "../ops/run_average.h"
 
 namespace optim_ext::ops {
 
@@ -21,9 +22,6 @@ bool is_intercepted(const at::Tensor& tensor);
 
 // The tensor behind a Python object, nothing for None. Throws c10::TypeError for anything else.
 std::optional<at::Tensor> optional_tensor(const py::object& value);
-
-// The same value on another device. Nothing waits, unless it goes to the CPU, where it may be read at once.
-std::optional<at::Tensor> moved_to(at::Device device, const std::optional<at::Tensor>& value);
 
 // Takes the gradients of `count` parameters, param(i) or null where that one is to be looked into, if all of them are
 // of the same kind as `first`, one of them. False where they are not, with nothing taken. The caller holds the GIL,

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../ops/ops.h"
 #include "plan.h"
 
 namespace optim_ext::ops {
@@ -156,11 +157,6 @@ std::optional<Tensor> optional_tensor(const py::object& value) {
   TORCH_CHECK_TYPE(is_tensor(value.ptr()), "optim_ext: expected a tensor or None, found a ",
                    Py_TYPE(value.ptr())->tp_name);
   return THPVariable_Unpack(value.ptr());
-}
-
-std::optional<Tensor> moved_to(at::Device device, const OptionalTensor& value) {
-  return value && value->device() != device ? OptionalTensor(value->to(device, /*non_blocking=*/!device.is_cpu()))
-                                            : value;
 }
 
 py::list params_of(const py::handle& group) { return py::list(py::object(group[py::str("params")])); }

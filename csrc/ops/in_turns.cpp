@@ -1,16 +1,8 @@
-#include "turns.h"
+#include "in_turns.h"
 
-#include "average_plan.h"
+#include "run_average.h"
 
 namespace optim_ext::ops {
-
-namespace {
-thread_local int checked_depth = 0;
-}  // namespace
-
-OverlapsChecked::OverlapsChecked() { ++checked_depth; }
-OverlapsChecked::~OverlapsChecked() { --checked_depth; }
-bool OverlapsChecked::active() { return checked_depth > 0; }
 
 void step_in_turns(const MembersInTurn& turns, const Common& common, at::TensorList params,
                    const std::function<void(const Common&, const Members&)>& body) {

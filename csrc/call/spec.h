@@ -1,0 +1,88 @@
+// What a call is asked to do, and how it says that it cannot.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "../kernels/operand.h"
+
+namespace optim_ext::ops {
+
+// A tensor, or a list, that an op cannot take. `index` is its place in the lists, -1 where the lists as such are wrong.
+class BadInput : public c10::Error {
+ public:
+  BadInput(const std::string& op, const std::string& list, int64_t index, const std::string& problem);
+  const std::string list, problem;
+  const int64_t index;
+};
+
+// Hyper-parameters that an op cannot step with. `divides` where plain arithmetic on them divides by zero: torch's code,
+// which does it in Python, then raises ZeroDivisionError.
+class BadHyper : public c10::ValueError {
+ public:
+  BadHyper(const std::string& problem, bool divides);
+  const bool divides;
+};
+
+// A hyper-parameter as the options of an optimizer name it: an option, or one entry of a tuple.
+std::string hyper_name(const char* key, int index);
+
+// One operand of a rule for all parameters: the list and the name the schema gives it.
+struct List {
+  const char* name;
+  at::TensorList tensors;
+};
+
+// One hyper-parameter: its name, where the rule keeps it, and the number or one-element tensor the caller gave.
+struct Hyper {
+  Hyper(const char* key, double& slot, double value) : Hyper(key, -1, slot, value) {}
+  Hyper(const char* key, double& slot, const at::Tensor& value) : Hyper(key, -1, slot, value) {}
+  Hyper(const char* key, int index, double& slot, double value) : key(key), index(index), slot(&slot), value(value) {}
+  Hyper(const char* key, int index, double& slot, const at::Tensor& value, bool in_scalars = true)
+      : key(key), index(index), slot(&slot), tensor(&value), in_scalars(in_scalars) {}
+  const char* key;
+  int index;
+  double* slot;
+  double value = 0.0;
+  const at::Tensor* tensor = nullptr;
+  bool in_scalars = false;  // whether the rule's scalar state after a step depends on it
+};
+
+// What every op is given besides its own arguments.
+struct Common {
+  const char* op;                                // its name, for messages
+  const std::optional<at::Tensor>& grad_scale;   // GradScaler's: gradients are divided by it, in place
+  const std::optional<at::Tensor>& found_inf;    // one: nothing is written
+  const std::optional<at::Tensor>& grad_factor;  // multiplies the gradients as the rule sees them, not in memory
+  at::TensorList averages;                       // running averages of the parameters to be brought up to date; or none
+  const std::optional<at::Tensor>& average_weight;  // of the updated parameter in its average
+};
+
+// State that only some parameters have: the tensor of each parameter, undefined for those without. `reduced` is the
+// dimension, from the last one, in which it has one element where its parameter has many; 0: none.
+struct PartialList {
+  List list;
+  int64_t reduced;
+};
+
+struct CallSpec {
+  const Common& common;
+  std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
+  std::optional<at::TensorList> state_steps = std::nullopt;
+  std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order
+  bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
+  bool counts = true;  // false: the step is counted by another call of the same op, after this one
+  std::initializer_list<PartialList> partial = {};  // only checked
+  bool any_order = false;  // nothing is summed over elements, so that these may come in any order
+  int leader = 0;          // the operand whose shape the others must have and whose memory order is walked
+};
+
+// Throws unless `weight`, of the newest in a running average, is a number in [0, 1].
+void check_average_weight(const char* op, const char* name, double weight);
+// Whether this is a count of steps: neither negative, nor infinite, nor NaN.
+inline bool is_count(double value) { return value >= 0.0 && !std::isinf(value); }
+
+}  // namespace optim_ext::ops

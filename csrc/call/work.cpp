@@ -1,0 +1,43 @@
+#include "work.h"
+
+namespace optim_ext::ops {
+
+void make_ready(const RuleProgram& program, const void* rule, const Bundle& bundle, void* ready, rules::Scalar* after) {
+  rules::Scalar scalars[kMaxScalars];
+  for (int k = 0; k < program.scalars; ++k) {
+    scalars[k] = {bundle.scalars[k].value, bundle.scalars[k].storage == Storage::f64};
+  }
+  program.at_step(rule, bundle.step, scalars, ready);
+  if (after) std::copy_n(scalars, program.scalars, after);
+}
+
+void Work::begin_second_rule() {
+  pass.unscale = false;
+  pass.device_grad_scale = nullptr;
+  steps_on_device = false;
+}
+
+void Work::use_scalars(int k, const double* values) {
+  for (Bundle& bundle : bundles) {
+    ScalarState& scalar = bundle.scalars[k];
+    scalar = {device.is_cpu() ? *values : 0.0, device.is_cpu() ? nullptr : const_cast<double*>(values), Storage::f64};
+    ++values;
+  }
+}
+
+OneOperand::OneOperand(const Work& call, int operand) {
+  device = call.device;
+  for (const Bundle& from : call.bundles) {
+    Bundle& bundle = bundles.emplace_back(Bundle{});
+    bundle.data[0] = from.data[operand];
+    bundle.storage[0] = from.storage[operand];
+    bundle.numel = from.numel;
+    if (!from.layout) continue;
+    Layout& layout = layouts_.emplace_back(*from.layout);
+    std::copy_n(from.layout->strides[operand], kMaxDims, layout.strides[0]);
+    if (layout.outer) layout.outer += operand * layout.sizes[0];
+    bundle.layout = &layout;
+  }
+}
+
+}  // namespace optim_ext::ops

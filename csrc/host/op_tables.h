@@ -1,0 +1,11 @@
+// What Python is told of the ops, and of what the host path knows of torch and the interpreter.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace optim_ext::ops {
+
+// Adds step_ops(), the table of every op that steps, and is_observed() to the module.
+void bind_op_tables(pybind11::module_& m);
+
+}  // namespace optim_ext::ops

@@ -1,0 +1,28 @@
+// Calls whose members share memory, taken one turn after the other.
+#pragma once
+
+#include <functional>
+
+#include "../call/call.h"
+#include "../call/turns.h"
+
+namespace optim_ext::ops {
+
+// The turns of a call, all of them checked before the first one writes. Averages follow when all parameters are
+// stepped.
+void step_in_turns(const MembersInTurn& turns, const Common& common, at::TensorList params,
+                   const std::function<void(const Common&, const Members&)>& body);
+
+// Calls body(common, members), and where the members overlap, once for each of their turns.
+template <class Body>
+void in_turns(const Common& common, at::TensorList params, const Body& body) {
+  MembersInTurn turns;
+  try {
+    return body(common, Members());
+  } catch (const InTurn& overlap) {
+    turns = overlap.turns;
+  }
+  step_in_turns(turns, common, params, body);
+}
+
+}  // namespace optim_ext::ops
