@@ -7,6 +7,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: a thread that waits for others must not keep one. Read where torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
