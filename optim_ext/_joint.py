@@ -19,8 +19,8 @@ from optim_ext._grad_control import ArmedClip, GradPolicy, Verdict
 from optim_ext._load import _C
 
 if TYPE_CHECKING:
-    from optim_ext._fused_step import FusedStep
     from optim_ext._native_step import Controls
+    from optim_ext._step.controls import ControlledStep
 
 _UNSCALE_ALL = (
     "Take the norm once all backward passes are done; under GradScaler call scaler.unscale_(optimizer) for every "
@@ -35,7 +35,7 @@ class Round:
         self.norm, self.norm_type = norm, norm_type
         self.scaled: bool | None = None  # whether the steps are to unscale; None before the first
 
-    def check(self, optimizer: FusedStep, writes: int, own: Tensor | None, scaled: bool) -> None:
+    def check(self, optimizer: ControlledStep, writes: int, own: Tensor | None, scaled: bool) -> None:
         """Raise where the norm is not that of this optimizer's gradients, whose part was ``own``, and the others'.
 
         A GradScaler that has just looked for infinities on the host, as it does where the optimizer is not fused, may have
@@ -70,12 +70,12 @@ class Sharing:
 
     def __init__(self, count: int):
         self.count = count
-        self.members: list[tuple[weakref.ref[Controls], weakref.ref[FusedStep]]] = []
+        self.members: list[tuple[weakref.ref[Controls], weakref.ref[ControlledStep]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"count": self.count, "members": []}
 
-    def join(self, optimizer: FusedStep) -> None:
+    def join(self, optimizer: ControlledStep) -> None:
         """Take part, or take the place of a wrapper with the same controls."""
         controls = optimizer._asked()
         place = next((i for i, (other, _) in enumerate(self.members) if other() is controls), len(self.members))
@@ -85,7 +85,7 @@ class Sharing:
         self.members = [member for member in self.members if member[0]() is not controls]
         self.count -= 1
 
-    def optimizers(self) -> list[FusedStep]:
+    def optimizers(self) -> list[ControlledStep]:
         found = [optimizer for _, of in self.members if (optimizer := of()) is not None]
         if len(found) != self.count:
             raise RuntimeError(
@@ -95,7 +95,7 @@ class Sharing:
         return found
 
 
-def norm_of_all(optimizers: Sequence[FusedStep], norm_type: float) -> tuple[Tensor, list[Tensor]]:
+def norm_of_all(optimizers: Sequence[ControlledStep], norm_type: float) -> tuple[Tensor, list[Tensor]]:
     """The norm of the norms, on the device of the first, and these."""
     norms = [_grad_control.norm_of(optimizer, norm_type) for optimizer in optimizers]
     here = [each.to(norms[0].device, non_blocking=norms[0].device.type != "cpu") for each in norms]
@@ -106,7 +106,9 @@ def _differ(norm: Tensor, other: Tensor) -> bool:
     return not torch.equal(norm, other) and not bool(norm.isnan() & other.isnan())
 
 
-def arm_all(optimizers: Sequence[FusedStep], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def arm_all(
+    optimizers: Sequence[ControlledStep], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
     """Have the next step of each clip by the norm of all."""
     max_norm = _grad_control.checked_limit("max_norm", max_norm)
     norm_type = _grad_control.checked_norm_type(norm_type)
@@ -125,7 +127,7 @@ def arm_all(optimizers: Sequence[FusedStep], max_norm: float, norm_type: float, 
     return returned
 
 
-def share(optimizers: Sequence[FusedStep], policy: GradPolicy) -> None:
+def share(optimizers: Sequence[ControlledStep], policy: GradPolicy) -> None:
     policy._sharing = Sharing(len(optimizers))
     for optimizer in optimizers:
         optimizer._replace_policy(policy)
@@ -133,7 +135,7 @@ def share(optimizers: Sequence[FusedStep], policy: GradPolicy) -> None:
 
 
 def judge_turn(
-    optimizer: FusedStep, policy: GradPolicy, grad_scale: Tensor | None, found_inf: Tensor | None
+    optimizer: ControlledStep, policy: GradPolicy, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> Verdict:
     """What becomes of one step under a shared policy: the first one of a round takes the norm, and alone counts."""
     if torch.compiler.is_compiling():

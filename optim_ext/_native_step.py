@@ -40,7 +40,7 @@ class Controls:
 
 
 class NativeStep(Optimizer):
-    """Base of all optimizers whose step runs natively: of :class:`optim_ext._fused_step.FusedStep` and of L-BFGS.
+    """Base of all optimizers whose step runs natively: of :class:`optim_ext._step.FusedStep` and of L-BFGS.
 
     A subclass says with ``adds`` what help() is to tell of it after torch's own text, or ours.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from optim_ext._fused_step import FusedStep, Group
+from optim_ext._step import FusedStep, Group
 
 
 class Adafactor(FusedStep, torch.optim.Adafactor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad as adagrad
 
-from optim_ext._fused_step import FusedStep, Group
+from optim_ext._step import FusedStep, Group
 
 
 class Adagrad(FusedStep, torch.optim.Adagrad):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.adam import adam as adam
 
-from optim_ext._fused_step import FusedStep, Group
+from optim_ext._step import FusedStep, Group
 
 
 class Adam(FusedStep, torch.optim.Adam):

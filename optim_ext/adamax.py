@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.adamax import adamax as adamax
 
-from optim_ext._fused_step import FusedStep
+from optim_ext._step import FusedStep
 
 
 class Adamax(FusedStep, torch.optim.Adamax):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.asgd import asgd as asgd
 
-from optim_ext._fused_step import FusedStep
+from optim_ext._step import FusedStep
 
 
 class ASGD(FusedStep, torch.optim.ASGD):

@@ -13,12 +13,13 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 
 from optim_ext import _grad_control
-from optim_ext._fused_step import Group, Loss, _is_plain
 from optim_ext._grad_control import GradPolicy
 from optim_ext._lbfgs.step import Step
 from optim_ext._lbfgs.workspace import Bound, Method, Workspace, span_of, working_dtype
 from optim_ext._load import _C
 from optim_ext._native_step import ADDED_TO_ALL, NativeStep
+from optim_ext._step.base import Group, Loss
+from optim_ext._step.torch_path import is_plain
 from optim_ext.swa_utils import AveragedModel, step_averaging
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
@@ -234,7 +235,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
         """Why the step takes torch's own code, or None if it runs natively."""
         params = [p for each in self.param_groups for p in each["params"]]
         for index, p in enumerate(params):
-            problem = _C.unsupported(p) if _is_plain(p) else "it is a tensor subclass with operations of its own"
+            problem = _C.unsupported(p) if is_plain(p) else "it is a tensor subclass with operations of its own"
             if problem is not None:
                 return f"parameter {index}: {problem}"
         if _share_memory(params):

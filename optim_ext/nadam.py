@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.nadam import nadam as nadam
 
-from optim_ext._fused_step import FusedStep
+from optim_ext._step import FusedStep
 
 
 class NAdam(FusedStep, torch.optim.NAdam):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.radam import radam as radam
 
-from optim_ext._fused_step import FusedStep
+from optim_ext._step import FusedStep
 
 
 class RAdam(FusedStep, torch.optim.RAdam):

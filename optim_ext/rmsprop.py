@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.rmsprop import rmsprop as rmsprop
 
-from optim_ext._fused_step import FusedStep, Group
+from optim_ext._step import FusedStep, Group
 
 
 class RMSprop(FusedStep, torch.optim.RMSprop):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.rprop import rprop as rprop
 
-from optim_ext._fused_step import FusedStep
+from optim_ext._step import FusedStep
 
 
 class Rprop(FusedStep, torch.optim.Rprop):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as sgd
 
-from optim_ext._fused_step import Call, FusedStep, Group
+from optim_ext._step import Call, FusedStep, Group
 
 
 class SGD(FusedStep, torch.optim.SGD):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim_ext._fused_step import FusedStep, Group
+from optim_ext._step import FusedStep, Group
 
 
 class SparseAdam(FusedStep, torch.optim.SparseAdam):

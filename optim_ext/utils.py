@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optim_ext import _grad_control, _joint
-from optim_ext._fused_step import FusedStep
 from optim_ext._grad_control import NORM_TYPES, GradPolicy, GroupNorms, NonFinite, check_finite, checked_limit
 from optim_ext._load import _C
+from optim_ext._step import FusedStep
 
 __all__ = [
     "clip_grad_norm_",

@@ -13,7 +13,7 @@ from specs import SPECS, Tolerance
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim_ext
-from optim_ext import _fused_step
+from optim_ext._step import FusedStep, planning
 
 NORM_TYPES = (1.0, 2.0, math.inf)
 FUSED = [spec for spec in SPECS if spec.fused]
@@ -660,8 +660,8 @@ class PlanStub:
 @pytest.fixture
 def fake_gpu(monkeypatch):
     stub = type("Plan", (PlanStub,), {})
-    monkeypatch.setattr(_fused_step._C, "Plan", stub)
-    monkeypatch.setattr(_fused_step.FusedStep, "_torch_reason", lambda *_: None)
+    monkeypatch.setattr(planning._C, "Plan", stub)
+    monkeypatch.setattr(FusedStep, "_torch_reason", lambda *_: None)
     with FakeTensorMode():
         yield stub
 
