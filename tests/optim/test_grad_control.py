@@ -651,6 +651,12 @@ class PlanStub:
     def __init__(self, *_):
         type(self).made += 1
 
+    def remember_options(self, *_):
+        pass
+
+    def repeat(self, *_):
+        return False
+
     def step(self, *_):
         if self.fails:
             raise RuntimeError("no such step")
