@@ -15,8 +15,16 @@ MANY = [(64,)] * 1000
 COUNTING = [spec for spec in SPECS if "step" in spec.state(spec.typical)]
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+# Moduli of complex numbers are torch's own, which rounds them differently on a GPU.
+SAME_BITS = [
+    pytest.param(norm_type, dtype, id=f"{norm_type}-{dtype}")
+    for norm_type in (1.0, 2.0, math.inf)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
+    if norm_type == 2.0 or not dtype.is_complex
+]
+
+
+@pytest.mark.parametrize(("norm_type", "dtype"), SAME_BITS)
 def test_the_cpus_bits(norm_type, dtype, device):
     results = []
     for place in (torch.device("cpu"), device):
@@ -28,8 +36,6 @@ def test_the_cpus_bits(norm_type, dtype, device):
         optimizer.step()
         each = torch.ops.optim_ext.norms([p.grad for p in params], norm_type=norm_type)
         results.append([bits(tensor) for tensor in (norm, each, *params)])
-    if dtype.is_complex and norm_type != 2.0:
-        pytest.skip("moduli are torch's own, which rounds differently on a GPU")
     assert results[0] == results[1]
 
 

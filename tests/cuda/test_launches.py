@@ -8,7 +8,9 @@ from specs import SPECS
 
 MANY = [(64,)] * 500 + [(8, 8)] * 500
 WAITS = ("Synchronize", "cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cudaFreeHost")
-COUNTING = [spec for spec in SPECS if "step" in spec.state(spec.typical)]
+# Not LAMB, LARS and Adafactor, which look at whole tensors before they update them: that takes launches of its own.
+pytestmark = pytest.mark.only_for(lambda spec: not spec.whole_tensors, reason="its launches are counted here")
+COUNTING = [spec for spec in SPECS if "step" in spec.state(spec.typical) and not spec.whole_tensors]
 # Torch's code, which makes the state, copies the rate to the device (ASGD) or reads it there (Rprop).
 WAITS_FOR_STATE = ("ASGD", "Rprop")
 
@@ -21,14 +23,6 @@ def stepped(spec, options, shapes, device, dtype=torch.float32, steps=3):
         give_grads(params, step)
         optimizer.step()
     return optimizer, params
-
-
-@pytest.fixture(autouse=True)
-def _in_one_pass(request):
-    """LAMB, LARS and Adafactor look at whole tensors before they update them, which takes launches of its own."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if any(getattr(getattr(value, "spec", value), "whole_tensors", False) for value in params.values()):
-        pytest.skip("looks at whole tensors first")
 
 
 def update(spec):
@@ -247,9 +241,8 @@ def test_graph_replays_see_live_values(spec, shapes, dtype, device):
             assert bits(on_gpu.state[mine][key]) == bits(value), key
 
 
+@pytest.mark.only_for(lambda spec: spec.accepts("capturable"), reason="torch captures others as they are")
 def test_capture_without_capturable_is_torchs_error(spec, device):
-    if "capturable" not in spec.torch(make_params()).defaults:
-        pytest.skip("torch has no such option for this optimizer, and captures it as it is")
     messages = []
     for make in (spec.torch, spec.ours):
         params = make_params(device=device)

@@ -7,6 +7,7 @@ import math
 import pickle
 import sys
 import weakref
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -125,13 +126,14 @@ SEARCHED = {
 }
 
 
+TORCHS_SEARCH = getattr(sys.modules[torch.optim.LBFGS.__module__], "_strong_wolfe", None)
+
+
+@pytest.mark.only_where(TORCHS_SEARCH is not None, reason="torch keeps its line search there")
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-3)], ids=str)
 @pytest.mark.parametrize("name", SEARCHED)
 def test_searches_ask_for_torchs_points(name, dtype, rtol):
     """Along one line, where dot products are no sums, so that torch's have the same bits."""
-    theirs = getattr(sys.modules[torch.optim.LBFGS.__module__], "_strong_wolfe", None)
-    if theirs is None:
-        pytest.skip("this torch keeps its line search elsewhere")
 
     def value(x):
         x = x.detach().requires_grad_()
@@ -139,11 +141,11 @@ def test_searches_ask_for_torchs_points(name, dtype, rtol):
         loss.backward()
         return float(loss.detach()), x.grad
 
-    for seed in range(50):
+    for seed, begins_at_one, max_ls in zip(range(50), cycle((True, False)), cycle((3, 10, 25)), strict=False):
         generator = torch.Generator().manual_seed(seed)
         origin, first = torch.rand(2, generator=generator).to(dtype).mul(3).split(1)
         loss, grad = value(origin)
-        d, first = -grad, (1.0, first.item())[seed % 2]
+        d, first = -grad, 1.0 if begins_at_one else first.item()
         asked = {0: [], 1: []}
 
         def at(which, t, origin=origin, d=d, asked=asked):
@@ -154,8 +156,9 @@ def test_searches_ask_for_torchs_points(name, dtype, rtol):
             loss, grad = at(1, t)
             return Point(t, loss, grad.dot(d).item())
 
-        max_ls = (3, 10, 25)[seed % 3]
-        found = theirs(lambda _, t, __, at=at: at(0, t), origin, first, d, loss, grad, grad.dot(d), max_ls=max_ls)
+        found = TORCHS_SEARCH(
+            lambda _, t, __, at=at: at(0, t), origin, first, d, loss, grad, grad.dot(d), max_ls=max_ls
+        )
         start = Point(0.0, loss, grad.dot(d).item())
         point, spent = strong_wolfe(evaluate, start, first, d.abs().max().item(), max_ls, rounded_to(dtype))
         assert asked[1] == pytest.approx(asked[0], rel=rtol), seed
@@ -169,9 +172,9 @@ def test_counts_where_losses_stall(dtype, tolerance_change):
     single precision torch's own counts differ by 10 of 25, and by six in a hundred altogether, if the elements are
     reversed.) In double precision torch's defaults stop before."""
     counts = []
-    for seed in range(40):
+    for seed, size in zip(range(40), cycle((5, 20)), strict=False):
         options = {"tolerance_change": tolerance_change, "max_iter": 100, **WOLFE}
-        runs = (start_at(cls, *quartic(seed, (5, 20)[seed % 2]), dtype, **options).steps(1) for cls in BOTH)
+        runs = (start_at(cls, *quartic(seed, size), dtype, **options).steps(1) for cls in BOTH)
         counts.append(tuple(run.calls for run in runs))
     if dtype == torch.float64 and tolerance_change > 0:
         assert all(ours == theirs for ours, theirs in counts), counts
@@ -399,9 +402,11 @@ def test_many_steps_of_torchs_own_test():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+TORCH_MAXIMIZES = "maximize" in torch.optim.LBFGS([torch.zeros(1)]).defaults
+
+
+@pytest.mark.only_where(TORCH_MAXIMIZES, reason="torch's LBFGS has the option")
 def test_maximize_where_torch_has_it():
-    if "maximize" not in torch.optim.LBFGS([torch.zeros(1)]).defaults:
-        pytest.skip("this torch's LBFGS has no maximize")
     runs = []
     for cls in BOTH:
         param = torch.nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))

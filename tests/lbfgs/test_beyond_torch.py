@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from scipy import optimize
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -454,7 +455,6 @@ def driver1_bounds(n):
 @pytest.mark.parametrize("line_search_fn", ["strong_wolfe"])
 @pytest.mark.parametrize("index", range(len(BOXES) + 1))
 def test_bounds_beside_scipy(index, line_search_fn):
-    optimize = pytest.importorskip("scipy.optimize")
     if index < len(BOXES):
         loss, at, (lower, upper) = BOXES[index]
         pairs = [(lower, upper)] * len(at)
