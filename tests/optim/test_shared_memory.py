@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lockstep import give_grads, random, snapshot
+from specs import SPECS
 
 import optim_ext
 from optim_ext.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -173,6 +174,23 @@ def test_asgd_after_the_average_is_put_in_place():
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
     assert results[0][0].data_ptr() == results[0][2].data_ptr()
+
+
+@pytest.mark.parametrize("in_torch", [spec for spec in SPECS if spec.in_torch], ids=lambda spec: spec.name)
+def test_state_in_its_own_memory_is_torchs(in_torch):
+    """Any of its state, in any class that torch has: its code writes one after the other."""
+    for key in in_torch.state_of((4,), in_torch.typical):
+        results = []
+        for make in (in_torch.ours, in_torch.torch):
+            p = torch.nn.Parameter(torch.linspace(0.5, 1.0, 4, dtype=torch.float64))
+            optimizer = make([p], **in_torch.typical)
+            for step in range(3):
+                give_grads([p], step)
+                optimizer.step()
+                if step == 0:
+                    optimizer.state[p][key] = p.detach()
+            results.append(p.detach())
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["Lion", "LARS"])
