@@ -223,10 +223,9 @@ enum class Way {
   runs,   // where they are: runs of the fastest dimension are one piece of memory in every operand, and long enough
   each    // where they are, one by one: there is less to compute than to move
 };
-constexpr int64_t kLeastRun = 8, kLeastRuns = 8;
-
-constexpr int kFew = 3;
-constexpr int64_t kManyRuns = 64;
+constexpr int64_t kLeastRun = 8, kLeastRuns = 8;  // elements of a run, and runs, that are worth a loop of their own
+constexpr int kFew = 3;                           // operands, above which elements are not taken one by one
+constexpr int64_t kManyRuns = 64;                 // short ones taken together: their cache lines stay in L1 meanwhile
 
 template <class Rule>
 constexpr int count_of_used = __builtin_popcount(Rule::kUsed);
