@@ -29,10 +29,7 @@ class Plan:
         state: dict[Any, Any],
         param_groups: list[dict[str, Any]],
         hypers: list[tuple[Any, ...]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        grad_factor: Tensor | None,
-        average_weight: float | Tensor | None = None,
+        controls: tuple[Tensor | None, Tensor | None, Tensor | None, float | Tensor | None],
         check_only: bool = False,
     ) -> bool: ...
     def remember_options(self, param_groups: list[dict[str, Any]], names: Mapping[str, Any]) -> None:

@@ -75,6 +75,16 @@ class ArmedClip(NamedTuple):
     own: Tensor | None = None  # this optimizer's part of that
 
 
+class StepControls(NamedTuple):
+    """What one step is told besides its options, as the native code takes it: GradScaler's scale, whether to skip (one
+    that is 1), a factor of the gradients, and the weight of the parameters in their averages."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    grad_factor: Tensor | None = None
+    average_weight: float | Tensor | None = None
+
+
 class NonFinite(NamedTuple):
     """A parameter that is not all finite, and how many elements of its gradient and value are not. ``parameter`` is its
     name, a key of ``named_parameters()``, where the optimizer was given names, else its place ("parameter 0 of group 1").
@@ -169,9 +179,8 @@ class Verdict(NamedTuple):
     turns: Sequence[tuple[Controls, Turn]] = ()  # what the others of this round are told
 
     @property
-    def common(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What every op takes besides its own arguments."""
-        return self.grad_scale, self.found_inf, self.grad_factor
+    def controls(self) -> StepControls:
+        return StepControls(self.grad_scale, self.found_inf, self.grad_factor)
 
     def record(self) -> None:
         if self.policy is not None:

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from optim_ext import _grad_control, _joint
+from optim_ext._averaging.step import StepAveraging
 from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite
 from optim_ext._load import _C
-from optim_ext.swa_utils import StepAveraging
 
 # What help() says of every class after its own lines.
 ADDED_TO_ALL = """\

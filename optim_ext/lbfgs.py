@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 
 from optim_ext import _grad_control
+from optim_ext._averaging.step import step_averaging
 from optim_ext._grad_control import GradPolicy
 from optim_ext._lbfgs.step import Step
 from optim_ext._lbfgs.workspace import Bound, Method, Workspace, span_of, working_dtype
@@ -20,7 +21,7 @@ from optim_ext._load import _C
 from optim_ext._native_step import ADDED_TO_ALL, NativeStep
 from optim_ext._step.base import Group, Loss
 from optim_ext._step.torch_path import is_plain
-from optim_ext.swa_utils import AveragedModel, step_averaging
+from optim_ext.swa_utils import AveragedModel
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
 # Options that describe the method, not a parameter: every group has the same. torch has `maximize` since 2.14.

@@ -15,7 +15,7 @@ thread_local int check_only_depth = 0;
 }  // namespace
 
 void Call::refuse(const char* list, int64_t index, const std::string& problem) const {
-  throw BadInput(spec_.common.op, list, index, problem);
+  throw BadInput(spec_.op, list, index, problem);
 }
 
 Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, Handover* handover)
@@ -26,8 +26,8 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, 
             spec.leader,
             used,
             updates,
-            updates | (spec.common.grad_scale ? 1u << kGrad : 0u)},
-      averaging_lists_{{"averages", spec.common.averages}, spec.operands.begin()[kParam]},
+            updates | (spec.controls.grad_scale ? 1u << kGrad : 0u)},
+      averaging_lists_{{"averages", spec.controls.averages}, spec.operands.begin()[kParam]},
       averaging_{averaging_lists_,      rules::Average::kOperands, 1,
                  rules::Average::kUsed, rules::Average::kUpdates,  rules::Average::kUpdates} {
   if (handover && handover->kind == Handover::Kind::offer && handover->prepared.fits(spec, used, updates)) {
@@ -45,7 +45,7 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, 
   if (rule_.written != 0 && !OverlapsChecked::active()) known_ = KnownCalls::current().all();
   make_bundles();
   read_pass();
-  if (pass.unscale || pass.device_grad_scale) {
+  if (pass.unscale || pass.on_device.grad_scale) {
     for (size_t i = 0; i < params.size(); ++i) {
       if (shares_elements(rule_.lists[kGrad].tensors[i])) {
         refuse("grads", static_cast<int64_t>(i),
@@ -56,7 +56,7 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, 
   if (rule_.written != 0 && !OverlapsChecked::active()) check_overlap();
   if (handover && handover->kind == Handover::Kind::look && is_plain()) {
     Prepared& found = handover->prepared;
-    found.op = spec.common.op;
+    found.op = spec.op;
     found.used = used;
     found.updates = updates;
     found.bundles = bundles;
@@ -65,7 +65,7 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, 
 
 // Whether the bundles say all there is to say of the tensors, for as long as these stay what they are.
 bool Call::is_plain() const {
-  return device.is_cpu() && !spec_.common.grad_scale && averages_.empty() && spec_.scalars.size() == 0 &&
+  return device.is_cpu() && !spec_.controls.grad_scale && averages_.empty() && spec_.scalars.size() == 0 &&
          spec_.partial.size() == 0 && spec_.leader == kParam && spec_.counts && !OverlapsChecked::active() &&
          std::all_of(bundles.begin(), bundles.end(),
                      [](const Bundle& bundle) { return bundle.layout == nullptr && bundle.numel > 0; });
@@ -84,21 +84,20 @@ void Call::set(std::initializer_list<Hyper> hypers, const void* rule, size_t rul
     double value = hyper.value;
     if (hyper.tensor) {
       const at::Tensor& tensor = *hyper.tensor;
-      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.common.op,
-                        ": ", hyper_name(hyper.key, hyper.index),
-                        " must be a number or a real tensor with one element");
+      TORCH_CHECK_VALUE(tensor.defined() && tensor.numel() == 1 && !tensor.is_complex(), "optim_ext::", spec_.op, ": ",
+                        hyper_name(hyper.key, hyper.index), " must be a number or a real tensor with one element");
       // Scalar state on the host that depends on this value makes the host wait for it, as torch does.
       if (!tensor.is_cpu() && tensor.device() == device && !(host_scalars_ && hyper.in_scalars)) {
         const auto storage = storage_of(tensor.scalar_type());
-        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.common.op, ": ", hyper_name(hyper.key, hyper.index),
-                          " has dtype ", tensor.scalar_type(), ", expected a floating point type");
+        TORCH_CHECK_VALUE(storage, "optim_ext::", spec_.op, ": ", hyper_name(hyper.key, hyper.index), " has dtype ",
+                          tensor.scalar_type(), ", expected a floating point type");
         device_hypers.push_back({offset, tensor.const_data_ptr(), *storage});
         continue;
       }
       value = tensor.item().toDouble();
     }
     if (std::isnan(value))
-      throw BadHyper(text("optim_ext::", spec_.common.op, ": ", hyper_name(hyper.key, hyper.index), " is NaN"), false);
+      throw BadHyper(text("optim_ext::", spec_.op, ": ", hyper_name(hyper.key, hyper.index), " is NaN"), false);
     *hyper.slot = value;
   }
 }
@@ -151,19 +150,19 @@ void Call::store_scalar(int64_t i, int k, double value) {
 
 void Call::read_average_weight() {
   if (averages_.empty()) return;
-  const auto& weight = spec_.common.average_weight;
+  const auto& weight = spec_.controls.average_weight;
   const bool fits = weight && weight->defined() && weight->numel() == 1 && weight->layout() == at::kStrided &&
                     (weight->scalar_type() == at::kFloat || weight->scalar_type() == at::kDouble) &&
                     (weight->is_cpu() || weight->device() == device);
-  TORCH_CHECK_VALUE(fits, "optim_ext::", spec_.common.op,
+  TORCH_CHECK_VALUE(fits, "optim_ext::", spec_.op,
                     ": with averages, average_weight must be one Float or Double element on cpu or ", device);
-  pass.average_weight_storage = *storage_of(weight->scalar_type());
+  pass.on_device.average_weight_storage = *storage_of(weight->scalar_type());
   if (!weight->is_cpu()) {
-    pass.device_average_weight = weight->const_data_ptr();
+    pass.on_device.average_weight = weight->const_data_ptr();
     return;
   }
-  pass.average_weight = host_value(weight->const_data_ptr(), pass.average_weight_storage);
-  check_average_weight(spec_.common.op, "average_weight", pass.average_weight);
+  pass.average_weight = host_value(weight->const_data_ptr(), pass.on_device.average_weight_storage);
+  check_average_weight(spec_.op, "average_weight", pass.average_weight);
 }
 
 const void* scalar_data(const char* op, const char* name, const std::optional<at::Tensor>& value, at::Device device,
@@ -181,23 +180,23 @@ const void* scalar_data(const char* op, const char* name, const std::optional<at
 void Call::read_pass() {
   const auto given = [&](const std::optional<at::Tensor>& value, const char* name,
                          at::ArrayRef<at::ScalarType> dtypes) {
-    return scalar_data(spec_.common.op, name, value, device, dtypes);
+    return scalar_data(spec_.op, name, value, device, dtypes);
   };
-  const auto* const scale = static_cast<const float*>(given(spec_.common.grad_scale, "grad_scale", {at::kFloat}));
-  const auto* const found = static_cast<const float*>(given(spec_.common.found_inf, "found_inf", {at::kFloat}));
-  const void* const factor = given(spec_.common.grad_factor, "grad_factor", {at::kFloat, at::kDouble});
+  const auto* const scale = static_cast<const float*>(given(spec_.controls.grad_scale, "grad_scale", {at::kFloat}));
+  const auto* const found = static_cast<const float*>(given(spec_.controls.found_inf, "found_inf", {at::kFloat}));
+  const void* const factor = given(spec_.controls.grad_factor, "grad_factor", {at::kFloat, at::kDouble});
   read_average_weight();
-  if (factor) pass.grad_factor_storage = *storage_of(spec_.common.grad_factor->scalar_type());
+  if (factor) pass.on_device.grad_factor_storage = *storage_of(spec_.controls.grad_factor->scalar_type());
   if (device.is_cpu()) {
     pass.unscale = scale != nullptr;
     if (scale) pass.grad_scale = *scale;
-    if (factor) pass.grad_factor = host_value(factor, pass.grad_factor_storage);
+    if (factor) pass.grad_factor = host_value(factor, pass.on_device.grad_factor_storage);
     skip = found && *found == 1.0f;
     return;
   }
-  pass.device_grad_scale = scale;
-  pass.device_found_inf = found;
-  pass.device_grad_factor = factor;
+  pass.on_device.grad_scale = scale;
+  pass.on_device.found_inf = found;
+  pass.on_device.grad_factor = factor;
   if (!found) return;
   const auto must_be_there = [&](const List& list) {
     for (size_t i = 0; i < list.tensors.size(); ++i) {

@@ -49,7 +49,7 @@ class Call : public Work {
   // The same, and advances scalar state on the host.
   void commit(const RuleProgram& program, const void* rule);
 
-  const char* op() const { return spec_.common.op; }
+  const char* op() const { return spec_.op; }
 
   // Leaves what commit() and a driver would do to the caller, if he has offered to do it.
   bool leave(const RuleProgram& program, const void* rule);

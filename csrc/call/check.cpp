@@ -73,13 +73,13 @@ void Call::check_lengths() const {
   const auto& first = rule_.lists[kParam];
   const size_t n = first.tensors.size();
   const auto check = [&](const char* name, size_t found, bool may_be_empty) {
-    TORCH_CHECK_VALUE(found == n || (may_be_empty && found == 0), "optim_ext::", spec_.common.op, ": ", first.name,
-                      " has ", n, " tensors but ", name, " has ", found, "; the lists must be equally long");
+    TORCH_CHECK_VALUE(found == n || (may_be_empty && found == 0), "optim_ext::", spec_.op, ": ", first.name, " has ", n,
+                      " tensors but ", name, " has ", found, "; the lists must be equally long");
   };
   for (int k = 0; k < rule_.count; ++k) check(rule_.lists[k].name, rule_.lists[k].tensors.size(), !rule_.is_used(k));
   if (spec_.state_steps) check("state_steps", spec_.state_steps->size(), false);
   for (const List& list : spec_.scalars) check(list.name, list.tensors.size(), false);
-  check("averages", spec_.common.averages.size(), true);
+  check("averages", spec_.controls.averages.size(), true);
 }
 
 void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
@@ -149,7 +149,7 @@ at::Tensor Call::sparse_gradient(int64_t i) {
   if (!grad.sizes().equals(param.sizes()))
     refuse("grads", i, text("has shape ", grad.sizes(), ", expected its parameter's shape ", param.sizes()));
   if (grad.is_complex()) refuse("grads", i, "is sparse and complex; make it dense");
-  if (spec_.common.grad_scale) refuse("grads", i, "is sparse, so it cannot be unscaled in place");
+  if (spec_.controls.grad_scale) refuse("grads", i, "is sparse, so it cannot be unscaled in place");
   std::optional<SparseIndices::Outside> outside;
   if (grad.is_cpu()) {
     outside = indices_of(grad, param.sizes()).outside();
@@ -215,11 +215,11 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
       if (operands.is_used(k)) dim.strides[k] = operands.lists[k].tensors[i].stride(d) * width;
     }
   }
-  const bool any_order = spec_.any_order && spec_.common.averages.empty();  // an average follows the same walk
+  const bool any_order = spec_.any_order && spec_.controls.averages.empty();  // an average follows the same walk
   memory::order(walk, any_order ? memory::most_common(walk, operands.leader) : operands.leader);
   if (width == 2) walk.dims.push_back({2, {1, 1, 1, 1, 1, 1}});
   memory::merge(walk);
-  if (spec_.common.averages.empty()) memory::lengthen_runs(walk);
+  if (spec_.controls.averages.empty()) memory::lengthen_runs(walk);
   if (any_order) memory::make_squares(walk);
   Layout& layout = layouts_.emplace_back();
   const std::vector<int64_t> outer = memory::list_outer(walk, kMaxDims);

@@ -3,8 +3,8 @@
 namespace optim_ext::ops {
 
 bool Prepared::fits(const CallSpec& spec, unsigned used_here, unsigned updates_here) const {
-  return op == spec.common.op && used == used_here && updates == updates_here && !spec.common.grad_scale &&
-         spec.common.averages.empty();
+  return op == spec.op && used == used_here && updates == updates_here && !spec.controls.grad_scale &&
+         spec.controls.averages.empty();
 }
 
 namespace {

@@ -160,7 +160,7 @@ void Call::take_turns(const std::vector<int32_t>& turn_of_member) const {
   MembersInTurn turns(*std::max_element(turn_of_member.begin(), turn_of_member.end()) + 1);
   for (size_t i = 0; i < turn_of_member.size(); ++i) turns[turn_of_member[i]].push_back(static_cast<int64_t>(i));
   const int64_t first_to_wait = turns[1][0];
-  throw InTurn(spec_.common.op, rule_.lists[kParam].name, first_to_wait, kOverlaps, std::move(turns));
+  throw InTurn(spec_.op, rule_.lists[kParam].name, first_to_wait, kOverlaps, std::move(turns));
 }
 
 // What this call is going to write, most likely: so the threads that look at the tensors can also see to it that no

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../kernels/operand.h"
+#include "controls.h"
 
 namespace optim_ext::ops {
 
@@ -51,16 +52,6 @@ struct Hyper {
   bool in_scalars = false;  // whether the rule's scalar state after a step depends on it
 };
 
-// What every op is given besides its own arguments.
-struct Common {
-  const char* op;                                // its name, for messages
-  const std::optional<at::Tensor>& grad_scale;   // GradScaler's: gradients are divided by it, in place
-  const std::optional<at::Tensor>& found_inf;    // one: nothing is written
-  const std::optional<at::Tensor>& grad_factor;  // multiplies the gradients as the rule sees them, not in memory
-  at::TensorList averages;                       // running averages of the parameters to be brought up to date; or none
-  const std::optional<at::Tensor>& average_weight;  // of the updated parameter in its average
-};
-
 // State that only some parameters have: the tensor of each parameter, undefined for those without. `reduced` is the
 // dimension, from the last one, in which it has one element where its parameter has many; 0: none.
 struct PartialList {
@@ -69,7 +60,8 @@ struct PartialList {
 };
 
 struct CallSpec {
-  const Common& common;
+  const char* op;  // its name, for messages
+  const StepControls& controls;
   std::initializer_list<List> operands;  // params, grads, then the state, in the rule's order
   std::optional<at::TensorList> state_steps = std::nullopt;
   std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order

@@ -56,7 +56,7 @@ void Call::make_bundles() {
       });
   for (const PartialList& partial : spec_.partial) check_partial(partial);
 
-  if (spec_.common.averages.empty()) return;
+  if (spec_.controls.averages.empty()) return;
   Usual usual_pair[rules::Average::kOperands];
   averages_.resize(count);
   make_all(

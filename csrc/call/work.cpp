@@ -13,7 +13,7 @@ void make_ready(const RuleProgram& program, const void* rule, const Bundle& bund
 
 void Work::begin_second_rule() {
   pass.unscale = false;
-  pass.device_grad_scale = nullptr;
+  pass.on_device.grad_scale = nullptr;
   steps_on_device = false;
 }
 

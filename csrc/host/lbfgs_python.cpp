@@ -87,7 +87,7 @@ class StateReader {
 
   OptionalTensor vector(const char* key, at::ScalarType dtype) const {
     const py::object value = state_.attr("get")(key);
-    return value.is_none() ? kNone : OptionalTensor(fitting(value.ptr(), key, dtype));
+    return value.is_none() ? std::nullopt : OptionalTensor(fitting(value.ptr(), key, dtype));
   }
 
   // The newest `size` of a list.
@@ -163,7 +163,7 @@ class PythonHistory {
     TORCH_CHECK_VALUE(dirs.size() == stps.size(), "the state of LBFGS has ", dirs.size(), " old_dirs but ", stps.size(),
                       " old_stps");
     const OptionalTensor d = reader.vector("d", dtype_);
-    const OptionalTensor prev_grad = d ? reader.vector("prev_flat_grad", dtype_) : kNone;
+    const OptionalTensor prev_grad = d ? reader.vector("prev_flat_grad", dtype_) : std::nullopt;
     TORCH_CHECK_VALUE(!d || prev_grad, "the state of LBFGS has a direction 'd', but no 'prev_flat_grad'");
     history_.take_up(dirs, stps, d, prev_grad);
     return d.has_value();

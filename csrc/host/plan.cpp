@@ -4,19 +4,16 @@
 #include "fast_path.h"
 #include "gradients.h"
 #include "planned_call.h"
-#include "python_tensors.h"
+#include "planning.h"
 #include "state_items.h"
 #include "state_numbers.h"
+#include "step_run.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
-
-#include <set>
-#include <unordered_map>
-#include <unordered_set>
 
 namespace optim_ext::ops {
 
@@ -27,19 +24,19 @@ namespace {
 // replaced. Between steps no tensor is held.
 class Plan {
  public:
-  // calls: one (group index, indices into group["params"], state keys, whether gradients may be sparse, whether they
-  // may be dense) each; a key of None leaves that list empty. partial: keys of state that only some parameters have;
-  // the op is given a list of these. averages: running averages by parameter, to be brought up to date with it.
-  // numbers: keys of state that are Python numbers; the op is given tensors that hold these during the step.
+  // calls: one spec each, as Planning::add() takes it; the other arguments are those of Planning.
   Plan(const StepOp& op, const py::list& param_groups, const py::dict& state, const py::list& calls,
        const py::dict& averages, const py::set& partial, const py::set& numbers)
-      : op_(op), groups_(py::len(param_groups)), partial_(partial), number_keys_(numbers) {
-    for (const auto& item : calls) add_call(py::cast<py::tuple>(item), param_groups, state, averages);
+      : op_(op), groups_(py::len(param_groups)) {
+    Planning planning(op, param_groups, state, averages, partial, numbers);
+    for (const auto& item : calls) planning.add(py::cast<py::tuple>(item));
+    calls_ = std::move(planning.calls);
+    numbers_ = std::move(planning.numbers);
+    spec_count_ = planning.specs;
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (const auto& param : params_of(param_groups[g])) groups_[g].push_back(param.ptr());
     }
-    state_ = StateItems(state, ours_);
-    ours_.clear();
+    state_ = StateItems(state, planning.state_tensors);
     numbers_of_.assign(spec_count_, NumberHypers(op_));
     for (size_t i = 0; i < op_.hypers.size(); ++i) {
       if (op_.hypers[i].index < 0 && std::string("lr") == op_.hypers[i].key) rate_ = i;
@@ -72,26 +69,21 @@ class Plan {
   }
 
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
-  // hypers: one tuple per call, in the order of the op's schema.
-  bool step(const py::object& state, const py::object& param_groups, const py::list& hypers,
-            const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
-            const py::object& average_weight, bool check_only) {
+  // hypers: one tuple per call, in the order of the op's schema. told: the fields of StepControls, without averages.
+  bool step(const py::object& state, const py::object& param_groups, const py::list& hypers, const py::tuple& told,
+            bool check_only) {
     std::vector<std::vector<HyperValue>> values = read_all_hypers(hypers);
-    const CommonTensors common{
-        optional_tensor(grad_scale),
-        optional_tensor(found_inf),
-        optional_tensor(grad_factor),
-        {},
-        average_weight.is_none() ? OptionalTensor() : OptionalTensor(from_python<Tensor>(average_weight.ptr()))};
+    const StepControls controls = read_controls(told);
     if (!has_same_objects(state, param_groups)) return false;
-    if (!check_only && step_as_before(values, common, param_groups)) return options_will_hold();
+    if (!check_only && step_as_before(values, controls, param_groups)) return options_will_hold();
     if (!state_is_current()) return false;
+    const StepRun step(op_, controls, param_groups);
     std::vector<Gathered> gathered(calls_.size());
     size_t to_make = 0;
     for (size_t c = 0; c < calls_.size(); ++c) {
       if (!gather(calls_[c], gathered[c])) return false;
       to_make += !gathered[c].grads.empty();
-      to_make += common.average_weight && calls_[c].is_averaged() && !gathered[c].all;
+      to_make += step.averages(calls_[c]) && !gathered[c].all;
     }
     if (!numbers_.read()) return false;
     // One call checks itself before it writes. Several must all be sound before the first of them writes; and what a
@@ -100,9 +92,9 @@ class Plan {
       if (values[i].empty()) values[i] = numbers_of_[i].values();  // of its own, as other threads may step, too
     }
     if (check_only || to_make > 1 || c10::impl::TorchDispatchModeTLS::any_modes_set())
-      run_all(gathered, values, common, param_groups, true);
+      run_all(step, gathered, values, true);
     if (!check_only) {
-      run_and_remember(gathered, values, common, param_groups);
+      run_and_remember(step, gathered, values, is_plain(controls, gathered));
       numbers_.write();
       options_will_hold();
     }
@@ -116,75 +108,12 @@ class Plan {
  private:
   static constexpr int64_t kAhead = 8;  // entries of the state
 
-  void add_call(const py::tuple& spec, const py::list& param_groups, const py::dict& state, const py::dict& averages) {
-    const auto group = py::cast<size_t>(spec[0]);
-    const auto params = params_of(param_groups[group]);
-    const auto keys = py::cast<py::tuple>(spec[2]);
-    TORCH_CHECK(keys.size() + kFirstState == op_.lists.size(), "optim_ext: ", keys.size(),
-                " state keys given, the op takes ", op_.lists.size() - kFirstState);
-    // One call per device, and per occurrence of a parameter that is in the group more than once: torch updates it that
-    // many times in turn. Those that are averaged make a call of their own.
-    std::map<std::tuple<std::string, int, bool>, size_t> call_of;
-    std::unordered_map<PyObject*, int> occurrences;
-    for (const auto& index : spec[1]) {
-      const auto i = py::cast<int64_t>(index);
-      const py::object param = params[i];
-      TORCH_CHECK_TYPE(is_tensor(param.ptr()), describe(group, i, param_groups), " is a ",
-                       Py_TYPE(param.ptr())->tp_name, ", expected a tensor");
-      const Tensor& tensor = THPVariable_Unpack(param.ptr());
-      TORCH_CHECK(!tensor.is_conj(), describe(group, i, param_groups),
-                  " is a lazy conjugate view, expected a tensor of its own; call resolve_conj() on it");
-      const bool averaged = averages.contains(param);
-      const auto place = std::make_tuple(tensor.device().str(), occurrences[param.ptr()]++, averaged);
-      auto found = call_of.find(place);
-      if (found == call_of.end()) {
-        found = call_of.emplace(place, calls_.size()).first;
-        calls_.push_back({group,
-                          tensor.device(),
-                          {},
-                          std::vector<PythonTensors>(op_.lists.size()),
-                          py::cast<bool>(spec[3]),
-                          py::cast<bool>(spec[4]),
-                          {},
-                          {},
-                          {}});
-        for (const auto& key : keys) calls_.back().keys.push_back(py::cast<std::string>(py::str(key)));
-        source_.push_back(spec_count_);
-      }
-      PlannedCall& call = calls_[found->second];
-      call.indices.push_back(i);
-      call.lists[kParams].add(param.ptr());
-      if (averaged) call.averages.add(py::object(averages[param]).ptr());
-      PyObject* const entry = PyDict_GetItemWithError(state.ptr(), param.ptr());
-      if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
-      bool ready = true;
-      for (size_t k = 0; k < keys.size(); ++k) {
-        if (keys[k].is_none()) continue;
-        PyObject* const value =
-            entry && PyDict_Check(entry) ? PyDict_GetItemWithError(entry, py::object(keys[k]).ptr()) : nullptr;
-        if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-        const bool is_number = value != nullptr && number_keys_.contains(keys[k]);
-        TORCH_CHECK(!is_number || StateNumbers::number_of(value), describe(group, i, param_groups), ": its state '",
-                    std::string(py::str(py::object(keys[k]))), "' is ", std::string(py::repr(value)),
-                    ", expected a number");
-        const bool there = value != nullptr && (is_number || THPVariable_Check(value));
-        // The dispatcher would take a call with one of these for one that only asks for shapes.
-        TORCH_CHECK(!there || is_number || !THPVariable_Unpack(value).is_meta() || tensor.is_meta(),
-                    describe(group, i, param_groups), ": its state '", std::string(py::str(py::object(keys[k]))),
-                    "' is on meta, expected ", tensor.device());
-        if (is_number) {
-          call.lists[kFirstState + k].add_own(numbers_.tensor_of(entry, k, keys[k]));
-        } else {
-          call.lists[kFirstState + k].add(there ? value : nullptr);
-        }
-        if (there && !is_number) ours_.insert(value);
-        const bool may_lack = partial_.contains(keys[k]);
-        if (may_lack) call.partial.insert(kFirstState + k);
-        ready &= there || may_lack;
-      }
-      call.ready.push_back(ready);
-    }
-    ++spec_count_;
+  static StepControls read_controls(const py::tuple& told) {
+    TORCH_CHECK(told.size() == 4, "optim_ext: a step is told four things, found ", told.size());
+    return {.grad_scale = optional_tensor(told[0]),
+            .found_inf = optional_tensor(told[1]),
+            .grad_factor = optional_tensor(told[2]),
+            .average_weight = told[3].is_none() ? OptionalTensor() : from_python<Tensor>(told[3].ptr())};
   }
 
   // By spec; nothing for one whose hyper-parameters are all plain numbers: these are in numbers_of_.
@@ -253,22 +182,23 @@ class Plan {
 
   // Takes the step by what is remembered of one before. False where that does not hold any more, or does not do.
   // Between the first look and the last write no Python code runs.
-  bool step_as_before(const std::vector<std::vector<HyperValue>>& values, const CommonTensors& common,
+  bool step_as_before(const std::vector<std::vector<HyperValue>>& values, const StepControls& controls,
                       const py::object& param_groups) {
     const auto on_host = [](const OptionalTensor& tensor) { return !tensor || tensor->device().is_cpu(); };
-    if (!fast_path_.is_known() || common.grad_scale || common.average_weight || !on_host(common.found_inf) ||
-        !on_host(common.grad_factor) || !internals::calls_reach_kernels() || !fast_path_.look(state_))
+    if (!fast_path_.is_known() || controls.grad_scale || controls.average_weight || !on_host(controls.found_inf) ||
+        !on_host(controls.grad_factor) || !internals::calls_reach_kernels() || !fast_path_.look(state_))
       return false;
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const StepRun step(op_, controls, param_groups);
     std::vector<Sweep> sweeps;
     sweeps.reserve(calls_.size());
     for (size_t c = 0; c < calls_.size(); ++c) {
       LocalView& view = fast_path_.view(c);
       Handover handover(Handover::Kind::offer, view.prepared());
-      naming(calls_[c], {}, param_groups, [&] {
-        const std::vector<HyperValue>& own = values[source_[c]];
-        const std::vector<HyperValue>& hypers = own.empty() ? numbers_of_[source_[c]].values() : own;
-        op_.run(view.firsts(op_.lists.size()), hypers.data(), common, /*check_only=*/true);
+      step.naming(calls_[c], {}, [&] {
+        const std::vector<HyperValue>& own = values[calls_[c].spec];
+        const std::vector<HyperValue>& hypers = own.empty() ? numbers_of_[calls_[c].spec].values() : own;
+        op_.run(view.firsts(op_.lists.size()), hypers.data(), controls, /*check_only=*/true);
       });
       if (!handover.taken) {
         fast_path_.forget();
@@ -281,12 +211,16 @@ class Plan {
     return true;
   }
 
-  void run_and_remember(const std::vector<Gathered>& gathered, const std::vector<std::vector<HyperValue>>& values,
-                        const CommonTensors& common, const py::object& param_groups) {
-    const bool plain = !common.grad_scale && !common.average_weight &&
-                       std::all_of(gathered.begin(), gathered.end(), [](const Gathered& each) { return each.all; });
+  // Whether a step is of the kind that the fast path takes.
+  static bool is_plain(const StepControls& controls, const std::vector<Gathered>& gathered) {
+    return !controls.grad_scale && !controls.average_weight &&
+           std::all_of(gathered.begin(), gathered.end(), [](const Gathered& each) { return each.all; });
+  }
+
+  void run_and_remember(const StepRun& step, const std::vector<Gathered>& gathered,
+                        const std::vector<std::vector<HyperValue>>& values, bool plain) {
     std::vector<Prepared> found(plain && fast_path_.should_remember() ? calls_.size() : 0);
-    run_all(gathered, values, common, param_groups, false, found.data());
+    run_all(step, gathered, values, false, found.data());
     if (found.empty()) return;
     const auto entries = state_.places();
     std::vector<LocalView> views(calls_.size());
@@ -298,111 +232,21 @@ class Plan {
   }
 
   // found: null, or where each call leaves what it finds.
-  void run_all(const std::vector<Gathered>& gathered, const std::vector<std::vector<HyperValue>>& values,
-               const CommonTensors& common, const py::object& param_groups, bool check_only,
-               Prepared* found = nullptr) const {
+  void run_all(const StepRun& step, const std::vector<Gathered>& gathered,
+               const std::vector<std::vector<HyperValue>>& values, bool check_only, Prepared* found = nullptr) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (size_t c = 0; c < calls_.size(); ++c) {
       std::optional<Handover> handover;
       if (found != nullptr) handover.emplace(Handover::Kind::look, found[c]);
-      if (!gathered[c].grads.empty())
-        run_one(calls_[c], gathered[c], values[source_[c]], common, param_groups, check_only);
-      if (common.average_weight && calls_[c].is_averaged() && !gathered[c].all)
-        average_idle(calls_[c], gathered[c], common, param_groups, check_only);
+      step.run(calls_[c], gathered[c], values[calls_[c].spec], check_only);
     }
-  }
-
-  // Parameters without a gradient stay as they are, but their averages still move towards them.
-  void average_idle(const PlannedCall& call, const Gathered& gathered, const CommonTensors& common,
-                    const py::object& param_groups, bool check_only) const {
-    std::vector<Tensor> averages, params;
-    for (const int64_t i : gathered.idle) {
-      averages.push_back(gathered.taken.get(call.lists.size())[i]);
-      params.push_back(gathered.taken.get(kParams)[i]);
-    }
-    naming(call, gathered.idle, param_groups,
-           [&] { run_average(averages, params, *common.average_weight, common.found_inf, check_only); });
-  }
-
-  void run_one(const PlannedCall& call, const Gathered& gathered, const std::vector<HyperValue>& hypers,
-               const CommonTensors& common, const py::object& param_groups, bool check_only) const {
-    std::vector<TensorList> lists(op_.lists.size());
-    std::vector<std::vector<Tensor>> subsets(gathered.all ? 0 : lists.size());
-    const auto taking_part = [&](TensorList all) {
-      std::vector<Tensor> subset;
-      for (const int64_t member : gathered.members) subset.push_back(all[member]);
-      return subset;
-    };
-    for (size_t k = 0; k < lists.size(); ++k) {
-      const TensorList all = gathered.taken.get(k);
-      if (call.partial.contains(k)) {
-        subsets.resize(lists.size());
-        subsets[k] = gathered.all ? all.vec() : taking_part(all);
-        std::erase_if(subsets[k], [](const Tensor& tensor) { return !tensor.defined(); });
-        lists[k] = subsets[k];
-      } else if (k == kGrads) {
-        lists[k] = gathered.grads;
-      } else if (gathered.all) {
-        lists[k] = all;
-      } else {
-        if (!all.empty()) subsets[k] = taking_part(all);
-        lists[k] = subsets[k];
-      }
-    }
-    CommonTensors here{moved_to(call.device, common.grad_scale),
-                       moved_to(call.device, common.found_inf),
-                       moved_to(call.device, common.grad_factor),
-                       {},
-                       std::nullopt};
-    std::vector<Tensor> averages;
-    if (common.average_weight && call.is_averaged()) {
-      const TensorList all = gathered.taken.get(call.lists.size());
-      if (!gathered.all) averages = taking_part(all);
-      here.averages = gathered.all ? all : averages;
-      here.average_weight = weight_for(call.device, *common.average_weight);
-    }
-    naming(call, gathered.members, param_groups, [&] {
-      const py::gil_scoped_release no_gil;
-      op_.run(lists, hypers.data(), here, check_only);
-    });
-  }
-
-  // Runs the body; what it refuses by index is told with the parameter's name, and a bad hyper-parameter with its
-  // group. members: into the call's lists, all of them if empty.
-  template <class Body>
-  void naming(const PlannedCall& call, const std::vector<int64_t>& members, const py::object& param_groups,
-              const Body& body) const {
-    const RemembersCalls remembers(*call.known);
-    try {
-      body();
-    } catch (const BadHyper& bad) {
-      throw BadHyper("group " + std::to_string(call.group) + ": " + bad.what_without_backtrace(), bad.divides);
-    } catch (const BadInput& bad) {
-      if (bad.index < 0) throw;
-      const int64_t index = call.indices[members.empty() ? bad.index : members[bad.index]];
-      throw std::runtime_error(describe(call.group, index, param_groups) + ": " + name_of(call, bad.list) + " " +
-                               bad.problem);
-    } catch (const c10::ValueError& bad) {
-      TORCH_CHECK_VALUE(false, "group ", call.group, ": ", bad.what_without_backtrace());
-    }
-  }
-
-  // A list of the op as users know what is in it: by the key under which a parameter's state has it.
-  std::string name_of(const PlannedCall& call, const std::string& list) const {
-    for (size_t k = 0; k < call.keys.size(); ++k) {
-      if (op_.lists[kFirstState + k].name == list) return call.keys[k];
-    }
-    return list;
   }
 
   const StepOp& op_;
   std::vector<std::vector<PyObject*>> groups_;  // identities
-  const py::set partial_, number_keys_;
   StateNumbers numbers_;
   std::vector<PlannedCall> calls_;
-  std::vector<size_t> source_;  // which tuple of hyper-parameters a call takes
   size_t spec_count_ = 0;
-  std::unordered_set<PyObject*> ours_;  // state, while the plan is made
   StateItems state_;
   std::vector<NumberHypers> numbers_of_;  // by spec
   std::vector<GroupOptions> options_;     // of the groups; empty: not known
@@ -437,15 +281,11 @@ void bind_plan(py::module_& m) {
       .def(
           "step",
           [](Plan& plan, const py::object& state, const py::object& param_groups, const py::list& hypers,
-             const py::object& grad_scale, const py::object& found_inf, const py::object& grad_factor,
-             const py::object& average_weight, bool check_only) {
-            return as_torch_raises([&] {
-              return plan.step(state, param_groups, hypers, grad_scale, found_inf, grad_factor, average_weight,
-                               check_only);
-            });
+             const py::tuple& controls, bool check_only) {
+            return as_torch_raises([&] { return plan.step(state, param_groups, hypers, controls, check_only); });
           },
-          py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("grad_scale"), py::arg("found_inf"),
-          py::arg("grad_factor"), py::arg("average_weight") = py::none(), py::arg("check_only") = false);
+          py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("controls"),
+          py::arg("check_only") = false);
 }
 
 }  // namespace optim_ext::ops

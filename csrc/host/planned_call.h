@@ -19,14 +19,15 @@ constexpr size_t kParams = 0, kGrads = 1, kFirstState = 2;
 
 struct PlannedCall {
   size_t group;
+  size_t spec;  // whose hyper-parameters it takes
   c10::Device device;
   std::vector<int64_t> indices;      // into group["params"], for messages
   std::vector<PythonTensors> lists;  // params, (grads: empty), state...; an absent list is empty
   bool takes_sparse, takes_dense;
-  std::vector<std::string> keys;  // of the state lists, for messages
-  std::vector<uint8_t> ready;     // whether the state of a parameter is there
-  PythonTensors averages;         // of the parameters; empty where they are not averaged
-  std::set<size_t> partial;       // lists with undefined tensors, which the op is not given
+  std::vector<std::string> keys = {};  // of the state lists, for messages
+  std::vector<uint8_t> ready = {};     // whether the state of a parameter is there
+  PythonTensors averages = {};         // of the parameters; empty where they are not averaged
+  std::set<size_t> partial = {};       // lists with undefined tensors, which the op is not given
   std::unique_ptr<KnownCalls> known = std::make_unique<KnownCalls>();
   bool is_averaged() const { return averages.size() > 0; }
 };

@@ -138,19 +138,23 @@ OPTIM_EXT_HOST_DEVICE bool averages_in_loop(const Bundle& bundle) {
   return fits;
 }
 
-// What happens to the gradients on the way into a rule. On the CPU the values are read on the host; on a GPU they stay
-// where they are.
+// Those values of a Pass that live on the device, where kernels read them.
+struct DeviceControls {
+  const float* grad_scale = nullptr;     // null: gradients are taken as they are
+  const float* found_inf = nullptr;      // 1: skip the whole step; null: never
+  const void* grad_factor = nullptr;     // null: one
+  const void* average_weight = nullptr;  // null: the host knows it
+  Storage grad_factor_storage = Storage::f32, average_weight_storage = Storage::f32;
+};
+
+// What happens to the gradients on the way into a rule, and to its averages after it. On the CPU the values are read on
+// the host; on a GPU they stay where they are.
 struct Pass {
-  double grad_scale = 1.0;                   // gradients are divided by it and written back, as torch's fused path does
-  bool unscale = false;                      // whether grad_scale is there at all
-  double grad_factor = 1.0;                  // multiplies what the rule sees; the gradients stay as they are
-  const float* device_grad_scale = nullptr;  // set instead of grad_scale when the value lives on the device
-  const float* device_found_inf = nullptr;   // 1: skip the whole step
-  const void* device_grad_factor = nullptr;  // set instead of grad_factor when the value lives on the device
-  Storage grad_factor_storage = Storage::f32;
-  double average_weight = 1.0;                  // of the updated parameter in its average, where a bundle has one
-  const void* device_average_weight = nullptr;  // set instead of average_weight when the value lives on the device
-  Storage average_weight_storage = Storage::f32;
+  double grad_scale = 1.0;      // gradients are divided by it and written back, as torch's fused path does
+  bool unscale = false;         // whether grad_scale is there at all
+  double grad_factor = 1.0;     // multiplies what the rule sees; the gradients stay as they are
+  double average_weight = 1.0;  // of the updated parameter in its average, where a bundle has one
+  DeviceControls on_device;     // take the place of these
 };
 
 }  // namespace optim_ext

@@ -31,10 +31,10 @@ std::vector<Tensor> spread(TensorList tensors, TensorList params, bool factored)
 }
 
 // The list must have been as long as it takes.
-void check_length(const Common& common, const char* name, TensorList tensors, TensorList params, bool factored) {
+void check_length(const char* op, const char* name, TensorList tensors, TensorList params, bool factored) {
   const auto count =
       std::count_if(params.begin(), params.end(), [&](const Tensor& param) { return is_factored(param) == factored; });
-  TORCH_CHECK_VALUE(static_cast<size_t>(count) == tensors.size(), "optim_ext::", common.op, ": params has ", count,
+  TORCH_CHECK_VALUE(static_cast<size_t>(count) == tensors.size(), "optim_ext::", op, ": params has ", count,
                     " tensors of ", factored ? "two or more dimensions" : "less than two dimensions", " but ", name,
                     " has ", tensors.size(), "; these lists must be equally long");
 }
@@ -103,16 +103,17 @@ struct Part {
 // One step of one kind of parameters, everything checked.
 template <class Driver>
 struct AdafactorStep {
-  const Common& common;
+  const char* const op;
+  const StepControls& controls;
   const Tensor& lr;
   const rules::Adafactor options;
 
   // Counts steps of parameters without elements, which have nothing else to be done.
   void of_empty(const Part& part) const {
     rules::AdafactorAverage<true> nothing{};
-    const Common without{common.op, kNone, common.found_inf, kNone, {}, kNone};
     run<Driver>(nothing,
-                {.common = without,
+                {.op = op,
+                 .controls = controls.without_grads().without_average(),
                  .operands = {{"params", part.params}, {"grads", part.grads}},
                  .state_steps = TensorList(part.state_steps)},
                 {});
@@ -125,14 +126,14 @@ struct AdafactorStep {
 
   void of_vectors(const Part& part) const {
     rules::AdafactorAverage<true> average{options.beta2_decay, 0.0};
-    const Common first{common.op, common.grad_scale, common.found_inf, common.grad_factor, {}, kNone};
     run<Driver>(average,
-                {.common = first,
+                {.op = op,
+                 .controls = controls.without_average(),
                  .operands = {{"variances", part.variances}, {"grads", part.grads}},
                  .state_steps = TensorList(part.state_steps),
                  .counts = false},
                 {});
-    update<false>(part, part.variances, {}, kNone);  // the gradients are unscaled by now
+    update<false>(part, part.variances, {}, controls.once_unscaled());
   }
 
   void of_matrices(const Part& part) const {
@@ -143,7 +144,7 @@ struct AdafactorStep {
       row_factors[i] = row_factors[i].expand(part.params[i].sizes());
       col_factors[i] = col_factors[i].expand(part.params[i].sizes());
     }
-    update<true>(part, row_factors, col_factors, common.grad_scale);
+    update<true>(part, row_factors, col_factors, controls);
   }
 
  private:
@@ -165,12 +166,12 @@ struct AdafactorStep {
       fibers.push_back(fibers_of(grads[i], 2, means.tensors[count + i]));
     }
     reduce_all_fibers<Driver, rules::SumOfSquares>(part.params[0].device(), std::move(fibers));
-    if (common.grad_scale) means.all.div_(*common.grad_scale).div_(*common.grad_scale);
-    if (common.grad_factor) means.all.mul_(*common.grad_factor).mul_(*common.grad_factor);
+    if (controls.grad_scale) means.all.div_(*controls.grad_scale).div_(*controls.grad_scale);
+    if (controls.grad_factor) means.all.mul_(*controls.grad_factor).mul_(*controls.grad_factor);
     rules::AdafactorAverage<false> average{options.beta2_decay, 0.0};
-    const Common without{common.op, kNone, common.found_inf, kNone, {}, kNone};
     run<Driver>(average,
-                {.common = without,
+                {.op = op,
+                 .controls = controls.without_grads().without_average(),
                  .operands = {{"averages", averages}, {"means", means.tensors}},
                  .state_steps = TensorList(steps),
                  .counts = false},
@@ -187,16 +188,19 @@ struct AdafactorStep {
       row_vars.push_back(part.row_vars[i].contiguous());
     }
     const Pool means = means_of_matrices(part, row_vars);
-    const Common without{common.op, kNone, kNone, kNone, {}, kNone};
+    const StepControls none;
     rules::AdafactorFactor<true> row_factor{options.eps1};
     run<Driver>(row_factor,
-                {.common = without,
+                {.op = op,
+                 .controls = none,
                  .operands = {{"row_factors", of_rows}, {"row_vars", part.row_vars}, {"means", means.tensors}}},
                 {});
     rules::AdafactorFactor<false> col_factor{};
-    run<Driver>(
-        col_factor,
-        {.common = without, .operands = {{"col_factors", of_columns}, {"col_vars", part.col_vars}, {"means", {}}}}, {});
+    run<Driver>(col_factor,
+                {.op = op,
+                 .controls = none,
+                 .operands = {{"col_factors", of_columns}, {"col_vars", part.col_vars}, {"means", {}}}},
+                {});
   }
 
   // The mean of each matrix's row_var, as wide as that.
@@ -214,19 +218,19 @@ struct AdafactorStep {
     return means;
   }
 
-  // `first` and `second` are what adafactor_scale() takes; grad_scale is what is left of it to be done.
+  // `first` and `second` are what adafactor_scale() takes.
   template <bool kFactored>
-  void update(const Part& part, TensorList first, TensorList second, const OptionalTensor& grad_scale) const {
+  void update(const Part& part, TensorList first, TensorList second, const StepControls& asked) const {
     Tensor rms = rms_before_clipping<kFactored>(part, first, second);
-    if (grad_scale) rms = rms.div(*grad_scale);
-    if (common.grad_factor) rms = rms.mul(*common.grad_factor);
+    if (asked.grad_scale) rms = rms.div(*asked.grad_scale);
+    if (asked.grad_factor) rms = rms.mul(*asked.grad_factor);
     const Tensor of_params = root_mean_squares<Driver>(part.params);
     using Rule = rules::AdafactorUpdate<kFactored>;
     Rule rule{options, 0.0, 0.0};
-    const Common last{common.op,          grad_scale,    common.found_inf,
-                      common.grad_factor, part.averages, common.average_weight};
+    const StepControls last = asked.with_averages(part.averages);
     const CallSpec spec{
-        .common = last,
+        .op = op,
+        .controls = last,
         .operands = {{"params", part.params}, {"grads", part.grads}, {"first", first}, {"second", second}},
         .state_steps = TensorList(part.state_steps)};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
@@ -243,9 +247,10 @@ struct AdafactorStep {
     const Tensor one = at::full({}, options.largest_scale(), doubles(part));
     std::vector<Tensor> largest;
     for (const Tensor& grad : part.grads) largest.push_back(one.expand(grad.sizes()));
-    const Common without{common.op, kNone, kNone, kNone, {}, kNone};
+    const StepControls none;
     const CallSpec spec{
-        .common = without,
+        .op = op,
+        .controls = none,
         .operands = {{"grads", part.grads}, {"largest", largest}, {"first", first}, {"second", second}}};
     const Call call(spec, Reduction::kOperands, Reduction::kUsed, Reduction::kUpdates);
     Tensor results = at::empty({static_cast<int64_t>(part.grads.size())}, doubles(part));
@@ -261,8 +266,9 @@ struct Row : StepRow<rules::Adafactor> {
     const TensorList params = given.lists[0];
     const auto rows = spread(given.lists[2], params, true), columns = spread(given.lists[3], params, true),
                moments = spread(given.lists[4], params, false);
-    in_turns(given.common, params, [&](const Common& common, const Members& of) {
-      const StepArguments<Options> members{common,
+    in_turns(given.op, given.controls, params, [&](const StepControls& controls, const Members& of) {
+      const StepArguments<Options> members{given.op,
+                                           controls,
                                            {of(params), of(given.lists[1]), of(TensorList(rows)),
                                             of(TensorList(columns)), of(TensorList(moments)), of(given.lists[5])},
                                            given.options,
@@ -276,27 +282,28 @@ struct Row : StepRow<rules::Adafactor> {
   // parameter has no such state.
   template <class Driver>
   static void step_members(const StepArguments<Options>& chosen, const StepArguments<Options>& given) {
-    const Common& common = chosen.common;
+    const StepControls& controls = chosen.controls;
     const auto& [params, grads, rows, columns, moments, state_steps] = chosen.lists;
     Options options{};
     {
       // Everything is checked here; what follows only passes on parts of these lists.
       const CallSpec spec{
-          .common = common,
+          .op = chosen.op,
+          .controls = controls,
           .operands = {chosen.operand(0), chosen.operand(1)},
           .state_steps = state_steps,
           .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
       Call checked(spec, 2, rules::all_operands(2), rules::operand_bit(0));
       checked.require_real();
-      check_length(common, "row_vars", given.lists[2], given.lists[0], true);
-      check_length(common, "col_vars", given.lists[3], given.lists[0], true);
-      check_length(common, "variances", given.lists[4], given.lists[0], false);
+      check_length(chosen.op, "row_vars", given.lists[2], given.lists[0], true);
+      check_length(chosen.op, "col_vars", given.lists[3], given.lists[0], true);
+      check_length(chosen.op, "variances", given.lists[4], given.lists[0], false);
       given.fill(checked, options);
       check_derived(checked, options, &options);
       if (CheckOnly::active() || checked.empty() || checked.skip) return;
     }
     const OverlapsChecked parts;
-    const AdafactorStep<Driver> step{common, *given.tensors[0], options};
+    const AdafactorStep<Driver> step{chosen.op, controls, *given.tensors[0], options};
     Part matrices, vectors, empty;
     int64_t averages = 0;  // elements of row_var and col_var among the matrices
     for (size_t i = 0; i < params.size(); ++i) {
@@ -315,7 +322,7 @@ struct Row : StepRow<rules::Adafactor> {
       part.col_vars.push_back(columns[i]);
       part.variances.push_back(moments[i]);
       part.state_steps.push_back(state_steps[i]);
-      if (!common.averages.empty()) part.averages.push_back(common.averages[i]);
+      if (!controls.averages.empty()) part.averages.push_back(controls.averages[i]);
     }
     if (!matrices.params.empty()) step.of_matrices(matrices);
     if (!vectors.params.empty()) step.of_vectors(vectors);

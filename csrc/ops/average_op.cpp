@@ -9,10 +9,10 @@ void average_(TensorList averages, TensorList params, const Tensor& weight, cons
   constexpr const char* op = "average_";
   if (weight.defined() && weight.is_cpu() && weight.numel() == 1)
     check_average_weight(op, "weight", weight.item().toDouble());
-  const Common common{op, kNone, found_inf, kNone, {}, kNone};
-  in_turns(common, averages, [&](const Common& here, const Members& of) {
+  in_turns(op, {.found_inf = found_inf}, averages, [&](const StepControls& controls, const Members& of) {
     const TensorList chosen = of(averages), their_params = of(params);
-    const CallSpec spec{.common = here, .operands = {{"averages", chosen}, {"params", their_params}}, .leader = 1};
+    const CallSpec spec{
+        .op = op, .controls = controls, .operands = {{"averages", chosen}, {"params", their_params}}, .leader = 1};
     rules::Average rule{};
     run<Driver>(rule, spec, {{"weight", rule.weight, weight}});
   });

@@ -8,10 +8,10 @@ namespace optim_ext::ops {
 
 template <class Driver>
 void clip_(TensorList tensors, std::optional<double> limit, const OptionalTensor& factor) {
-  const Common common{"clip_", kNone, kNone, factor, {}, kNone};
-  in_turns(common, tensors, [&](const Common& here, const Members& of) {
+  constexpr const char* op = "clip_";
+  in_turns(op, {.grad_factor = factor}, tensors, [&](const StepControls& controls, const Members& of) {
     const TensorList chosen = of(tensors);
-    const CallSpec spec{here, {{"tensors", chosen}, {"tensors", chosen}}};
+    const CallSpec spec{op, controls, {{"tensors", chosen}, {"tensors", chosen}}};
     rules::Clip rule{};
     run<Driver>(rule, spec, {{"limit", rule.limit, limit.value_or(INFINITY)}});
   });

@@ -3,6 +3,8 @@
 #include <ATen/Version.h>
 #include <pthread.h>
 
+#include "../kernels/cpu/history_kernels.h"
+
 namespace optim_ext::ops {
 
 cpu::Isa current_isa() {

@@ -10,6 +10,13 @@
 #include "../call/call.h"
 #include "../call/parallel.h"
 
+namespace optim_ext {
+struct HistoryDots;
+struct HistoryCombination;
+struct Norms;
+struct NormsOf;
+}  // namespace optim_ext
+
 namespace optim_ext::ops {
 
 // What at::get_cpu_capability() allows (ATEN_CPU_CAPABILITY overrides it), read once.

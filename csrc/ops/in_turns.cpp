@@ -4,24 +4,23 @@
 
 namespace optim_ext::ops {
 
-void step_in_turns(const MembersInTurn& turns, const Common& common, at::TensorList params,
-                   const std::function<void(const Common&, const Members&)>& body) {
-  const std::optional<at::Tensor> none;
-  const Common without{common.op, common.grad_scale, common.found_inf, common.grad_factor, {}, none};
+void step_in_turns(const MembersInTurn& turns, const char* op, const StepControls& controls, TensorList params,
+                   const std::function<void(const StepControls&, const Members&)>& body) {
+  const StepControls of_turn = controls.without_average();
   const auto take_all = [&] {
     const OverlapsChecked checked;
     for (const std::vector<int64_t>& members : turns) {
       try {
-        body(without, Members(members));
+        body(of_turn, Members(members));
       } catch (const BadInput& bad) {
         if (bad.index < 0) throw;
-        throw BadInput(common.op, bad.list, members[bad.index], bad.problem);
+        throw BadInput(op, bad.list, members[bad.index], bad.problem);
       }
     }
   };
   const auto average = [&](bool check_only) {
-    if (!common.averages.empty())
-      run_average(common.averages, params, *common.average_weight, common.found_inf, check_only);
+    if (!controls.averages.empty())
+      run_average(controls.averages, params, *controls.average_weight, controls.found_inf, check_only);
   };
   {
     const CheckOnly checking;

@@ -10,19 +10,19 @@ namespace optim_ext::ops {
 
 // The turns of a call, all of them checked before the first one writes. Averages follow when all parameters are
 // stepped.
-void step_in_turns(const MembersInTurn& turns, const Common& common, at::TensorList params,
-                   const std::function<void(const Common&, const Members&)>& body);
+void step_in_turns(const MembersInTurn& turns, const char* op, const StepControls& controls, TensorList params,
+                   const std::function<void(const StepControls&, const Members&)>& body);
 
-// Calls body(common, members), and where the members overlap, once for each of their turns.
+// Calls body(controls, members), and where the members overlap, once for each of their turns.
 template <class Body>
-void in_turns(const Common& common, at::TensorList params, const Body& body) {
+void in_turns(const char* op, const StepControls& controls, TensorList params, const Body& body) {
   MembersInTurn turns;
   try {
-    return body(common, Members());
+    return body(controls, Members());
   } catch (const InTurn& overlap) {
     turns = overlap.turns;
   }
-  step_in_turns(turns, common, params, body);
+  step_in_turns(turns, op, controls, params, body);
 }
 
 }  // namespace optim_ext::ops

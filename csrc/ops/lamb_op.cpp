@@ -13,7 +13,8 @@ struct Row : StepRow<rules::LambStep> {
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     rules::LambUpdate update{};
-    const CallSpec spec{.common = given.common,
+    const CallSpec spec{.op = given.op,
+                        .controls = given.controls,
                         .operands = {given.operand(0), given.operand(1), given.operand(2), given.operand(3)},
                         .state_steps = given.steps()};
     Call call(spec, rules::LambUpdate::kOperands, rules::LambUpdate::kUsed, rules::LambUpdate::kUpdates);

@@ -12,9 +12,10 @@ struct Row : StepRow<rules::Lars> {
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Common& common = given.common;
+    const StepControls& controls = given.controls;
     rules::Lars rule{};
-    const CallSpec spec{.common = common, .operands = {given.operand(0), given.operand(1), given.operand(2)}};
+    const CallSpec spec{
+        .op = given.op, .controls = controls, .operands = {given.operand(0), given.operand(1), given.operand(2)}};
     Call call(spec, rules::Lars::kOperands, rules::Lars::kUsed, rules::Lars::kUpdates);
     given.fill(call, rule);
     if (CheckOnly::active() || call.empty() || call.skip) return;
@@ -25,8 +26,8 @@ struct Row : StepRow<rules::Lars> {
     Driver::template reduce_each<rules::L2Norm>(call, param_norms.mutable_data_ptr<double>());
     Driver::template reduce_each<rules::L2Norm>(OneOperand(call, 1), grad_norms.mutable_data_ptr<double>());
     // Those of the gradients as the rule will see them.
-    if (common.grad_scale) grad_norms.div_(*common.grad_scale);
-    if (common.grad_factor) grad_norms.mul_(*common.grad_factor);
+    if (controls.grad_scale) grad_norms.div_(*controls.grad_scale);
+    if (controls.grad_factor) grad_norms.mul_(*controls.grad_factor);
     call.use_scalars(0, param_norms.const_data_ptr<double>());
     call.use_scalars(1, grad_norms.const_data_ptr<double>());
     call.commit();

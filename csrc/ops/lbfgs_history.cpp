@@ -109,7 +109,7 @@ LbfgsHistory::LbfgsHistory(int64_t numel, at::ScalarType dtype, at::ScalarType r
 }
 
 OptionalTensor LbfgsHistory::tensor_of(const Vector& vector) {
-  return vector == nullptr ? kNone : OptionalTensor(vector->tensor());
+  return vector == nullptr ? std::nullopt : OptionalTensor(vector->tensor());
 }
 
 Norms LbfgsHistory::norms(const Tensor& vector, const OptionalTensor& other) const {
@@ -185,7 +185,7 @@ LbfgsEvaluation LbfgsHistory::evaluate(TensorList grads, at::IntArrayRef offsets
   LbfgsEvaluation found{vectors_->take(), {}, std::nan("")};
   const Tensor& grad = found.grad->tensor();
   gather(grad, grads, offsets, negate);
-  const Tensor norms = norms_of(grad, along_direction ? tensor_of(d_) : kNone);
+  const Tensor norms = norms_of(grad, along_direction ? tensor_of(d_) : std::nullopt);
   if (!loss) {
     found.norms = norms_in(norms);
     return found;
@@ -270,7 +270,7 @@ std::pair<double, double> LbfgsHistory::damped_weights(const Tensor& grad, const
 }
 
 void LbfgsHistory::move(TensorList params, double t, bool from_origin) const {
-  displace(params, d_->tensor(), from_origin ? tensor_of(origin_) : kNone, t);
+  displace(params, d_->tensor(), from_origin ? tensor_of(origin_) : std::nullopt, t);
 }
 
 void LbfgsHistory::move_to(TensorList params, const Tensor& point) const { displace(params, point, point, 0.0); }
@@ -304,7 +304,7 @@ LbfgsEvaluation LbfgsHistory::go_to_best(TensorList params) {
   move_to(params, best_point_->tensor());
   LbfgsEvaluation there{vectors_->take(), {}, std::nan("")};
   there.grad->tensor().copy_(best_grad_->tensor());
-  there.norms = norms(there.grad->tensor(), kNone);
+  there.norms = norms(there.grad->tensor(), std::nullopt);
   return there;
 }
 

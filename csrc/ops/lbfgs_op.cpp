@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 
+#include "../kernels/history.h"
 #include "../rules/lbfgs.h"
 #include "drivers.h"
 #include "../call/parallel.h"

@@ -35,13 +35,13 @@ struct Row : StepRow<rules::Muon> {
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Common& common = given.common;
-    TORCH_CHECK_VALUE(given.options.ns_steps < 100, "optim_ext::", common.op,
+    TORCH_CHECK_VALUE(given.options.ns_steps < 100, "optim_ext::", given.op,
                       ": Number of steps must be less than 100 for computational efficiency");
     // Everything is checked here; what follows only passes on parts of these lists.
     const auto& [params, grads, momentum_buffers] = given.lists;
     Options options{};
-    const CallSpec all{.common = common, .operands = {given.operand(0), given.operand(1), given.operand(2)}};
+    const CallSpec all{
+        .op = given.op, .controls = given.controls, .operands = {given.operand(0), given.operand(1), given.operand(2)}};
     Call checked(all, 3, rules::all_operands(3), rules::operand_bit(0) | rules::operand_bit(2));
     checked.require_real_matrices();
     given.fill(checked, options);
@@ -67,7 +67,7 @@ struct Row : StepRow<rules::Muon> {
   template <class Driver>
   static void step_together(const StepArguments<Options>& given, const Options& options,
                             const std::vector<size_t>& members) {
-    const Common& common = given.common;
+    const StepControls& controls = given.controls;
     const auto part = [&](TensorList list) {
       std::vector<Tensor> chosen;
       for (const size_t member : members) chosen.push_back(list[member]);
@@ -78,17 +78,20 @@ struct Row : StepRow<rules::Muon> {
     Tensor batch = at::empty({static_cast<int64_t>(members.size()), rows, columns},
                              params[0].options().dtype(at::kBFloat16).memory_format(std::nullopt));
     std::vector<Tensor> updates = batch.unbind();
-    const Common first{common.op, common.grad_scale, common.found_inf, common.grad_factor, {}, kNone};
     rules::MuonMomentum averaged{options.momentum, options.nesterov, 0.0};
-    ops::run<Driver>(
-        averaged,
-        {.common = first, .operands = {{"updates", updates}, {"grads", grads}, {"momentum_buffers", buffers}}}, {});
+    ops::run<Driver>(averaged,
+                     {.op = given.op,
+                      .controls = controls.without_average(),
+                      .operands = {{"updates", updates}, {"grads", grads}, {"momentum_buffers", buffers}}},
+                     {});
     updates = orthogonalized(options, std::move(batch)).unbind();
-    const auto averages = common.averages.empty() ? std::vector<Tensor>() : part(common.averages);
-    const Common second{common.op, kNone, common.found_inf, kNone, averages, common.average_weight};
+    const auto averages = controls.averages.empty() ? std::vector<Tensor>() : part(controls.averages);
     rules::MuonUpdate update{0.0, options.weight_decay,
                              options.lr_ratio(static_cast<double>(rows), static_cast<double>(columns))};
-    ops::run<Driver>(update, {.common = second, .operands = {{"params", params}, {"updates", updates}}},
+    ops::run<Driver>(update,
+                     {.op = given.op,
+                      .controls = controls.without_grads().with_averages(averages),
+                      .operands = {{"params", params}, {"updates", updates}}},
                      {{"lr", update.lr, *given.tensors[0]}});
   }
 };

@@ -32,8 +32,8 @@ void with_call(const char* op, const char* list, TensorList tensors, bool by_mod
     for (const Tensor& tensor : tensors) moduli.push_back(tensor.is_complex() ? at::abs(tensor) : tensor);
     tensors = moduli;
   }
-  const Common common{op, kNone, kNone, kNone, {}, kNone};
-  const CallSpec spec{common, {{list, tensors}}};
+  const StepControls none;
+  const CallSpec spec{op, none, {{list, tensors}}};
   use(Call(spec, rules::Reduction::kOperands, rules::Reduction::kUsed, rules::Reduction::kUpdates));
 }
 

@@ -11,11 +11,6 @@
 
 namespace optim_ext::ops {
 
-using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
-inline const OptionalTensor kNone;
-
 // Brings running averages up to date. found_inf of one: leaves them as they are.
 template <class Driver>
 void average_(TensorList averages, TensorList params, const Tensor& weight, const OptionalTensor& found_inf);

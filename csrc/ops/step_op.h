@@ -53,7 +53,8 @@ template <class Options>
 struct StepArguments {
   static constexpr size_t kLists = std::size(Options::kLists), kFields = std::size(Options::kFields);
 
-  const Common& common;
+  const char* op;
+  const StepControls& controls;
   std::array<TensorList, kLists> lists;
   Options options{};                             // what the host is given as a number
   std::array<const Tensor*, kFields> tensors{};  // the others
@@ -153,7 +154,8 @@ void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse)
     rule.*Rule::kCountsInDouble = steps && !steps->empty() && (*steps)[0].scalar_type() == at::kDouble;
   }
   [&]<size_t... K, size_t... S>(std::index_sequence<K...>, std::index_sequence<S...>) {
-    const CallSpec spec{.common = given.common,
+    const CallSpec spec{.op = given.op,
+                        .controls = given.controls,
                         .operands = {given.operand(K)...},
                         .state_steps = steps,
                         .scalars = {given.scalar(S)...},
@@ -210,9 +212,9 @@ struct StepFunctions<Row, kName, std::index_sequence<L...>, std::index_sequence<
   static void call(ListArgument<L>... lists, FieldArgument<F>... fields, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& grad_factor, TensorList averages,
                    const OptionalTensor& average_weight) {
-    const Common common{kName.text, grad_scale, found_inf, grad_factor, averages, average_weight};
-    in_turns(common, std::array{lists...}[0], [&](const Common& here, const Members& of) {
-      StepArguments<Options> given{here, {of(lists)...}};
+    const StepControls controls{grad_scale, found_inf, grad_factor, averages, average_weight};
+    in_turns(kName.text, controls, std::array{lists...}[0], [&](const StepControls& here, const Members& of) {
+      StepArguments<Options> given{kName.text, here, {of(lists)...}};
       (given.set(F, fields), ...);
       run_step<Driver, Row>(given);
     });
@@ -221,9 +223,9 @@ struct StepFunctions<Row, kName, std::index_sequence<L...>, std::index_sequence<
   // Calls a function, or the dispatcher, with arguments of any kind.
   template <class Function>
   static void apply(const Function& function, const std::vector<TensorList>& lists, const HyperValue* hypers,
-                    const CommonTensors& common) {
-    function(lists[L]..., hypers[F].template as<FieldArgument<F>>()..., common.grad_scale, common.found_inf,
-             common.grad_factor, common.averages, common.average_weight);
+                    const StepControls& controls) {
+    function(lists[L]..., hypers[F].template as<FieldArgument<F>>()..., controls.grad_scale, controls.found_inf,
+             controls.grad_factor, controls.averages, controls.average_weight);
   }
 };
 
@@ -245,14 +247,14 @@ class RegisteredStepOp final : public StepOp {
                   .template typed<typename Functions::Signature>();
   }
 
-  void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const CommonTensors& common,
+  void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const StepControls& controls,
            bool check_only) const override {
-    if (!check_only) return Functions::apply([&](auto&&... args) { handle_->call(args...); }, lists, hypers, common);
+    if (!check_only) return Functions::apply([&](auto&&... args) { handle_->call(args...); }, lists, hypers, controls);
     const CheckOnly guard;
 #if defined(OPTIM_EXT_WITH_CUDA)
-    if (lists[0][0].is_cuda()) return Functions::apply(&Functions::template call<CudaDriver>, lists, hypers, common);
+    if (lists[0][0].is_cuda()) return Functions::apply(&Functions::template call<CudaDriver>, lists, hypers, controls);
 #endif
-    Functions::apply(&Functions::template call<CpuDriver>, lists, hypers, common);
+    Functions::apply(&Functions::template call<CpuDriver>, lists, hypers, controls);
   }
 
  private:

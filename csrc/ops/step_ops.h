@@ -42,13 +42,6 @@ struct HyperValue {
   }
 };
 
-// The tensors every op takes besides its own arguments.
-struct CommonTensors {
-  OptionalTensor grad_scale, found_inf, grad_factor;
-  TensorList averages;
-  OptionalTensor average_weight;
-};
-
 class StepOp {
  public:
   StepOp(const StepOp&) = delete;
@@ -56,7 +49,7 @@ class StepOp {
 
   // Calls the op through the dispatcher with a typed handle, so that profilers, modes and autograd see the call and
   // nothing is boxed; or only its checks, which go straight to the function.
-  virtual void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const CommonTensors& common,
+  virtual void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const StepControls& controls,
                    bool check_only) const = 0;
 
   const char* const name;

@@ -13,8 +13,6 @@ from optim_ext._tables import TABLES
 
 Group = dict[str, Any]
 Loss = TypeVar("Loss")  # whatever a closure returns
-# What every op takes besides its own arguments: (grad_scale, found_inf, grad_factor).
-Common = tuple[Tensor | None, Tensor | None, Tensor | None]
 # What one op call needs besides tensors: which entries of group["params"], and the op's hyper-parameters in order.
 Call = tuple[list[int], tuple[Any, ...]]
 

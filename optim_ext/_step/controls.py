@@ -10,9 +10,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from optim_ext import _grad_control, _joint
+from optim_ext._averaging.step import step_averaging
 from optim_ext._grad_control import GradPolicy, Verdict
 from optim_ext._step.torch_path import TorchPath
-from optim_ext.swa_utils import AveragedModel, step_averaging
+from optim_ext.swa_utils import AveragedModel
 
 NOT_COMPILED = (
     "clip_grad_norm cannot be used with a compiled step: it would have to remember a norm from one graph for the next. "

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optim_ext import _grad_control
+from optim_ext._averaging.step import StepAveraging
+from optim_ext._grad_control import StepControls
 from optim_ext._load import _C
 from optim_ext._native_step import Controls
-from optim_ext._step.base import Common, Group
+from optim_ext._step.base import Group
 from optim_ext._step.controls import ControlledStep
 from optim_ext._tables import TABLES
-from optim_ext.swa_utils import StepAveraging
 
 _PLANS_KEPT = 32  # of an optimizer whose groups are stepped some at a time
 
@@ -76,7 +77,7 @@ class PlannedStep(ControlledStep):
     def _controlled_step(self) -> None:
         verdict = self._verdict()
         try:
-            self._step_as_told(verdict.common)
+            self._step_as_told(verdict.controls)
         except BaseException:
             verdict.take_back()
             raise
@@ -84,15 +85,15 @@ class PlannedStep(ControlledStep):
         controls = self._asked()
         controls.armed, controls.by_scaler = None, False
 
-    def _step_as_told(self, common: Common) -> None:
+    def _step_as_told(self, controls: StepControls) -> None:
         signature: list[Any] = [self._signature(group) for group in self.param_groups]
         averaging = self._asked().averaging
-        pairing = weight = None
+        pairing = None
         if averaging is not None:
             pairing = averaging.pairing()
             signature.append(pairing)
-            weight = averaging.weight(common[1])
-        arguments = signature, common, averaging, pairing, weight
+            controls = controls._replace(average_weight=averaging.weight(controls.found_inf))
+        arguments = signature, controls, averaging, pairing
         last = self.__dict__.get("_plan")
         if last is not None and self._step_by(last, *arguments):
             return
@@ -101,34 +102,33 @@ class PlannedStep(ControlledStep):
             self._plan = other
             return
         self._plan = None
-        self._planning_step(signature, common, averaging, weight)
+        self._planning_step(signature, controls, averaging)
 
     def _step_by(
         self,
         plan: _C.Plan,
         signature: list[Any],
-        common: Common,
+        controls: StepControls,
         averaging: StepAveraging | None,
         pairing: Any,
-        weight: float | Tensor | None,
     ) -> bool:
         """Step by a plan, or return False without having written anything where it is not one for this step."""
-        if plan.signature != signature or not (plan.may_skip or common[1] is None):
+        if plan.signature != signature or not (plan.may_skip or controls.found_inf is None):
             return False
         if averaging is None and self._options_say_all:
             plan.remember_options(self.param_groups, self.defaults)
         hypers = [self._hypers(group) for group in self.param_groups]
-        if averaging is not None and weight is not None:
-            plan.besides.run(weight, common[1], check_only=True)
+        if averaging is not None and controls.average_weight is not None:
+            plan.besides.run(controls.average_weight, controls.found_inf, check_only=True)
         try:
-            if not plan.step(self.state, self.param_groups, hypers, *common, weight):
+            if not plan.step(self.state, self.param_groups, hypers, controls):
                 return False
         except RuntimeError:
             if all(self._torch_reason(group) is None for group in self.param_groups):
                 raise
             return False  # what a plan is refused may be torch's by now
         if averaging is not None and pairing is not None:
-            averaging.finish(pairing, weight, plan.besides, common[1])
+            averaging.finish(pairing, controls.average_weight, plan.besides, controls.found_inf)
         return True
 
     def _plans_of_others(self) -> dict[tuple[int, ...], _C.Plan]:
@@ -183,13 +183,11 @@ class PlannedStep(ControlledStep):
         flags = get("differentiable"), get("capturable"), get("fused")
         return self._state_keys(group), self._takes_sparse(group), *flags
 
-    def _planning_step(
-        self, signature: list[Any], common: Common, averaging: StepAveraging | None, weight: float | Tensor | None
-    ) -> None:
+    def _planning_step(self, signature: list[Any], controls: StepControls, averaging: StepAveraging | None) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
         if any(_is_other_mapping(entry) for entry in self.state.values()):
             with self._plain_containers():
-                self._planning_step(signature, common, averaging, weight)
+                self._planning_step(signature, controls, averaging)
             self._plan = None  # it is of copies
             return
         by_torch = [group for group in self.param_groups if self._torch_reason(group) is not None]
@@ -200,7 +198,7 @@ class PlannedStep(ControlledStep):
             if len(by_torch) == len(self.param_groups) > 0:
                 self._torch_step(by_torch)
                 if averaging is not None:
-                    averaging.update(common[1])
+                    averaging.update(controls.found_inf)
                 return
             reusable = True
             calls, hypers = [], []
@@ -208,7 +206,7 @@ class PlannedStep(ControlledStep):
                 if any(group is other for other in by_torch):
                     continue
                 prepared = self._prepare(group)
-                if common[1] is not None:
+                if controls.found_inf is not None:
                     self._count_on_device(group)
                 for members, values in prepared:
                     reusable &= len(members) == len(group["params"])
@@ -219,7 +217,7 @@ class PlannedStep(ControlledStep):
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
             kinds = set(TABLES[self._op].partial_state), set(self._number_state)
-            arguments = (self.state, self.param_groups, hypers, *common, weight)
+            arguments = (self.state, self.param_groups, hypers, controls)
             plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             if by_torch:
                 plan.step(*arguments, check_only=True)
@@ -228,22 +226,22 @@ class PlannedStep(ControlledStep):
                 plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             elif averaging is not None:
                 plan.besides = averaging.besides(averages)
-                if weight is not None:
-                    plan.besides.run(weight, common[1], check_only=True)
+                if controls.average_weight is not None:
+                    plan.besides.run(controls.average_weight, controls.found_inf, check_only=True)
             if not plan.step(*arguments):
                 raise RuntimeError(self._what_is_missing())
             if averaging is not None and by_torch:
-                averaging.update(common[1])
+                averaging.update(controls.found_inf)
             elif averaging is not None:
-                averaging.finish(averaging.pairing(), weight, plan.besides, common[1])
+                averaging.finish(averaging.pairing(), controls.average_weight, plan.besides, controls.found_inf)
         except BaseException:
             _restore(self.state, before)
             raise
-        if _skipped(common):
+        if _skipped(controls.found_inf):
             _restore(self.state, before)  # also of what was made for a first step
         elif reusable and not by_torch:
             plan.signature = signature
-            plan.may_skip = common[1] is not None
+            plan.may_skip = controls.found_inf is not None
             plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
             self._keep(plan)
 
@@ -296,9 +294,8 @@ def _is_zero_on_the_host(lr: Any) -> bool:
     return lr is not None and not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
 
 
-def _skipped(common: Common) -> bool:
+def _skipped(found_inf: Tensor | None) -> bool:
     """Whether the step was skipped, as far as the host can know without waiting."""
-    found_inf = common[1]
     return found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() == 1
 
 

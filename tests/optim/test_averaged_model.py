@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import swa_utils as theirs
 
 from optim_ext import swa_utils as ours
+from optim_ext._averaging.rules import Ema, Mean
 
 FUNCTIONS = {
     "default": lambda module: {},
@@ -280,7 +281,7 @@ def test_named_decays():
 
 def test_weight_on_a_device_is_the_weight_on_the_host():
     """The form used where the count lives on a GPU, in tensor operations only."""
-    rules = (ours._Mean(), ours._Ema(0.9), ours._Ema(ours.get_warmup_decay()), ours._Ema(lambda n: 1 - 1 / (n + 1)))
+    rules = (Mean(), Ema(0.9), Ema(ours.get_warmup_decay()), Ema(lambda n: 1 - 1 / (n + 1)))
     for rule in rules:
         for n in (1, 2, 1000):
             on_device = rule.weight(torch.tensor(float(n), dtype=torch.float64))

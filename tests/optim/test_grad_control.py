@@ -13,6 +13,7 @@ from specs import SPECS, Tolerance
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim_ext
+from optim_ext._grad_control import StepControls
 from optim_ext._step import FusedStep, planning
 
 NORM_TYPES = (1.0, 2.0, math.inf)
@@ -677,7 +678,7 @@ def on_fake_gpu(make, options):
     optimizer = make(params, **options)
     for p in params:
         p.grad = torch.ones_like(p)
-    return optimizer, (None, torch.zeros((), device="cuda"), None)
+    return optimizer, StepControls(found_inf=torch.zeros((), device="cuda"))
 
 
 def devices_of_numbers(optimizer, spec):
@@ -690,13 +691,13 @@ def devices_of_numbers(optimizer, spec):
 def test_a_step_that_a_gpu_may_skip_is_counted_there(counting_spec, fake_gpu):
     spec = counting_spec
     optimizer, may_skip = on_fake_gpu(spec.ours, spec.typical)
-    optimizer._step_as_told((None, None, None))
+    optimizer._step_as_told(StepControls())
     before = devices_of_numbers(optimizer, spec)
     assert before == ({"cuda"} if spec.name == "ASGD" else {"cpu"}) and fake_gpu.made == 1  # as torch has it
     for _ in range(2):  # one more plan: the first one has the counters that were left behind
         optimizer._step_as_told(may_skip)
         assert devices_of_numbers(optimizer, spec) == {"cuda"} and fake_gpu.made == 2
-    optimizer._step_as_told((None, None, None))
+    optimizer._step_as_told(StepControls())
     assert devices_of_numbers(optimizer, spec) == {"cuda"} and fake_gpu.made == 2
 
 
@@ -704,7 +705,7 @@ def test_a_step_that_a_gpu_may_skip_is_counted_there(counting_spec, fake_gpu):
 def test_a_fused_optimizer_with_the_counters_of_another_checkpoint(fused_spec, fake_gpu):
     """Saved without `fused`, a checkpoint brings that option and counters on the CPU along; GradScaler goes on asking."""
     saved, _ = on_fake_gpu(fused_spec.ours, fused_spec.typical)
-    saved._step_as_told((None, None, None))
+    saved._step_as_told(StepControls())
     loaded, may_skip = on_fake_gpu(fused_spec.ours, {**fused_spec.typical, "fused": True})
     loaded.load_state_dict(saved.state_dict())
     assert loaded._step_supports_amp_scaling and devices_of_numbers(loaded, fused_spec) == {"cpu"}
@@ -715,7 +716,7 @@ def test_a_fused_optimizer_with_the_counters_of_another_checkpoint(fused_spec, f
 @pytest.mark.parametrize("counting_spec", COUNTING, ids=lambda s: s.name)
 def test_a_step_that_fails_leaves_counters_where_they_were(counting_spec, fake_gpu):
     optimizer, may_skip = on_fake_gpu(counting_spec.ours, counting_spec.typical)
-    optimizer._step_as_told((None, None, None))
+    optimizer._step_as_told(StepControls())
     before = [dict(entry) for entry in optimizer.state.values()]
     fake_gpu.fails = True
     with pytest.raises(RuntimeError, match="no such step"):

@@ -14,6 +14,7 @@ from lockstep import assert_close, give_grads, make_params, twin
 from specs import SPECS, Tolerance
 
 from optim_ext import _C
+from optim_ext._grad_control import StepControls
 
 SHAPES = ((8, 8), (8,), ())
 
@@ -295,7 +296,7 @@ def test_step_releases_the_interpreter():
     try:
         gate.release()
         for _ in range(200):
-            assert optimizer._plan.step(optimizer.state, optimizer.param_groups, hypers, None, None, None)
+            assert optimizer._plan.step(optimizer.state, optimizer.param_groups, hypers, StepControls())
             if ran:
                 break
         meanwhile = list(ran)

@@ -1,4 +1,5 @@
 // The loops of L-BFGS for AVX2, chosen at run time (x86-64 only).
+#include "history_kernels.h"
 #include "isa.h"
 
 #if OPTIM_EXT_X86_ISAS

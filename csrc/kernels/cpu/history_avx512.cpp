@@ -1,5 +1,6 @@
 // The loops of L-BFGS for AVX-512, chosen at run time (x86-64 only). A file for each instruction set, as these loops
 // are what takes longest to compile.
+#include "history_kernels.h"
 #include "isa.h"
 
 #if OPTIM_EXT_X86_ISAS

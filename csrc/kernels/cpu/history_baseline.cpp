@@ -1,4 +1,5 @@
 // The loops of L-BFGS for the compiler's default target.
+#include "history_kernels.h"
 #include "isa.h"
 
 #define OPTIM_EXT_ISA isa_baseline

@@ -78,15 +78,23 @@ struct Square {
   }
 };
 
-// to[r * to_step + c] = from[c * from_step + r] for all r below `rows` and c below `columns`.
+// to[r * to_step + c] = from[c * from_step + r] for all r below `rows` and c below `columns`. The squares come in the
+// order of the matrix with the longer step, whose cache lines would else be left before they are used up.
 template <class T>
 OPTIM_EXT_INLINE void transpose(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
                                 int64_t columns) {
   constexpr int kSide = Square<T>::kRows;
   const int64_t whole_rows = rows - rows % kSide, whole_columns = columns - columns % kSide;
-  for (int64_t r = 0; r < whole_rows; r += kSide) {
-    for (int64_t c = 0; c < whole_columns; c += kSide)
-      Square<T>::turn(from + c * from_step + r, from_step, to + r * to_step + c, to_step);
+  if (from_step > to_step) {
+    for (int64_t c = 0; c < whole_columns; c += kSide) {
+      for (int64_t r = 0; r < whole_rows; r += kSide)
+        Square<T>::turn(from + c * from_step + r, from_step, to + r * to_step + c, to_step);
+    }
+  } else {
+    for (int64_t r = 0; r < whole_rows; r += kSide) {
+      for (int64_t c = 0; c < whole_columns; c += kSide)
+        Square<T>::turn(from + c * from_step + r, from_step, to + r * to_step + c, to_step);
+    }
   }
   for (int64_t c = whole_columns; c < columns; ++c) {
     for (int64_t r = 0; r < whole_rows; ++r) to[r * to_step + c] = from[c * from_step + r];

@@ -68,14 +68,10 @@ struct Batch {
   Rule rule;
   LiveHyper hypers[kMaxLiveHypers];
   int32_t hyper_count;
-  int32_t count;                    // entries in the table
-  int64_t chunk;                    // elements per block, a multiple of kMinChunk
-  const float* grad_scale;          // null: gradients are taken as they are
-  const float* found_inf;           // null: never skipped
-  const void* grad_factor;          // null: one
-  double average_weight;            // of the updated parameter in its average
-  const void* live_average_weight;  // set instead where the value lives on the device
-  Storage grad_factor_storage, average_weight_storage;
+  int32_t count;  // entries in the table
+  int64_t chunk;  // elements per block, a multiple of kMinChunk
+  DeviceControls controls;
+  double average_weight;        // of the updated parameter in its average, unless controls say where that lives
   bool averaged;                // some entries have an average
   const unsigned char* remote;  // the table in device memory; null: it follows in the arguments
 };

@@ -37,7 +37,7 @@ struct Block {
 
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE bool is_skipped(const Batch<Rule>& batch) {
-  return batch.found_inf != nullptr && *batch.found_inf == 1.0f;
+  return batch.controls.found_inf != nullptr && *batch.controls.found_inf == 1.0f;
 }
 
 // The rule as it stands at the step of one tensor. `after` takes the scalar state after it.
@@ -100,9 +100,11 @@ OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned c
   block.begin = (index - first_chunk[found]) * batch.chunk;
   const int64_t left = block.entry.numel - block.begin;
   block.size = static_cast<int32_t>(left < batch.chunk ? left : batch.chunk);
-  block.unscale = batch.grad_scale != nullptr;
-  block.grad_scale = block.unscale ? *batch.grad_scale : 1.0f;
-  block.grad_factor = batch.grad_factor ? load_element<double>(batch.grad_factor, batch.grad_factor_storage, 0) : 1.0;
+  block.unscale = batch.controls.grad_scale != nullptr;
+  block.grad_scale = block.unscale ? *batch.controls.grad_scale : 1.0f;
+  block.grad_factor = batch.controls.grad_factor
+                          ? load_element<double>(batch.controls.grad_factor, batch.controls.grad_factor_storage, 0)
+                          : 1.0;
   rules::Scalar after[kMaxScalars];
   block.rule = ready_rule(batch, block.entry, after);
 }
@@ -115,8 +117,8 @@ OPTIM_EXT_HOST_DEVICE void open_average(const Batch<Rule>& batch, const unsigned
   const Entry<Rule>& entry = block.entry;
   average.skip = block.skip || entry.average == nullptr;
   if (average.skip) return;
-  average.rule = {batch.live_average_weight
-                      ? load_element<double>(batch.live_average_weight, batch.average_weight_storage, 0)
+  average.rule = {batch.controls.average_weight
+                      ? load_element<double>(batch.controls.average_weight, batch.controls.average_weight_storage, 0)
                       : batch.average_weight};
   average.entry.data[0] = entry.average;
   average.entry.data[1] = entry.data[0];

@@ -34,13 +34,8 @@ class Driver {
     if (call.steps_on_device) advance_counters(call);
     Batch<Rule> batch{};
     batch.rule = rule;
-    batch.grad_scale = call.pass.device_grad_scale;
-    batch.found_inf = call.pass.device_found_inf;
-    batch.grad_factor = call.pass.device_grad_factor;
-    batch.grad_factor_storage = call.pass.grad_factor_storage;
+    batch.controls = call.pass.on_device;
     batch.average_weight = call.pass.average_weight;
-    batch.live_average_weight = call.pass.device_average_weight;
-    batch.average_weight_storage = call.pass.average_weight_storage;
     Place::require(call.device_hypers.size() <= static_cast<size_t>(kMaxLiveHypers),
                    "optim_ext: more hyper-parameters on the device than a launch has room for");
     for (const auto& hyper : call.device_hypers) {
@@ -60,7 +55,7 @@ class Driver {
     }
     using Table = Counters<kArgumentBytes>;
     Table counters;
-    counters.found_inf = call.pass.device_found_inf;
+    counters.found_inf = call.pass.on_device.found_inf;
     counters.count = counters.floats = 0;
     const auto launch = [&] {
       Place::check(launch_advance(counters, place_.stream));

@@ -140,11 +140,11 @@ fault(half_a_warp_is_combined reductions "failed: " kernels/cuda/reduce.cu
 
 # What a step depends on.
 fault(found_inf_lost sweeps "failed: .*a skipped step" kernels/cuda/driver.h
-[[batch.found_inf = call.pass.device_found_inf;]]
-[[batch.found_inf = FAULT ? nullptr : call.pass.device_found_inf;]])
+[[batch.controls = call.pass.on_device;]]
+[[batch.controls = call.pass.on_device; if (FAULT) batch.controls.found_inf = nullptr;]])
 fault(grad_scale_lost sweeps "failed: " kernels/cuda/driver.h
-[[batch.grad_scale = call.pass.device_grad_scale;]]
-[[batch.grad_scale = FAULT ? nullptr : call.pass.device_grad_scale;]])
+[[batch.controls = call.pass.on_device;]]
+[[batch.controls = call.pass.on_device; if (FAULT) batch.controls.grad_scale = nullptr;]])
 fault(skipped_step_counted sweeps "failed: " kernels/cuda/advance.cu
 [[(counters.found_inf && *counters.found_inf == 1.0f)]]
 [[(!FAULT && counters.found_inf && *counters.found_inf == 1.0f)]])

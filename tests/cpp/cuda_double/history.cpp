@@ -2,6 +2,7 @@
 // differently.
 #include <iterator>
 
+#include "kernels/cpu/history_kernels.h"
 #include "place.h"
 
 namespace optim_ext {

@@ -204,7 +204,7 @@ class Sweeps {
     compare("a step");
     // Skipped: nothing changes once more.
     const float skip = 1.0f;
-    call_.pass.device_found_inf = &skip;
+    call_.pass.on_device.found_inf = &skip;
     driver.run(given_rule_, call_);
     compare("a skipped step");
   }
@@ -224,15 +224,15 @@ class Sweeps {
       }
     }
     Pass& pass = call_.pass;
-    if (scene_.may_skip) pass.device_found_inf = &zero_;
-    if (scene_.scaled) pass.device_grad_scale = &scale_;
-    if (scene_.clipped) pass.device_grad_factor = &factor_;
+    if (scene_.may_skip) pass.on_device.found_inf = &zero_;
+    if (scene_.scaled) pass.on_device.grad_scale = &scale_;
+    if (scene_.clipped) pass.on_device.grad_factor = &factor_;
     pass.average_weight = scene_.average_weight;
-    if (scene_.live_weight) pass.device_average_weight = &weight_;
+    if (scene_.live_weight) pass.on_device.average_weight = &weight_;
     call_.steps_on_device = scene_.counts_on_device;
-    cpu_pass_.unscale = pass.device_grad_scale != nullptr;
+    cpu_pass_.unscale = pass.on_device.grad_scale != nullptr;
     cpu_pass_.grad_scale = scale_;
-    if (pass.device_grad_factor) cpu_pass_.grad_factor = factor_;
+    if (pass.on_device.grad_factor) cpu_pass_.grad_factor = factor_;
   }
 
   Member draw_member(int64_t length) {
@@ -276,7 +276,7 @@ class Sweeps {
     sweep_on_cpu(ready, bundle, cpu_pass_);
     const Bundle& average = follow(average_expected_[i], bundle);
     if (!members_[i].averaged) return;
-    const rules::Average averaging{call_.pass.device_average_weight ? weight_ : call_.pass.average_weight};
+    const rules::Average averaging{call_.pass.on_device.average_weight ? weight_ : call_.pass.average_weight};
     sweep_on_cpu(averaging, average, Pass{});
   }
 
@@ -360,7 +360,7 @@ void test_counters() {
     std::vector<float> singles(3000, 4.0f);
     std::vector<double> doubles(3001, 6.0);
     DoubleCall call;
-    call.pass.device_found_inf = &skip;
+    call.pass.on_device.found_inf = &skip;
     for (size_t i = 0; i < 2 * singles.size() + doubles.size(); ++i) {
       Bundle bundle{};
       const bool single = i < 2 * singles.size();

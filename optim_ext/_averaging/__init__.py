@@ -1,0 +1,1 @@
+"""Averages of models: rules, which tensors belong together, averaging within a step."""

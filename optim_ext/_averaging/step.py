@@ -1,0 +1,115 @@
+"""An averaged model that the steps of an optimizer keep up to date."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.nn import Module
+from torch.optim import swa_utils
+
+from optim_ext._averaging.pairing import Pairing, average_plan, match_tensors, native_of
+from optim_ext._averaging.rules import AveragingRule, weight_of
+from optim_ext._load import _C
+from optim_ext.swa_utils import AveragedModel
+
+
+class StepAveraging:
+    """An averaged model as the step of one optimizer keeps it up to date."""
+
+    def __init__(self, averaged: AveragedModel, model: Module):
+        self.averaged, self.model = averaged, model
+        self.pairing()
+
+    def pairing(self) -> Pairing:
+        return self.averaged._pairing(self.model)
+
+    def native(self) -> list[tuple[str, Tensor, Tensor]]:
+        """What a kernel averages. Looked up where it is needed: nothing here keeps replaced tensors alive."""
+        kinds = ("parameters", "buffers") if self.averaged.use_buffers else ("parameters",)
+        matched = itertools.chain.from_iterable(match_tensors(self.averaged.module, self.model, kind) for kind in kinds)
+        return list(native_of(matched))
+
+    def weight(self, found_inf: Tensor | None) -> float | Tensor | None:
+        """What average_ is to be given at this step; None where it is not this step's turn."""
+        if not self.averaged._is_due():
+            return None
+        n_averaged = self.averaged.n_averaged
+        if found_inf is not None and found_inf.device.type != "cpu" and n_averaged.device != found_inf.device:
+            # Whether this step counts is known there only.
+            self.averaged.n_averaged = n_averaged.to(found_inf.device)
+        return weight_of(self._rule(), self.averaged.n_averaged)
+
+    def in_step(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """The averages of an optimizer's parameters, but of those it updates twice in a step, or only some rows of."""
+        times: dict[Tensor, int] = {}
+        for p in params:
+            times[p] = times.get(p, 0) + (2 if p.grad is not None and p.grad.is_sparse else 1)
+        return {current: average for _, average, current in self.native() if times.get(current) == 1}
+
+    def besides(self, in_step: dict[Tensor, Tensor]) -> _C.AveragePlan:
+        return average_plan([entry for entry in self.native() if entry[2] not in in_step])
+
+    @torch.no_grad()
+    def finish(
+        self, pairing: Pairing, weight: float | Tensor | None, besides: _C.AveragePlan, found_inf: Tensor | None
+    ) -> None:
+        """What the step itself has not averaged, and the counters. ``pairing`` is this step's."""
+        skipped = found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) == 1.0
+        if weight is not None and not skipped:
+            n_averaged = self.averaged.n_averaged
+            besides.run(weight, found_inf)
+            pairing.finish(self._rule(), n_averaged, weight, found_inf)
+            n_averaged.add_(1 if found_inf is None or found_inf.device.type == "cpu" else found_inf.reshape(()) != 1)
+        self.averaged._calls += 1
+
+    @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """After a step that could not average: the update on its own."""
+        pairing = self.pairing()
+        self.finish(pairing, self.weight(found_inf), pairing.plan, found_inf)
+
+    def _rule(self) -> AveragingRule:
+        rule = self.averaged._rule()
+        if rule is None:
+            raise ValueError("an average with an avg_fn or multi_avg_fn of its own cannot be part of a step")
+        return rule
+
+
+def step_averaging(averaged: Any, model: Module | None, optimizer: Any) -> StepAveraging:
+    """``averaged`` bound to ``optimizer``, or an error that says why it cannot be."""
+    if isinstance(averaged, swa_utils.AveragedModel) and not isinstance(averaged, AveragedModel):
+        raise TypeError(
+            "this is torch.optim.swa_utils.AveragedModel; use optim_ext.swa_utils.AveragedModel, which loads its state_dict"
+        )
+    if not isinstance(averaged, AveragedModel):
+        raise TypeError(f"expected an optim_ext.swa_utils.AveragedModel, got {type(averaged).__name__}")
+    if averaged._rule() is None:
+        raise ValueError(
+            "this average has an avg_fn or multi_avg_fn of its own; call its update_parameters() after the step, or use "
+            "one of optim_ext.swa_utils' functions"
+        )
+    attached = averaged.__dict__.get("_optimizer", lambda: None)()
+    if attached is not None and attached._asked() is not optimizer._asked() and attached._asked().averaging is not None:
+        raise ValueError("another optimizer updates this average in its step; detach it with average_into(None)")
+    if model is None:
+        model = averaged.__dict__.get("_source", lambda: None)()
+        if model is None:
+            raise ValueError("the model behind this average is not known any more; pass it as model=")
+    averaging = StepAveraging(averaged, model)
+    params = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, average, current in averaging.native():
+        if current in params and average.device != current.device:
+            raise ValueError(
+                f"parameter '{name}' is on {current.device} and its average on {average.device}: a step can average on "
+                "one device only; call update_parameters() after the step"
+            )
+    if params.isdisjoint(model.parameters()):
+        raise ValueError("none of the optimizer's parameters belongs to the averaged model")
+    averaged.__dict__["_optimizer"] = weakref.ref(optimizer)
+    return averaging
