@@ -80,8 +80,8 @@ class ControlledStep(TorchPath):
 
         Raises:
             ValueError: ``max_norm`` is negative or NaN, or another ``norm_type``.
-            RuntimeError: no native norm for a gradient (a subclass such as DTensor, or a shard of FSDP), a norm that is
-                not finite with ``error_if_nonfinite``, or a policy that is shared with other optimizers.
+            RuntimeError: no native norm for a gradient (a subclass other than DTensor, or a shard of
+                FullyShardedDataParallel), a norm that is not finite with ``error_if_nonfinite``, or a policy that is shared with other optimizers.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(NOT_COMPILED)
