@@ -89,10 +89,10 @@ def steps(rule: str, options: dict[str, Any], plain: list[nn.Parameter], sharded
         copies = [nn.Parameter(p.detach().clone()) for p in sharded]
         for copy, p in zip(copies, sharded, strict=True):
             copy.grad = p.grad
-        optimizer = getattr(torch.optim, rule)(copies, **options, **{how: True})
         try:
+            optimizer = getattr(torch.optim, rule)(copies, **options, **{how: True})
             optimizer.step()
-        except Exception:  # torch's fused SGD and Adagrad take no DTensors
+        except (RuntimeError, NotImplementedError, TypeError):  # no fused code, or none that takes DTensors
             continue
         candidates[f"torch {how}"] = optimizer.step
     return candidates

@@ -92,7 +92,9 @@ class DTensorParts:
         params: list[tuple[Any, Tensor]],
         others: list[tuple[Any, Tensor]],
     ) -> None: ...
-    def lend(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[int] | None:
+    def lend(
+        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], with_state: bool = True
+    ) -> list[int] | None:
         """Give stand-ins the memory and gradients they stand for. The numbers of the parameters with gradients of another
         layout, which are not there yet; None where the optimizer has other objects."""
 

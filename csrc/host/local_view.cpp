@@ -1,7 +1,6 @@
 #include "local_view.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -36,11 +35,15 @@ class DTensorType {
   internals::Slot local_, spec_;
 };
 
+// Whether an object is of a class of tensors without operations of its own. (What key sets say comes on top.)
+bool is_of_plain_class(PyObject* object) {
+  return object != nullptr && (Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
+                               Py_TYPE(object) == internals::parameter_type());
+}
+
 // The tensor behind an object that is one, without operations of its own; else null.
-c10::TensorImpl* plain_tensor(PyObject* object) {
-  const bool is_usual = object != nullptr && (Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
-                                              Py_TYPE(object) == internals::parameter_type());
-  if (!is_usual || is_intercepted(THPVariable_Unpack(object))) return nullptr;
+const c10::TensorImpl* plain_tensor(PyObject* object) {
+  if (!is_of_plain_class(object) || is_intercepted(THPVariable_Unpack(object))) return nullptr;
   return THPVariable_Unpack(object).unsafeGetTensorImpl();
 }
 
@@ -54,7 +57,7 @@ class DTensorParts {
   // params, state: each DTensor once.
   DTensorParts(const py::object& type, const py::list& param_groups, const py::dict& state,
                const std::vector<Pair>& params, const std::vector<Pair>& others)
-      : type_(type), no_memory_(at::empty({0}, at::kByte).storage()) {
+      : type_(type) {
     for (const py::handle group : param_groups) {
       groups_.emplace_back();
       for (const py::handle param : params_of(group)) groups_.back().push_back(param.ptr());
@@ -76,11 +79,13 @@ class DTensorParts {
 
   // Makes stand-ins what they stand for. Gives the numbers of the parameters whose gradients have to be looked into,
   // and are not there yet: they are laid out otherwise as far as is known, or no DTensors. None, with nothing changed,
-  // where groups, parameters or state are not the objects that they were, or have other parts.
-  std::optional<std::vector<size_t>> lend(const py::object& param_groups, const py::object& state) {
-    if (!has_same_objects(param_groups, state)) return std::nullopt;
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      if (i + kAhead < parts_.size()) fetch(parts_[i + kAhead]);
+  // where groups, parameters or state are not the objects that they were, or have other parts. `with_state`: or else
+  // parameters and gradients alone are wanted.
+  std::optional<std::vector<size_t>> lend(const py::object& param_groups, const py::object& state, bool with_state) {
+    if (!has_same_params(param_groups) || (with_state && !has_same_state(state))) return std::nullopt;
+    const size_t count = with_state ? parts_.size() : likes_.size();
+    for (size_t i = 0; i < count; ++i) {
+      fetch(i, count);
       if (!stand_in(parts_[i])) {
         take_back(false);
         return std::nullopt;
@@ -88,6 +93,9 @@ class DTensorParts {
     }
     std::vector<size_t> others;
     for (size_t i = 0; i < likes_.size(); ++i) {
+      if (i + kAhead < likes_.size()) internals::fetch_grad(impl_of(parts_[i + kAhead].whole));
+      if (i + kAhead / 2 < likes_.size())
+        fetch_whole(internals::grad_of(impl_of(parts_[i + kAhead / 2].whole)).unsafeGetTensorImpl());
       if (!take_grad(type_, parts_[i], likes_[i])) others.push_back(i);
     }
     return others;
@@ -106,10 +114,10 @@ class DTensorParts {
     const bool directly = internals::counts_versions_directly();
     for (size_t i = 0; i < parts_.size(); ++i) {
       c10::TensorImpl& own = *parts_[i].stand_in.unsafeGetTensorImpl();
-      own.set_storage_keep_dtype(no_memory_);
+      if (own.unsafe_storage()) internals::drop_storage(own);
       if (i >= likes_.size() || !internals::grad_of(own).defined()) continue;
       own.mutable_grad().reset();
-      if (written) internals::bump_version(*THPVariable_Unpack(parts_[i].whole).unsafeGetTensorImpl(), directly);
+      if (written) internals::bump_version(impl_of(parts_[i].whole), directly);
     }
   }
 
@@ -128,8 +136,10 @@ class DTensorParts {
     return {whole, stand_in, py::reinterpret_borrow<py::object>(type_.spec(whole))};
   }
 
-  bool has_same_objects(const py::object& param_groups, const py::object& state) const {
-    if (!PyList_Check(param_groups.ptr()) || !PyDict_Check(state.ptr())) return false;
+  static const c10::TensorImpl& impl_of(PyObject* tensor) { return *THPVariable_Unpack(tensor).unsafeGetTensorImpl(); }
+
+  bool has_same_params(const py::object& param_groups) const {
+    if (!PyList_Check(param_groups.ptr())) return false;
     if (static_cast<size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) return false;
     static PyObject* const key = PyUnicode_InternFromString("params");
     for (size_t g = 0; g < groups_.size(); ++g) {
@@ -140,7 +150,11 @@ class DTensorParts {
           !std::equal(groups_[g].begin(), groups_[g].end(), PySequence_Fast_ITEMS(params)))
         return false;
     }
-    if (!state_.has_same_entries(state.ptr())) return false;
+    return true;
+  }
+
+  bool has_same_state(const py::object& state) const {
+    if (!PyDict_Check(state.ptr()) || !state_.has_same_entries(state.ptr())) return false;
     for (size_t i = 0; i < state_.size(); ++i) {
       if (i + 2 * kAhead < state_.size()) state_.fetch_entry(i + 2 * kAhead);
       if (i + kAhead < state_.size()) state_.fetch_items(i + kAhead);
@@ -151,12 +165,15 @@ class DTensorParts {
 
   bool stand_in(const Part& part) const {
     if (!type_.is_type_of(part.whole) || type_.spec(part.whole) != part.spec.ptr()) return false;
-    c10::TensorImpl* const local = plain_tensor(type_.local(part.whole));
+    PyObject* const object = type_.local(part.whole);
+    if (!is_of_plain_class(object)) return false;
+    // A stand-in has a key set without operations of its own, and is no inference tensor.
+    const c10::TensorImpl* const local = THPVariable_Unpack(object).unsafeGetTensorImpl();
     c10::TensorImpl& own = *part.stand_in.unsafeGetTensorImpl();
-    if (local == nullptr || local->key_set() != own.key_set() || local->dtype() != own.dtype() ||
-        local->sizes() != own.sizes() || local->strides() != own.strides() || local->is_inference())
+    if (local->key_set() != own.key_set() || local->dtype() != own.dtype() || local->device() != own.device() ||
+        local->sizes() != own.sizes() || local->strides() != own.strides())
       return false;
-    own.set_storage_keep_dtype(local->storage());
+    internals::lend_storage(own, *local);
     if (own.storage_offset() != local->storage_offset()) own.set_storage_offset(local->storage_offset());
     if (internals::version_of(own) != internals::version_of(*local)) own.set_version_counter(local->version_counter());
     return true;
@@ -164,7 +181,7 @@ class DTensorParts {
 
   // False where there is a gradient that is another, which is left out.
   static bool take_grad(const DTensorType& type, const Part& part, const py::object& like) {
-    const Tensor& grad = internals::grad_of(*THPVariable_Unpack(part.whole).unsafeGetTensorImpl());
+    const Tensor& grad = internals::grad_of(impl_of(part.whole));
     if (!grad.defined()) return true;
     const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
     if (!type.is_type_of(object.ptr())) return false;
@@ -175,13 +192,25 @@ class DTensorParts {
     return true;
   }
 
-  void fetch(const Part& part) const {
-    __builtin_prefetch(part.stand_in.unsafeGetTensorImpl());
-    __builtin_prefetch(part.whole);
+  // Asks for the memory that stand_in() will read of the parts to come: of a DTensor, then of the object of its local
+  // tensor, then of that tensor.
+  void fetch(size_t i, size_t count) const {
+    if (i + 3 * kAhead < count) __builtin_prefetch(parts_[i + 3 * kAhead].whole);
+    if (PyObject* const next = i + 2 * kAhead < count ? parts_[i + 2 * kAhead].whole : nullptr;
+        next != nullptr && type_.is_type_of(next))
+      __builtin_prefetch(type_.local(next));
+    if (i + kAhead >= count) return;
+    PyObject* const whole = parts_[i + kAhead].whole;
+    PyObject* const local = type_.is_type_of(whole) ? type_.local(whole) : nullptr;
+    if (is_of_plain_class(local)) fetch_whole(THPVariable_Unpack(local).unsafeGetTensorImpl());
+    fetch_whole(parts_[i + kAhead].stand_in.unsafeGetTensorImpl());
+  }
+  static void fetch_whole(const c10::TensorImpl* tensor) {
+    const char* const at = reinterpret_cast<const char*>(tensor);
+    for (size_t line = 0; line < sizeof(*tensor); line += 64) __builtin_prefetch(at + line);
   }
 
   DTensorType type_;
-  c10::Storage no_memory_;
   std::vector<std::vector<PyObject*>> groups_;  // identities
   std::vector<Part> parts_;                     // of parameters, then of state
   std::vector<py::object> likes_;               // by parameter: another layout that is the same by value
@@ -215,7 +244,7 @@ void bind_local_view(py::module_& m) {
              return std::make_unique<DTensorParts>(type, param_groups, state, pairs(params), pairs(others));
            }),
            py::arg("type"), py::arg("param_groups"), py::arg("state"), py::arg("params"), py::arg("others"))
-      .def("lend", &DTensorParts::lend, py::arg("param_groups"), py::arg("state"))
+      .def("lend", &DTensorParts::lend, py::arg("param_groups"), py::arg("state"), py::arg("with_state") = true)
       .def("lend_grad", py::overload_cast<size_t, const py::object&>(&DTensorParts::lend_grad), py::arg("number"),
            py::arg("grad"))
       .def("know", &DTensorParts::know, py::arg("number"), py::arg("spec"))

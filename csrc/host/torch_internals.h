@@ -68,6 +68,15 @@ inline void bump_version(const c10::TensorImpl& tensor, bool directly) {
   version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
 
+// Makes the memory of a tensor that of another of the same dtype on the same device, or none at all, without the checks
+// and the counting that TensorImpl::set_storage_keep_dtype() does. Without memory a tensor must not be used.
+inline void lend_storage(const c10::TensorImpl& to, const c10::TensorImpl& from) {
+  const_cast<c10::Storage&>(to.unsafe_storage()) = from.unsafe_storage();
+}
+inline void drop_storage(const c10::TensorImpl& tensor) {
+  const_cast<c10::Storage&>(tensor.unsafe_storage()) = c10::Storage();
+}
+
 // A slot of a Python class (`__slots__`), read where its descriptor says that it lies.
 class Slot {
  public:

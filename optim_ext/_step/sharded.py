@@ -40,27 +40,29 @@ class ShardedStep(PlannedStep):
             view.has_made_state = self._plan is None or self._plan is not before
 
     def _has_dtensors(self) -> bool:
-        return _sharding.holds_dtensors(self.param_groups)
+        # A view finds out by itself whether it still is one of these groups.
+        return self.__dict__.get("_view") is not None or _sharding.holds_dtensors(self.param_groups)
 
     @contextmanager
     def _seen_locally(self) -> Iterator[None]:
         if self._viewing is not None or torch.compiler.is_compiling() or not self._has_dtensors():
             yield
         elif self._in_plain_containers():
-            with self._local_view():
+            with self._local_view(with_state=False):
                 yield
         else:
-            with self._plain_containers(), self._local_view():
+            with self._plain_containers(), self._local_view(with_state=False):
                 yield
 
     @contextmanager
-    def _local_view(self) -> Iterator[LocalView]:
-        """Within the block groups and state are what this process has of them, with gradients laid out as parameters."""
+    def _local_view(self, with_state: bool = True) -> Iterator[LocalView]:
+        """Within the block groups and state are what this process has of them, with gradients laid out as parameters.
+        Without state, that is not to be looked at."""
         view: LocalView | None = self.__dict__.pop("_view", None)  # whatever fails, the next step looks anew
-        others = None if view is None else view.parts.lend(self.param_groups, self.state)
+        others = None if view is None else view.parts.lend(self.param_groups, self.state, with_state)
         if view is None or others is None:
             view = LocalView(self, None if view is None else view.lent)
-            others = view.parts.lend(self.param_groups, self.state)
+            others = view.parts.lend(self.param_groups, self.state, with_state)
             if others is None:
                 raise RuntimeError(
                     "parameters or state were replaced during the step, by another thread: step when it ends"
@@ -85,7 +87,7 @@ class ShardedStep(PlannedStep):
             view.parts.take_back(view.written)
         if view.has_made_state:
             view.give_state(self)
-        self._view = view
+        self._view = view if view.wholes else None
 
     def _stand_ins(self) -> dict[int, Tensor]:
         return {} if self._viewing is None else self._viewing.by_local_tensor()
