@@ -28,7 +28,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import optim_ext
-from optim_ext._step.sharded import Agreement
+from optim_ext._step.local_view import Agreement
 
 FOLDER = Path(sys.argv[3] if __name__ == "__main__" else ".")
 
@@ -440,7 +440,92 @@ def local_tensors_with_operations_of_their_own_are_left_to_torch():
     assert not report.native and "parameter 'weight': its local tensor is a Quantised" in report.reason
 
 
-def rules_about_whole_tensors_step_copies_natively_and_leave_parts_to_torch():
+WHOLE_ROWS = [
+    ("Muon", {"lr": 0.1, "weight_decay": 0.01}),
+    ("Adafactor", {"lr": 0.1}),
+    ("LAMB", {"lr": 0.1, "weight_decay": 0.1}),
+    ("LARS", {"lr": 0.1, "momentum": 0.9}),
+]
+
+
+def rules_about_whole_tensors_have_the_bits_of_one_process():
+    """By owners, or gathered where several dimensions of a mesh cut; state is kept in parts."""
+    for name, options in WHOLE_ROWS:
+        wholes, params = made()
+        names = [n for n, whole in wholes.items() if whole.dim() == 2 or name != "Muon"]
+        wholes, params = ({n: of[n] for n in names} for of in (wholes, params))
+        single, optimizer = (getattr(optim_ext, name)(list(of.items()), **options) for of in (wholes, params))
+        found = []
+        for of, each in ((wholes, single), (params, optimizer)):
+            model = Holder(list(of.values()))
+            averaged = optim_ext.swa_utils.AveragedModel(model)
+            each.average_into(averaged, model)
+            found.append((averaged, model))
+        for index in range(5):
+            given = None if index != 2 else ["even", "columns"]
+            give_grads(wholes, params, index, given)
+            single.step()
+            with CommDebugMode() as communication:
+                optimizer.step()
+            if dist.get_world_size() == 2:  # there and back, and the agreement of the first step
+                assert communication.get_total_counts() == (3 if index == 0 else 2), communication.get_comm_counts()
+            assert_same(params, wholes, f"{name} {index}")
+            expected, mine = (dict(zip(names, averaged.parameters(), strict=True)) for averaged, _ in found)
+            assert_same(mine, expected, f"average of {name} {index}")
+        assert_native(optimizer)
+        for n, whole in wholes.items():
+            ours, theirs = optimizer.state[params[n]], single.state[whole]
+            assert list(ours) == list(theirs)
+            for key, value in theirs.items():
+                torch.testing.assert_close(full(ours[key]), value, rtol=0, atol=0)
+                if isinstance(params[n], DTensor) and value.dim() > 0 and value.shape == whole.shape:
+                    assert ours[key].placements == params[n].placements
+
+
+def rules_about_whole_tensors_clip_and_skip():
+    for name, options in WHOLE_ROWS:
+        wholes, params = made()
+        names = [n for n, whole in wholes.items() if whole.dim() == 2]
+        wholes, params = ({n: of[n] for n in names} for of in (wholes, params))
+        single, optimizer = (getattr(optim_ext, name)(list(of.items()), **options) for of in (wholes, params))
+        for each in (single, optimizer):
+            each.set_grad_policy(skip_nonfinite=True)
+        for index in range(4):
+            give_grads(wholes, params, index)
+            if index == 1:
+                wholes["even"].grad[0, 0] = float("nan")
+                if dist.get_rank() == 0:
+                    params["even"].grad.to_local()[0, 0] = float("nan")
+            for each in (single, optimizer):
+                if index == 3:
+                    each.clip_grad_norm(0.5)
+                each.step()
+            for n, whole in wholes.items():
+                torch.testing.assert_close(full(params[n].detach()), whole.detach(), rtol=1e-4, atol=1e-5)
+
+
+def what_an_owner_refuses_no_process_waits_for():
+    """Bad input that one process alone has: it raises its error, and the others say that there is one."""
+    wholes, params = made()
+    params = {n: params[n] for n in ("even", "uneven", "empty", "columns", "vector")}  # each has an owner
+    optimizer = optim_ext.LAMB(list(params.items()), lr=0.1)
+    for index in range(2):
+        give_grads({n: wholes[n] for n in params}, params, index)
+        optimizer.step()
+    before = {n: full(p.detach()).clone() for n, p in params.items()}
+    if dist.get_rank() == 0:
+        optimizer.state[params["even"]]["step"].fill_(-3.0)
+    names = [n for n, p in params.items() if optimizer.state[p]["step"].item() < 0]
+    assert len(names) == (dist.get_rank() == 0)
+    give_grads({n: wholes[n] for n in params}, params, 3)
+    # The owner of the first parameter is the first process.
+    with pytest.raises(RuntimeError, match="parameter 'even': step|refuses this step"):
+        optimizer.step()
+    for n, p in params.items():
+        torch.testing.assert_close(full(p.detach()), before[n], rtol=0, atol=0)
+
+
+def rules_about_whole_tensors_step_copies_natively():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name in ("Muon", "Adafactor", "LAMB", "LARS"):
         for places in ([Replicate()], [Shard(0)]):
@@ -448,9 +533,8 @@ def rules_about_whole_tensors_step_copies_natively_and_leave_parts_to_torch():
             p = nn.Parameter(distribute_tensor(whole.detach(), mesh, places))
             single, optimizer = (getattr(optim_ext, name)([q], lr=0.1) for q in (whole, p))
             (report,) = optim_ext.explain(optimizer)
-            is_native = places == [Replicate()] or dist.get_world_size() == 1
-            assert report.native == is_native, report
-            for _ in range(3 if is_native else 0):
+            assert report.native, report
+            for _ in range(3):
                 whole.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
                 p.grad = distribute_tensor(whole.grad, mesh, places)
                 single.step()
@@ -503,8 +587,11 @@ def a_model_that_fsdp_has_cut_trains_as_with_torchs_class():
 
 def checkpoints_go_into_and_out_of_torchs_class():
     """Sharded and whole, through get_ and set_optimizer_state_dict and by torch.distributed.checkpoint."""
-    for name, options in (("AdamW", {"lr": 0.01}), ("SGD", {"lr": 0.1, "momentum": 0.9}), ("Adagrad", {})):
-        for first, second in ((optim_ext, optim_ext), (torch.optim, optim_ext), (optim_ext, torch.optim)):
+    rows = [("AdamW", {"lr": 0.01}), ("SGD", {"lr": 0.1, "momentum": 0.9}), ("Adagrad", {})]
+    alone = [("Adafactor", {"lr": 0.01}), ("LAMB", {"lr": 0.01})]  # torch's Adafactor takes no parts
+    for name, options in rows + alone:
+        ours, theirs = optim_ext, torch.optim
+        for first, second in [(ours, ours)] + ([(theirs, ours), (ours, theirs)] if (name, options) in rows else []):
             for whole in (False, True):
                 how = StateDictOptions(full_state_dict=whole)
                 model, optimizer = fsdp(first, name, options)
@@ -830,7 +917,8 @@ CASES = [
     gradients_of_other_layouts_are_brought_to_the_parameters, meshes_that_are_equal_are_one, a_gradient_that_is_being_communicated_is_waited_for,
     bad_input_is_refused_on_all_processes_alike, a_plain_gradient_of_a_dtensor_is_refused, a_partial_parameter_is_refused,
     local_tensors_with_operations_of_their_own_are_left_to_torch,
-    rules_about_whole_tensors_step_copies_natively_and_leave_parts_to_torch, explain_says_what_is_sharded,
+    rules_about_whole_tensors_step_copies_natively, rules_about_whole_tensors_have_the_bits_of_one_process,
+    rules_about_whole_tensors_clip_and_skip, what_an_owner_refuses_no_process_waits_for, explain_says_what_is_sharded,
     a_model_that_fsdp_has_cut_trains_as_with_torchs_class, checkpoints_go_into_and_out_of_torchs_class,
     then_saves, then_resumes, objects_do_not_accumulate, norms_are_of_all_parts, a_policy_decides_alike_on_all_processes,
     a_process_without_gradients_joins, processes_that_disagree_on_a_gradient_all_refuse_it,
