@@ -75,6 +75,7 @@ class ArmedClip(NamedTuple):
     returned: Tensor  # to the caller; of unscaled gradients once that norm is known
     joint: Round | None = None  # with other optimizers
     own: Tensor | None = None  # this optimizer's part of that
+    process_group: Any = None  # of processes whose gradients belong to the norm
 
 
 class NonFinite(NamedTuple):
@@ -131,17 +132,24 @@ def norm_of(optimizer: Optimizer, norm_type: float) -> Tensor:
         return grad_norm(optimizer, norm_type)[0]
 
 
-def grad_norm(optimizer: Any, norm_type: float, **rules: Any) -> tuple[Tensor, Tensor, Tensor]:
+def grad_norm(
+    optimizer: Any, norm_type: float, process_group: Any = None, **rules: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of an optimizer's gradients, the factor and whether to skip. Where parameters are DTensors their local
-    tensors are seen, and the norm is that of all processes' parts; the collectives for it are joined by all of these."""
-    _refuse_flat_shards(optimizer)
+    tensors are seen, and the norm is that of all processes' parts; the collectives for it are joined by all of these.
+    ``process_group``: whose processes have other gradients each, which belong to the norm."""
     view = getattr(optimizer, "_viewing", None)
-    if view is None:
-        return _C.grad_norm(optimizer.param_groups, norm_type, **rules)
+    if process_group is None:
+        _refuse_flat_shards(optimizer)
+        if view is None:
+            return _C.grad_norm(optimizer.param_groups, norm_type, **rules)
+        norm = view.norm(norm_type)
+    else:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        spread = _sharding.SpreadNorm([(p, ()) for p in params], _device_of_grads(optimizer)) if view is None else view
+        norm = spread.norm(norm_type, process_group)
     # The norm of one number is that number.
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.optim_ext.grad_norm(
-        [view.norm(norm_type)], norm_type=math.inf, **rules
-    )
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.optim_ext.grad_norm([norm], norm_type=math.inf, **rules)
     return found
 
 
@@ -161,15 +169,18 @@ def groups_of_grads(optimizer: Any) -> Any:
     return optimizer.param_groups if getattr(optimizer, "_viewing", None) is None else optimizer._viewing.whole_groups
 
 
-def arm(optimizer: Any, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> ArmedClip:
+def arm(
+    optimizer: Any, max_norm: float, norm_type: float, error_if_nonfinite: bool, process_group: Any = None
+) -> ArmedClip:
     """Take the norm of an optimizer's gradients and the factor that clips them."""
     max_norm, norm_type = checked_limit("max_norm", max_norm), checked_norm_type(norm_type)
     refuse_shared(optimizer.grad_policy)
     with seen_locally(optimizer):
-        norm, grad_factor, _ = grad_norm(optimizer, norm_type, max_norm=max_norm)
+        norm, grad_factor, _ = grad_norm(optimizer, norm_type, process_group, max_norm=max_norm)
     if error_if_nonfinite:
         check_finite(norm, norm_type)
-    return ArmedClip(max_norm, norm_type, norm, grad_factor, marks_of(optimizer), norm)
+    marks = marks_of(optimizer)
+    return ArmedClip(max_norm, norm_type, norm, grad_factor, marks, norm, process_group=process_group)
 
 
 def refuse_shared(policy: GradPolicy | None) -> None:
@@ -287,7 +298,8 @@ def verdict_of_norm(
         grads = [p.grad for group in source.param_groups for p in group["params"] if p.grad is not None]
         norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=limits.norm_type, **rules)
     else:
-        norm, grad_factor, skip = grad_norm(source, limits.norm_type, **rules)
+        process_group = None if armed is None else armed.process_group
+        norm, grad_factor, skip = grad_norm(source, limits.norm_type, process_group, **rules)
     may_skip = found_inf is not None or (
         policy is not None and (policy.skip_nonfinite or policy.skip_above is not None)
     )
@@ -313,7 +325,7 @@ def _refuse_flat_shards(optimizer: Optimizer) -> None:
     if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError(
             "the gradients are shards of FullyShardedDataParallel, and no process knows their norm: clip with the "
-            "model's own clip_grad_norm_()"
+            "model's own clip_grad_norm_(), or by clip_grad_norm(process_group=) of those that have the other shards"
         )
 
 

@@ -275,7 +275,7 @@ class SpreadNorm:
 
     def __init__(self, params: Iterable[tuple[Tensor, Groups]], device: torch.device):
         buckets: dict[tuple[str, ...], tuple[Groups, list[Tensor]]] = {}
-        self.device = torch.device("cpu")
+        self.device, self._there = torch.device("cpu"), device
         self.dtype = torch.float32
         for place, (param, groups) in enumerate(params):
             names = tuple(group.group_name for group in groups)
@@ -294,11 +294,18 @@ class SpreadNorm:
         one = number.reshape(1).to(torch.float64)
         return self._reduction_of_one.largest(one).to(number.device, number.dtype).reshape(number.shape)
 
-    def norm(self, norm_type: float) -> Tensor:
+    def norm(self, norm_type: float, process_group: Any = None) -> Tensor:
         """The norm, the same on all processes: shape (), float64 if a parameter is, else float32. Without gradients, or
-        with some on this process only, what is missing counts as zeros."""
-        if not self._buckets:
+        with some on this process only, what is missing counts as zeros. ``process_group``: whose processes have other
+        parameters, or other parts of them that no layout tells of, which belong to the norm."""
+        if not self._buckets and process_group is None:
             return torch.zeros((), dtype=self.dtype)
         parts = [_C.unfinished_grad_norm([{"params": params}], norm_type).to(self.device) for params in self._buckets]
-        reduced = self._reduction.largest if norm_type == math.inf else self._reduction.total
-        return combined(reduced(torch.stack(parts)), norm_type).to(self.device, self.dtype)
+        numbers = torch.stack(parts) if parts else torch.zeros(1, dtype=torch.float64, device=self.device)
+        reductions = [self._reduction] + ([Reduction([(process_group,)], self._there)] if process_group else [])
+        for reduction in reductions:
+            if norm_type == math.inf:
+                numbers = reduction.largest(numbers).amax(0, keepdim=True)
+            else:
+                numbers = reduction.total(numbers).sum(0, keepdim=True)
+        return combined(numbers, norm_type).to(self.device, self.dtype)

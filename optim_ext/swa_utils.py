@@ -378,7 +378,8 @@ class _Pairing:
             matched, copied = matched + copied, []
         native = list(_native(matched))
         # DTensors whose parts, which the plan knows, may be replaced: those are told by their addresses.
-        self.sharded = [(whole, id(_part(whole))) for _, *pair in matched for whole in pair if is_sharded(whole)]
+        self.sharded: list[Any] = [whole for _, *pair in matched for whole in pair if is_sharded(whole)]
+        self.parts = [id(whole._local_tensor) for whole in self.sharded]
         others = [(average, current) for _, average, current in matched if not _is_native(*_parts(average, current))]
         self.shards = [pair for pair in others if all(is_sharded(t) and t.is_floating_point() for t in pair)]
         self.others = [pair for pair in others if all(pair is not shard for shard in self.shards)]
@@ -391,7 +392,7 @@ class _Pairing:
         # The plan's own tensors are looked at by its op, before it writes; these come last.
         pairs = itertools.chain(self.shards, self.others, zip(*self.copied, strict=True))
         return (
-            all(id(_part(whole)) == part for whole, part in self.sharded)
+            [id(whole._local_tensor) for whole in self.sharded] == self.parts
             and self.plan.is_current(module, model)
             and all(average.shape == now.shape for average, now in pairs)
         )

@@ -245,9 +245,9 @@ class LocalView:
             found[id(p._local_tensor)] = self._stand_ins[id(p)]
         return found
 
-    def norm(self, norm_type: float) -> Tensor:
+    def norm(self, norm_type: float, process_group: Any = None) -> Tensor:
         """The norm of the gradients of all groups, of all processes' parts: shape ()."""
-        return self._norms().norm(norm_type)
+        return self._norms().norm(norm_type, process_group)
 
     @property
     def device(self) -> torch.device:

@@ -142,6 +142,27 @@ def fsdp1():
         side_by_side(run)
 
 
+def fsdp1_is_clipped_by_the_norm_of_a_group():
+    """Its shards are ordinary tensors; the caller knows who has the others."""
+    for norm_type in (2.0, 1.0, float("inf")):
+        results = []
+        for package in (torch.optim, optim_ext):
+            model = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"))
+            optimizer = package.AdamW(model.parameters(), lr=0.01)
+            for index in range(3):
+                backward(model, index)
+                if package is optim_ext:
+                    norm = optimizer.clip_grad_norm(0.1, norm_type, process_group=dist.group.WORLD)
+                else:
+                    norm = model.clip_grad_norm_(0.1, norm_type)
+                results.append(norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            with FullyShardedDataParallel.summon_full_params(model):
+                results.append(values(model))
+        torch.testing.assert_close(results[4:], results[:4], rtol=1e-5, atol=1e-6)
+
+
 def fsdp1_norms_are_refused():
     """Its shards are ordinary tensors, of whose gradients no process knows the norm."""
     for originals in (False, True):
@@ -320,7 +341,8 @@ def a_step_that_only_makes_state():
 
 
 CASES = [
-    ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, fsdp2_compiled,
+    ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_is_clipped_by_the_norm_of_a_group,
+    fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, fsdp2_compiled,
     fsdp2_finds_what_is_not_finite, fsdp2_averages, averages_of_parts_alone, averages_of_parts_that_are_replaced,
     averages_of_another_layout, a_step_that_only_makes_state,
 ]  # fmt: skip

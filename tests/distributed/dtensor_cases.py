@@ -730,6 +730,23 @@ def a_policy_decides_alike_on_all_processes():
     assert policies[1].skipped_steps == 2
 
 
+def stages_are_put_together_by_a_group():
+    """Processes that have parameters of their own make one norm."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    wholes, params, single, optimizer = pair("AdamW", {})
+    give_grads(wholes, params, 0)
+    alone = nn.Parameter(torch.zeros(3))
+    alone.grad = torch.full((3,), 1.0 + rank)
+    stage = optim_ext.AdamW([alone])
+    norm = stage.clip_grad_norm(1.0, process_group=dist.group.WORLD)
+    assert_alike(norm)
+    torch.testing.assert_close(norm, torch.tensor(sum(3.0 * (1.0 + r) ** 2 for r in range(world))).sqrt())
+    stage.step()
+    # Every process has the same here, and counts as a stage.
+    norm = optimizer.clip_grad_norm(1.0, process_group=dist.group.WORLD)
+    torch.testing.assert_close(norm, single.clip_grad_norm(1.0) * world**0.5)
+
+
 def a_process_without_gradients_joins():
     """What it does not have counts as zeros, and nobody waits for it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -921,7 +938,7 @@ CASES = [
     rules_about_whole_tensors_clip_and_skip, what_an_owner_refuses_no_process_waits_for, explain_says_what_is_sharded,
     a_model_that_fsdp_has_cut_trains_as_with_torchs_class, checkpoints_go_into_and_out_of_torchs_class,
     then_saves, then_resumes, objects_do_not_accumulate, norms_are_of_all_parts, a_policy_decides_alike_on_all_processes,
-    a_process_without_gradients_joins, processes_that_disagree_on_a_gradient_all_refuse_it,
+    stages_are_put_together_by_a_group, a_process_without_gradients_joins, processes_that_disagree_on_a_gradient_all_refuse_it,
     gradients_of_other_layouts_are_brought_once, gradscalers_decision_is_that_of_all_processes,
     steps_are_measured_as_on_one_process, functions_of_utils_know_parts, optimizers_are_clipped_by_one_norm,
     averages_follow_in_the_step,
