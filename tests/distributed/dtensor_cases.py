@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import optim_ext
@@ -927,6 +928,71 @@ def averages_follow_in_the_step():
         assert_same(averaged, dict(zip(names, found[0][1].parameters(), strict=True)), "average")
 
 
+def gradscaler_trains_as_with_torchs_class():
+    """Unscaling in its own step, before, or in ours, with an infinity in the part of one process."""
+    for options in ({"fused": False}, {"fused": True}):
+        for unscales_before in (False, True):
+            results = []
+            for package in (torch.optim, optim_ext):
+                model, optimizer = fsdp(package, "AdamW", {"lr": 0.01, **options})
+                scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+                for index in range(4):
+                    torch.manual_seed(index)
+                    loss = nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 3, (8,)))
+                    scaler.scale(loss).backward()
+                    if index == 2 and dist.get_rank() == 0:
+                        next(model.parameters()).grad.to_local().view(-1)[0] = float("inf")
+                    if unscales_before:
+                        scaler.unscale_(optimizer)
+                        if package is optim_ext:
+                            optimizer.clip_grad_norm(1.0)
+                        else:
+                            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+                assert scaler.get_scale() == 4.0
+                results.append([full(p.detach()) for p in model.parameters()])
+            torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+
+
+def mixed_precision_trains_as_with_torchs_class():
+    results = []
+    for package in (torch.optim, optim_ext):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model, optimizer = fsdp(package, mp_policy=policy)
+        for index in range(3):
+            torch.manual_seed(index)
+            nn.functional.cross_entropy(model(torch.randn(8, 10)).float(), torch.randint(0, 3, (8,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([full(p.detach()) for p in model.parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+    assert_native(optimizer)
+
+
+def tensor_parallelism_trains_as_with_torchs_class():
+    results = []
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for package in (torch.optim, optim_ext):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        optimizer = package.AdamW(model.parameters(), lr=0.01)
+        for index in range(5):
+            torch.manual_seed(index)
+            model(torch.randn(6, 8)).square().sum().backward()
+            if package is optim_ext:
+                optimizer.clip_grad_norm(0.5)
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([full(p.detach()) for p in model.parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+    assert_native(optimizer)
+
+
 CASES = [
     steps_have_the_bits_of_one_process, a_step_is_no_collective, small_steps_are_repeated,
     steps_of_some_parameters_have_the_bits_of_one_process, several_groups_have_options_of_their_own,
@@ -941,7 +1007,8 @@ CASES = [
     stages_are_put_together_by_a_group, a_process_without_gradients_joins, processes_that_disagree_on_a_gradient_all_refuse_it,
     gradients_of_other_layouts_are_brought_once, gradscalers_decision_is_that_of_all_processes,
     steps_are_measured_as_on_one_process, functions_of_utils_know_parts, optimizers_are_clipped_by_one_norm,
-    averages_follow_in_the_step,
+    averages_follow_in_the_step, gradscaler_trains_as_with_torchs_class, mixed_precision_trains_as_with_torchs_class,
+    tensor_parallelism_trains_as_with_torchs_class,
 ]  # fmt: skip
 
 if __name__ == "__main__":
