@@ -8,6 +8,7 @@
 #include "host/grad_marks.h"
 #include "host/gradients.h"
 #include "host/lbfgs_python.h"
+#include "host/local_view.h"
 #include "host/op_tables.h"
 #include "host/plan.h"
 #include "kernels/rule_names.h"
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gradients(m);
   bind_grad_marks(m);
   bind_lbfgs(m);
+  bind_local_view(m);
   m.def(
       "rules",
       [] {

@@ -6,9 +6,10 @@ update multiplies them by, and whether it is skipped. The gradients themselves a
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optim_ext import _sharding
 from optim_ext._load import _C
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class ArmedClip(NamedTuple):
     returned: Tensor  # to the caller; of unscaled gradients once that norm is known
     joint: Round | None = None  # with other optimizers
     own: Tensor | None = None  # this optimizer's part of that
+    process_group: Any = None  # of processes whose gradients belong to the norm
 
 
 class StepControls(NamedTuple):
@@ -135,19 +138,59 @@ def check_finite(norm: Tensor, norm_type: float) -> None:
 
 def norm_of(optimizer: Optimizer, norm_type: float) -> Tensor:
     """The norm of an optimizer's gradients, scaled or not."""
-    _refuse_flat_shards(optimizer)
-    return _C.grad_norm(optimizer.param_groups, norm_type)[0]
+    with seen_locally(optimizer):
+        return grad_norm(optimizer, norm_type)[0]
 
 
-def arm(optimizer: Any, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> ArmedClip:
+def grad_norm(
+    optimizer: Any, norm_type: float, process_group: Any = None, **rules: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of an optimizer's gradients, the factor and whether to skip. Where parameters are DTensors their local
+    tensors are seen, and the norm is that of all processes' parts; the collectives for it are joined by all of these.
+    ``process_group``: whose processes have other gradients each, which belong to the norm."""
+    view = getattr(optimizer, "_viewing", None)
+    if process_group is None:
+        _refuse_flat_shards(optimizer)
+        if view is None:
+            return _C.grad_norm(optimizer.param_groups, norm_type, **rules)
+        norm = view.norm(norm_type)
+    else:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        spread = _sharding.SpreadNorm([(p, ()) for p in params], _device_of_grads(optimizer)) if view is None else view
+        norm = spread.norm(norm_type, process_group)
+    # The norm of one number is that number.
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.optim_ext.grad_norm([norm], norm_type=math.inf, **rules)
+    return found
+
+
+def seen_locally(optimizer: Any) -> AbstractContextManager[object]:
+    """Within the block an optimizer of this package has this process's parts of parameters and gradients."""
+    seen: Any = getattr(optimizer, "_seen_locally", nullcontext)
+    return seen()  # type: ignore[no-any-return]
+
+
+def marks_of(optimizer: Any) -> _C.GradMarks:
+    """Which gradients a norm is of."""
+    return _C.GradMarks(groups_of_grads(optimizer))
+
+
+def groups_of_grads(optimizer: Any) -> Any:
+    """The groups with gradients as users know them, and write them: DTensors count their writes, not their parts."""
+    return optimizer.param_groups if getattr(optimizer, "_viewing", None) is None else optimizer._viewing.whole_groups
+
+
+def arm(
+    optimizer: Any, max_norm: float, norm_type: float, error_if_nonfinite: bool, process_group: Any = None
+) -> ArmedClip:
     """Take the norm of an optimizer's gradients and the factor that clips them."""
     max_norm, norm_type = checked_limit("max_norm", max_norm), checked_norm_type(norm_type)
     refuse_shared(optimizer.grad_policy)
-    _refuse_flat_shards(optimizer)
-    norm, grad_factor, _ = _C.grad_norm(optimizer.param_groups, norm_type, max_norm)
+    with seen_locally(optimizer):
+        norm, grad_factor, _ = grad_norm(optimizer, norm_type, process_group, max_norm=max_norm)
     if error_if_nonfinite:
         check_finite(norm, norm_type)
-    return ArmedClip(max_norm, norm_type, norm, grad_factor, _C.GradMarks(optimizer.param_groups), norm)
+    marks = marks_of(optimizer)
+    return ArmedClip(max_norm, norm_type, norm, grad_factor, marks, norm, process_group=process_group)
 
 
 def refuse_shared(policy: GradPolicy | None) -> None:
@@ -215,7 +258,7 @@ def judge(
     """
     again = False
     if armed is not None:
-        writes = armed.marks.writes_since(optimizer.param_groups)
+        writes = armed.marks.writes_since(groups_of_grads(optimizer))
         if writes is None:
             armed = None
         else:
@@ -264,8 +307,8 @@ def verdict_of_norm(
         grads = [p.grad for group in source.param_groups for p in group["params"] if p.grad is not None]
         norm, grad_factor, skip = torch.ops.optim_ext.grad_norm(grads, norm_type=limits.norm_type, **rules)
     else:
-        _refuse_flat_shards(source)
-        norm, grad_factor, skip = _C.grad_norm(source.param_groups, limits.norm_type, **rules)
+        process_group = None if armed is None else armed.process_group
+        norm, grad_factor, skip = grad_norm(source, limits.norm_type, process_group, **rules)
     may_skip = found_inf is not None or (
         policy is not None and (policy.skip_nonfinite or policy.skip_above is not None)
     )
@@ -291,7 +334,7 @@ def _refuse_flat_shards(optimizer: Optimizer) -> None:
     if any(is_flat_shard(p) for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError(
             "the gradients are shards of FullyShardedDataParallel, and no process knows their norm: clip with the "
-            "model's own clip_grad_norm_()"
+            "model's own clip_grad_norm_(), or by clip_grad_norm(process_group=) of those that have the other shards"
         )
 
 
@@ -299,7 +342,10 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")
 
 
-def _device_of_grads(optimizer: Optimizer) -> torch.device:
+def _device_of_grads(optimizer: Any) -> torch.device:
+    view = getattr(optimizer, "_viewing", None)
+    if view is not None:  # the same on processes that have no gradient
+        return view.device  # type: ignore[no-any-return]
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
@@ -344,7 +390,7 @@ def _count(tensors: list[Tensor | None]) -> list[int]:
     return counts
 
 
-def _by_device(tensors: list[Tensor | None]) -> Iterator[tuple[list[int], list[Tensor]]]:
+def _by_device(tensors: Sequence[Tensor | None]) -> Iterator[tuple[list[int], list[Tensor]]]:
     """The tensors that are there, without autograd, with their places, one list per device."""
     devices: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for place, tensor in enumerate(tensors):
@@ -356,7 +402,7 @@ def _by_device(tensors: list[Tensor | None]) -> Iterator[tuple[list[int], list[T
     return iter(devices.values())
 
 
-def _norm(tensors: list[Tensor | None]) -> Tensor:
+def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """The Euclidean norm of all tensors together, in float64 of shape ()."""
     norms = [torch.ops.optim_ext.norms(of_device) for _, of_device in _by_device(tensors)]
     if not norms:
@@ -369,12 +415,14 @@ def _norm(tensors: list[Tensor | None]) -> Tensor:
 def measure_step(optimizer: Optimizer) -> Iterator[list[GroupNorms]]:
     """Norms of gradient, parameter and update of each group, for the steps taken inside."""
     _refuse_flat_shards(optimizer)
-    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
-        raise RuntimeError("measure_step cannot take the norms of sharded parameters (DTensor)")
-    before = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
+    before = [[_sharding.local(p).clone() for p in group["params"]] for group in optimizer.param_groups]
     measured: list[GroupNorms] = []
     yield measured
     for group, values in zip(optimizer.param_groups, before, strict=True):
-        updates = [p.detach() - value for p, value in zip(group["params"], values, strict=True)]
-        grads = [p.grad for p in group["params"]]
-        measured.append(GroupNorms(grad=_norm(grads), param=_norm(group["params"]), update=_norm(updates)))
+        now = [_sharding.local(p) for p in group["params"]]
+        updates = [value - old for value, old in zip(now, values, strict=True)]
+        grads = _sharding.local_grads(group["params"])
+        norm: Callable[[Sequence[Tensor | None]], Tensor] = _norm
+        if _sharding.holds_dtensors([group]):
+            norm = functools.partial(_sharding.norm_of_parts, group["params"])
+        measured.append(GroupNorms(grad=norm(grads), param=norm(now), update=norm(updates)))

@@ -122,7 +122,7 @@ def arm_all(
     norm, grad_factor, _ = torch.ops.optim_ext.grad_norm([returned], norm_type=math.inf, max_norm=max_norm)
     joint = Round(norm, norm_type)
     for optimizer, own in zip(optimizers, parts, strict=True):
-        marks = _C.GradMarks(optimizer.param_groups)
+        marks = _grad_control.marks_of(optimizer)
         optimizer._asked().armed = ArmedClip(max_norm, norm_type, norm, grad_factor, marks, returned, joint, own)
     return returned
 
@@ -145,7 +145,7 @@ def judge_turn(
     sharing.join(optimizer)
     turn = controls.turn
     if turn is not None:
-        writes = turn.marks.writes_since(optimizer.param_groups)
+        writes = turn.marks.writes_since(_grad_control.groups_of_grads(optimizer))
         if writes is None:  # a new backward pass: this round has gone by without a step
             turn = None
         else:
@@ -157,7 +157,7 @@ def judge_turn(
         joint = Round(norm, policy.norm_type)
         joint.scaled = scaled
         turns = [
-            (other._asked(), Turn(joint, _C.GradMarks(other.param_groups), own))
+            (other._asked(), Turn(joint, _grad_control.marks_of(other), own))
             for other, own in zip(members, parts, strict=True)
         ]
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -164,6 +164,14 @@ class NativeStep(Optimizer):
     def _native_how(self) -> str:
         """What a native step consists of, in a few words."""
         raise NotImplementedError
+
+    def _native_how_of(self, group: dict[str, Any]) -> str:
+        """The same of one parameter group."""
+        return self._native_how
+
+    def _seen_locally(self) -> AbstractContextManager[object]:
+        """Within the block ``param_groups`` have this process's parts of parameters and gradients."""
+        return nullcontext()
 
     def _torch_reason(self, group: dict[str, Any], ahead: bool = False) -> str | None:
         """Why a group takes torch's own code, or None if it runs natively; ``ahead``: once there are gradients."""

@@ -13,6 +13,7 @@ class Adafactor(FusedStep, torch.optim.Adafactor):
     __doc__ = torch.optim.Adafactor.__doc__
 
     _op = "adafactor_"
+    _about_whole_tensors = True
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         eps1, eps2 = self._values(group, "eps", 2)

@@ -41,6 +41,7 @@ class LARS(BeyondTorch):
 
     _op = "lars_"
     _measures_tensors = True
+    _about_whole_tensors = True
 
     def __init__(
         self,

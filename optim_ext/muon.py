@@ -13,6 +13,7 @@ class Muon(FusedStep, torch.optim.Muon):
     __doc__ = torch.optim.Muon.__doc__
 
     _op = "muon_"
+    _about_whole_tensors = True
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         options = {

@@ -4,7 +4,7 @@ optimizer, this package's or not.
 
 ``clip_grad_norm_``, ``clip_grad_value_`` and ``get_total_norm`` take the same arguments as torch's, return the same and change the gradients in place. One pass reads the gradients for the
 norm and one scales them; an optimizer's ``clip_grad_norm`` saves the second. What the kernels do not cover (norm types
-other than 1, 2 and inf, sparse gradients, tensor subclasses such as DTensor, other devices, a gradient that is there
+other than 1, 2 and inf, sparse gradients, tensor subclasses other than DTensor, other devices, a gradient that is there
 twice) goes to torch's own function. ``foreach`` chooses between torch's implementations and changes nothing here.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optim_ext import _grad_control, _joint
+from optim_ext import _grad_control, _joint, _sharding
 from optim_ext._grad_control import NORM_TYPES, GradPolicy, GroupNorms, NonFinite, check_finite, checked_limit
 from optim_ext._load import _C
 from optim_ext._step import FusedStep
@@ -57,6 +57,12 @@ def get_total_norm(
         RuntimeError: the norm is infinite or NaN and ``error_if_nonfinite`` is set.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if _native_parts(tensors, tensors, norm_type):
+        parts = [_sharding.local(tensor) for tensor in tensors]
+        total = _sharding.norm_of_parts(tensors, parts, float(norm_type)).to(_promoted(tensors))
+        if error_if_nonfinite:
+            check_finite(total, float(norm_type))
+        return total
     if not _native(tensors, norm_type):
         return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     norm = _total_norm(tensors, float(norm_type))
@@ -98,6 +104,8 @@ def clip_grad_norm_(
         # Another one, of which torch warns.
         return torch.nn.utils.clip_grad_norm_((p for p in parameters), max_norm, norm_type, error_if_nonfinite, foreach)
     grads = [p.grad for p in parameters if p.grad is not None]
+    if _native_parts(parameters, grads, norm_type):
+        return _clip_parts(parameters, grads, max_norm, float(norm_type), error_if_nonfinite)
     if not _native(grads, norm_type) or _repeats(grads):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     norm_type = float(norm_type)
@@ -128,6 +136,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     clip_value = checked_limit("clip_value", clip_value)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
+    if _native_parts(grads, grads, 2.0):
+        grads = [_sharding.local(grad) for grad in grads]
     if (
         not _native(grads, 2.0) or _repeats(grads) or any(grad.is_complex() for grad in grads)
     ):  # torch says why complex has no order
@@ -261,7 +271,7 @@ def measure_step(optimizer: Optimizer) -> AbstractContextManager[list[GroupNorms
 
     Raises:
         TypeError: it is no optimizer.
-        RuntimeError: parameters are sharded (DTensor, or FullyShardedDataParallel's).
+        RuntimeError: parameters are FullyShardedDataParallel's shards.
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(f"measure_step takes an optimizer, found {type(optimizer).__name__}")
@@ -290,6 +300,34 @@ def _several(optimizers: Iterable[Optimizer]) -> list[FusedStep]:
     if not several:
         raise ValueError("expected at least one optimizer")
     return several
+
+
+def _native_parts(wholes: list[Any], grads: list[Any], norm_type: float) -> bool:
+    """Whether there are DTensors whose local tensors the kernels cover. A sum that has not been made is torch's to make
+    where there is no parameter whose layout it could be given."""
+    if not any(map(_sharding.is_dtensor, wholes)) or float(norm_type) not in NORM_TYPES or _repeats(grads):
+        return False
+    specs = [whole._spec for whole in wholes if _sharding.is_dtensor(whole)]
+    parts = [_sharding.local_part(grad) if _sharding.is_dtensor(grad) else grad for grad in grads]
+    return not any(map(_sharding.is_partial, specs)) and all(
+        part is not None and _C.unsupported(part) is None for part in parts
+    )
+
+
+def _clip_parts(
+    params: list[Any], grads: list[Any], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    """The same of DTensors: each process scales its own parts, by one norm."""
+    promoted = _promoted(grads or params)
+    norm = _sharding.norm_of_parts(params, _sharding.local_grads(params), norm_type)
+    norm = norm.to(torch.float64 if promoted == torch.float64 else torch.float32)
+    if error_if_nonfinite:
+        check_finite(norm, norm_type)
+    if grads:
+        _, factor, _ = torch.ops.optim_ext.grad_norm([norm], norm_type=torch.inf, max_norm=max_norm)
+        for of_device in _by_device([_sharding.local(grad) for grad in grads]):
+            torch.ops.optim_ext.clip_(of_device, factor=factor.to(of_device[0].device))
+    return norm.to(promoted)
 
 
 def _native(tensors: list[Tensor], norm_type: float) -> bool:

@@ -2,10 +2,15 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/square.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cmath>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -118,6 +123,28 @@ std::vector<std::pair<at::Device, std::vector<Tensor>>> gather(const py::object&
   return found;
 }
 
+// What the gradients of all groups contribute to a norm that has other contributions: the sum of their squares or of
+// their magnitudes, or the largest of these; in double, on the device of the first.
+Tensor unfinished_norm_of(const py::object& param_groups, double norm_type) {
+  static const auto norms =
+      c10::Dispatcher::singleton().findSchemaOrThrow("optim_ext::norms", "").typed<Tensor(TensorList, double)>();
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto grads = gather(param_groups);
+  const py::gil_scoped_release no_gil;
+  std::vector<Tensor> parts;
+  for (auto& [device, of_device] : grads) {
+    const Tensor each = norms.call(of_device, norm_type);
+    parts.push_back((norm_type == 2.0   ? each.square().sum()
+                     : norm_type == 1.0 ? each.sum()
+                                        : each.amax())
+                        .to(grads[0].first));
+    let_go(device, of_device);
+  }
+  if (parts.empty()) return at::zeros({}, at::kDouble);
+  const Tensor all = at::stack(parts);
+  return parts.size() == 1 ? parts[0] : std::isinf(norm_type) ? all.amax() : all.sum();
+}
+
 // The norm over several devices is the norm of their norms, taken on the first, as torch does.
 GradNorm grad_norm_of(const py::object& param_groups, double norm_type, std::optional<double> max_norm,
                       bool skip_nonfinite, std::optional<double> skip_above, const py::object& grad_scale,
@@ -195,6 +222,15 @@ void bind_gradients(py::module_& m) {
       py::arg("skip_nonfinite") = false, py::arg("skip_above") = py::none(), py::arg("grad_scale") = py::none(),
       py::arg("found_inf") = py::none(), py::arg("skips") = py::none(),
       "The op of the same name on the gradients of all groups.");
+  m.def(
+      "unfinished_grad_norm",
+      [](const py::object& param_groups, double norm_type) {
+        const Tensor found = as_torch_raises([&] { return unfinished_norm_of(param_groups, norm_type); });
+        return py::reinterpret_steal<py::object>(THPVariable_Wrap(found));
+      },
+      py::arg("param_groups"), py::arg("norm_type"),
+      "What the gradients of all groups contribute to a norm: a sum of squares or magnitudes, or the largest, in "
+      "double.");
   m.def(
       "unsupported_grad",
       [](const py::object& grad, bool takes_sparse) {

@@ -1,6 +1,7 @@
 #include "torch_internals.h"
 
 #include <ATen/ops/empty.h>
+#include <structmember.h>
 
 #include <cstdint>
 #include <cstring>
@@ -120,6 +121,29 @@ bool counts_versions_directly() {
     return right && impl.version_counter().current_version() == 3;
   }();
   return direct;
+}
+
+Slot::Slot(const pybind11::object& type, const char* name) : name_(pybind11::str(name)) {
+  const pybind11::object descriptor = type.attr(name_);
+  if (!Py_IS_TYPE(descriptor.ptr(), &PyMemberDescr_Type)) return;
+  const PyMemberDef& member = *reinterpret_cast<PyMemberDescrObject*>(descriptor.ptr())->d_member;
+  if (member.type == T_OBJECT_EX) offset_ = member.offset;
+}
+
+PyObject* Slot::by_name(PyObject* object) const {
+  PyObject* const value = PyObject_GetAttr(object, name_.ptr());
+  if (value == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  Py_DECREF(value);  // the object has it
+  return value;
+}
+
+PyTypeObject* parameter_type() {
+  static PyObject* const type =
+      pybind11::object(pybind11::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  return reinterpret_cast<PyTypeObject*>(type);
 }
 
 }  // namespace optim_ext::ops::internals

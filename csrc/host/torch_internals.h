@@ -8,6 +8,7 @@
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -66,6 +67,37 @@ inline void bump_version(const c10::TensorImpl& tensor, bool directly) {
   const std::atomic_ref<uint32_t> version(*version_of(tensor));
   version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
+
+// Makes the memory of a tensor that of another of the same dtype on the same device, or none at all, without the checks
+// and the counting that TensorImpl::set_storage_keep_dtype() does. Without memory a tensor must not be used.
+inline void lend_storage(const c10::TensorImpl& to, const c10::TensorImpl& from) {
+  const_cast<c10::Storage&>(to.unsafe_storage()) = from.unsafe_storage();
+}
+inline void drop_storage(const c10::TensorImpl& tensor) {
+  const_cast<c10::Storage&>(tensor.unsafe_storage()) = c10::Storage();
+}
+
+// A slot of a Python class (`__slots__`), read where its descriptor says that it lies.
+class Slot {
+ public:
+  // type: the class; Python's AttributeError where it has no such attribute.
+  Slot(const pybind11::object& type, const char* name);
+  // What the object, which is of the class, has there: borrowed from it, null where there is nothing.
+  PyObject* of(PyObject* object) const {
+    if (offset_ > 0) return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+    return by_name(object);
+  }
+  bool reads_directly() const { return offset_ > 0; }
+
+ private:
+  PyObject* by_name(PyObject* object) const;
+
+  pybind11::object name_;
+  Py_ssize_t offset_ = 0;  // in the object; 0: not known
+};
+
+// torch.nn.Parameter.
+PyTypeObject* parameter_type();
 
 // Whether nothing sits between a caller and the kernel of an op on plain tensors: no mode in Python, no transform or
 // tracer, no inference mode, no profiler. A call that goes by the dispatcher would then reach the kernel and nobody

@@ -28,7 +28,8 @@ class Pairing:
             matched, copied = matched + copied, []
         native = list(native_of(matched))
         # DTensors whose parts, which the plan knows, may be replaced: those are told by their addresses.
-        self.sharded = [(whole, id(local_part(whole))) for _, *pair in matched for whole in pair if is_sharded(whole)]
+        self.sharded: list[Any] = [whole for _, *pair in matched for whole in pair if is_sharded(whole)]
+        self.parts = [id(whole._local_tensor) for whole in self.sharded]
         others = [
             (average, current) for _, average, current in matched if not is_native(*local_parts(average, current))
         ]
@@ -43,7 +44,7 @@ class Pairing:
         # The plan's own tensors are looked at by its op, before it writes; these come last.
         pairs = itertools.chain(self.shards, self.others, zip(*self.copied, strict=True))
         return (
-            all(id(local_part(whole)) == part for whole, part in self.sharded)
+            [id(whole._local_tensor) for whole in self.sharded] == self.parts
             and self.plan.is_current(module, model)
             and all(average.shape == now.shape for average, now in pairs)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,15 +45,17 @@ class StepAveraging:
             self.averaged.n_averaged = n_averaged.to(found_inf.device)
         return weight_of(self._rule(), self.averaged.n_averaged)
 
-    def in_step(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The averages of an optimizer's parameters, but of those it updates twice in a step, or only some rows of."""
+    def in_step(self, params: Iterable[Tensor], stand_ins: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
+        """The averages of an optimizer's parameters, but of those it updates twice in a step, or only some rows of.
+        ``stand_ins``: by which tensors a step knows local tensors of DTensors, by identity."""
         times: dict[Tensor, int] = {}
         for p in params:
             times[p] = times.get(p, 0) + (2 if p.grad is not None and p.grad.is_sparse else 1)
-        return {current: average for _, average, current in self.native() if times.get(current) == 1}
+        known = ((stand_ins.get(id(current), current), average) for _, average, current in self.native())
+        return {current: average for current, average in known if times.get(current) == 1}
 
-    def besides(self, in_step: dict[Tensor, Tensor]) -> _C.AveragePlan:
-        return average_plan([entry for entry in self.native() if entry[2] not in in_step])
+    def besides(self, in_step: dict[Tensor, Tensor], stand_ins: Mapping[int, Tensor]) -> _C.AveragePlan:
+        return average_plan([entry for entry in self.native() if stand_ins.get(id(entry[2]), entry[2]) not in in_step])
 
     @torch.no_grad()
     def finish(

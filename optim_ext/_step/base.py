@@ -24,6 +24,7 @@ class OpStep(NativeStep):
     _number_state: ClassVar[frozenset[str]] = frozenset()
     _takes_dense: ClassVar[bool] = True
     _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
+    _about_whole_tensors: ClassVar[bool] = False  # a part of a parameter cannot be stepped on its own
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from optim_ext._averaging.step import step_averaging
 from optim_ext._grad_control import GradPolicy, Verdict
 from optim_ext._step.torch_path import TorchPath
 from optim_ext.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NOT_COMPILED = (
     "clip_grad_norm cannot be used with a compiled step: it would have to remember a norm from one graph for the next. "
@@ -58,7 +61,14 @@ class ControlledStep(TorchPath):
         self._plan = None
         self._ask().averaging = None if averaged is None else step_averaging(averaged, model, self)
 
-    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        process_group: ProcessGroup | None = None,
+    ) -> Tensor:
         """Clip the gradients of the next step by their norm: instead of ``torch.nn.utils.clip_grad_norm_``.
 
         One native reduction over the gradients of all groups. The factor ``max_norm / (norm + 1e-6)``, at most one, is
@@ -72,6 +82,9 @@ class ControlledStep(TorchPath):
             max_norm: the largest norm allowed, at least 0.
             norm_type: 1, 2 or inf.
             error_if_nonfinite: raise where the norm is infinite or NaN (reads the norm on the host).
+            process_group: processes that each have other gradients, which belong to the norm: the shards of one
+                FullyShardedDataParallel (all of this optimizer's parameters must be), or stages of a pipeline. All of them
+                have to call. What DTensors say of their layout needs no group.
 
         Returns:
             The norm of all gradients viewed as one vector, 0 if there are none: float32 (float64 if there are float64
@@ -81,14 +94,14 @@ class ControlledStep(TorchPath):
 
         Raises:
             ValueError: ``max_norm`` is negative or NaN, or another ``norm_type``.
-            RuntimeError: no native norm for a gradient (a subclass such as DTensor, or a shard of FSDP), a norm that is
-                not finite with ``error_if_nonfinite``, or a policy that is shared with other optimizers.
+            RuntimeError: no native norm for a gradient (a subclass other than DTensor, or a shard of
+                FullyShardedDataParallel), a norm that is not finite with ``error_if_nonfinite``, or a policy that is shared with other optimizers.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(NOT_COMPILED)
         controls = self._ask()
         controls.armed = None
-        controls.armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite)
+        controls.armed = _grad_control.arm(self, max_norm, norm_type, error_if_nonfinite, process_group)
         return controls.armed.returned
 
     @overload

@@ -26,8 +26,11 @@ class PlannedStep(ControlledStep):
     _options_say_all: ClassVar[bool] = False  # equal options mean equal hyper-parameters: no user's code makes them
 
     def _eager_step(self) -> None:
-        if self._repeats_step():
-            return
+        if not self._repeats_step():
+            self._step_anew()
+
+    def _step_anew(self) -> None:
+        """Step where more may have changed than gradients, counts and rates."""
         if not self._in_plain_containers():
             with self._plain_containers():
                 return self._eager_step()
@@ -68,7 +71,7 @@ class PlannedStep(ControlledStep):
         return (
             self.__dict__.get("_plan") is None
             and not self.state
-            and all(_is_zero_on_the_host(group.get("lr")) for group in self.param_groups)
+            and all(is_zero_on_the_host(group.get("lr")) for group in self.param_groups)
             and not any(
                 bool((p.grad != 0).any()) for group in self.param_groups for p in group["params"] if p.grad is not None
             )
@@ -215,7 +218,9 @@ class PlannedStep(ControlledStep):
                     hypers.append(values)
             averages: dict[Tensor, Tensor] = {}
             if averaging is not None and not by_torch:
-                averages = averaging.in_step(p for group in self.param_groups for p in group["params"])
+                averages = averaging.in_step(
+                    (p for group in self.param_groups for p in group["params"]), self._stand_ins()
+                )
             kinds = set(TABLES[self._op].partial_state), set(self._number_state)
             arguments = (self.state, self.param_groups, hypers, controls)
             plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
@@ -225,7 +230,7 @@ class PlannedStep(ControlledStep):
                 # Torch's step may have made state, which a plan made before it takes for a change of its own.
                 plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             elif averaging is not None:
-                plan.besides = averaging.besides(averages)
+                plan.besides = averaging.besides(averages, self._stand_ins())
                 if controls.average_weight is not None:
                     plan.besides.run(controls.average_weight, controls.found_inf, check_only=True)
             if not plan.step(*arguments):
@@ -244,6 +249,10 @@ class PlannedStep(ControlledStep):
             plan.may_skip = controls.found_inf is not None
             plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
             self._keep(plan)
+
+    def _stand_ins(self) -> dict[int, Tensor]:
+        """By which tensors this step knows local tensors of DTensors, by the identity of these."""
+        return {}
 
     def _what_is_missing(self) -> str:
         """Why no plan can be made although ``_init_group`` has made what state there was none of."""
@@ -289,7 +298,7 @@ def _is_other_mapping(entry: Any) -> bool:
     return not isinstance(entry, dict) and isinstance(entry, Mapping)
 
 
-def _is_zero_on_the_host(lr: Any) -> bool:
+def is_zero_on_the_host(lr: Any) -> bool:
     """A rate on a GPU is not read: those of that step are numbers or on the CPU."""
     return lr is not None and not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
 

@@ -11,12 +11,12 @@ from optim_ext import _grad_control
 from optim_ext._grad_control import Verdict
 from optim_ext._step.base import Group
 from optim_ext._step.controls import NOT_COMPILED
-from optim_ext._step.planning import PlannedStep
+from optim_ext._step.sharded import ShardedStep
 from optim_ext._step.torch_path import RECORDED
 from optim_ext._tables import TABLES
 
 
-class TracedStep(PlannedStep):
+class TracedStep(ShardedStep):
     def _traced_step(self) -> Tensor | None:
         """The step as torch.compile sees it: torch's gathering (which Dynamo knows) and the op itself.
 

@@ -632,3 +632,9 @@ def test_dicts_are_read_as_they_are_laid_out():
 
 def test_versions_are_counted_where_torch_keeps_them():
     assert _C.counts_versions_directly()
+
+
+def test_parts_of_dtensors_are_read_where_they_lie():
+    from torch.distributed.tensor import DTensor
+
+    assert _C.reads_dtensors_directly(DTensor)

@@ -1,0 +1,352 @@
+"""Rules about whole tensors (Muon, Adafactor, LAMB, LARS) on DTensors of which no process has the whole.
+
+Each such parameter has an owner among the processes that have its parts. For a step these send it their parts of parameter,
+gradient and state; the owner steps as one process would, with the same bits; and everybody gets back what is his. These are
+two collectives for each process group and step, which move less than one all-gather of the parameters: each process sends
+and receives its own share only. Between steps nobody has more than that share.
+
+Where several dimensions of a mesh cut a tensor, it is gathered and stepped on every process that has a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optim_ext import _sharding
+from optim_ext._step.base import Group
+
+if TYPE_CHECKING:
+    from optim_ext._step.local_view import LocalView
+    from optim_ext._step.sharded import ShardedStep
+
+
+class Whole:
+    """One DTensor parameter: what this process has of it, and the whole of it while this process steps it."""
+
+    def __init__(self, name: str, dtensor: Any, local: Tensor, copies: set[str]):
+        self.name, self.local, self.copies = name, local, copies
+        self.shape = dtensor.shape
+        self.groups = _sharding.sharding_groups(dtensor._spec)
+        self.owner = 0  # rank in the group, where there is one
+        self.steps_here = True
+        self.is_exchanged = False  # with an owner, or gathered
+        self.tensor = torch.empty(self.shape, dtype=local.dtype, device=local.device)
+        self._kept: dict[str, Tensor] = {}  # the whole of gradient and state, by key
+        self._copied: dict[str, Tensor] = {}
+
+    def cut(self, state: dict[str, Any]) -> list[str]:
+        """The keys of the state that is cut as the parameter is; of the rest everyone has a copy."""
+        return [key for key, value in state.items() if isinstance(value, Tensor) and key not in self.copies]
+
+    def grad(self) -> Tensor:
+        """This process's part, zeros where it has none. What is sent must not depend on which gradients there are."""
+        grad = self.local.grad
+        if grad is None:
+            return torch.zeros_like(self.local)
+        if grad.dtype != self.local.dtype:
+            raise RuntimeError(
+                f"gradient of {self.name}: it is of {grad.dtype}, expected {self.local.dtype} as its parameter, where a "
+                "rule is about whole tensors that are cut"
+            )
+        return grad
+
+    def keep(self, key: str, like: Tensor) -> Tensor:
+        """Memory for the whole of what a process has a part of."""
+        if key not in self._kept or self._kept[key].dtype != like.dtype:
+            self._kept[key] = torch.empty(self.shape, dtype=like.dtype, device=like.device)
+        return self._kept[key]
+
+    def copy(self, key: str, value: Tensor) -> Tensor:
+        """A tensor in the place of state of which every process has a copy, until the step is known to hold."""
+        if (
+            key not in self._copied
+            or self._copied[key].dtype != value.dtype
+            or self._copied[key].device != value.device
+        ):
+            self._copied[key] = value.clone()
+        return self._copied[key]
+
+    def take_memory(self) -> None:
+        for tensor in (self.tensor, *self._kept.values()):
+            tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+
+    def free_memory(self) -> None:
+        self.tensor.grad = None
+        for tensor in (self.tensor, *self._kept.values()):
+            tensor.untyped_storage().resize_(0)
+
+
+class OwnedBy:
+    """Parameters that are cut over one process group along one of their dimensions, one owner each."""
+
+    def __init__(self, group: Any):
+        self.group = group
+        self.size, self.rank = group.size(), group.rank()
+        self.members: list[tuple[Whole, int]] = []  # and the dimension that is cut
+        self._load = [0] * self.size
+
+    def add(self, whole: Whole, dim: int) -> None:
+        """The owner is who has the least to do, so that the work is spread; found alike by all processes."""
+        whole.owner = min(range(self.size), key=lambda rank: (self._load[rank], rank))
+        whole.steps_here, whole.is_exchanged = whole.owner == self.rank, True
+        self._load[whole.owner] += math.prod(whole.shape) * (1 + min(whole.shape, default=1))
+        self.members.append((whole, dim))
+
+    def fetch(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.size)]
+        places: list[list[Tensor]] = [[] for _ in range(self.size)]
+        for whole, dim in self.members:
+            state = states.get(whole.local, {})
+            keys = whole.cut(state)
+            mine = [whole.local, whole.grad(), *(state[key] for key in keys)]
+            outgoing[whole.owner] += mine
+            if whole.steps_here:
+                wholes = [whole.tensor, whole.keep("grad", mine[1]), *(whole.keep(key, state[key]) for key in keys)]
+                whole.take_memory()
+                for rank in range(self.size):
+                    places[rank] += self._parts(wholes, dim, rank)
+        _fill(places, _exchange(outgoing, places, self.group))
+
+    def give_back(self, states: dict[Tensor, dict[str, Any]], refused: bool) -> None:
+        """Nobody takes anything where the step was refused, here or by another owner: the others are told, as they wait."""
+        device = self.members[0][0].local.device
+        outgoing = [[torch.tensor([refused], device=device)] for _ in range(self.size)]
+        told = torch.zeros(self.size, dtype=torch.bool, device=device)
+        places = [[told[rank : rank + 1]] for rank in range(self.size)]
+        for whole, dim in self.members:
+            state = states.get(whole.local, {})
+            keys = whole.cut(state)
+            copies = [key for key, value in state.items() if isinstance(value, Tensor) and key not in keys]
+            places[whole.owner] += [whole.local, *(state[key] for key in (*keys, *copies))]
+            if whole.steps_here:
+                wholes = [whole.tensor, *(whole.keep(key, state[key]) for key in keys)]
+                for rank in range(self.size):
+                    outgoing[rank] += self._parts(wholes, dim, rank) + [whole.copy(key, state[key]) for key in copies]
+        received = _exchange(outgoing, places, self.group)
+        _fill([some[:1] for some in places], received)
+        if device.type == "cpu" and bool(told.any()):  # a GPU is not waited for
+            if refused:
+                return
+            raise RuntimeError(f"process {told.tolist().index(True)} of a group refuses this step; see the error there")
+        _fill(places, received)
+
+    def _parts(self, wholes: Sequence[Tensor], dim: int, rank: int) -> list[Tensor]:
+        """What a process has of whole tensors: cut as torch.chunk cuts."""
+        size = wholes[0].shape[dim]
+        step = -(-size // self.size)
+        begin = min(rank * step, size)
+        return [whole.narrow(dim, begin, min(begin + step, size) - begin) for whole in wholes]
+
+
+class Gathered:
+    """A parameter that several dimensions of a mesh cut: every process steps the whole of it."""
+
+    def __init__(self, whole: Whole, dtensor: Any):
+        self.whole, self._spec, self._type = whole, dtensor._spec, type(dtensor)
+        mesh = self._spec.mesh
+        # Where in the whole this process's elements are: each is labelled with its process and its place there. Of copies
+        # the first process's are gathered.
+        of_first = [
+            0 if place.is_replicate() else c
+            for place, c in zip(self._spec.placements, mesh.get_coordinate(), strict=True)
+        ]
+        rank = sum(c * math.prod(mesh.shape[dim + 1 :]) for dim, c in enumerate(of_first))
+        places = torch.arange(whole.local.numel(), device=whole.local.device).view(whole.local.shape)
+        labels = self._whole_of(places + rank * _LABELS).view(-1)
+        mine = (labels // _LABELS == rank).nonzero().view(-1)
+        self._index = mine[(labels[mine] % _LABELS).argsort()]
+
+    def _whole_of(self, local: Tensor) -> Tensor:
+        meta = self._spec.tensor_meta._replace(dtype=local.dtype)
+        spec = type(self._spec)(self._spec.mesh, self._spec.placements, tensor_meta=meta)
+        found: Tensor = self._type(local, spec, requires_grad=False).full_tensor()
+        return found
+
+    def fetch(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        whole, state = self.whole, states.get(self.whole.local, {})
+        parts = {"grad": whole.grad()}
+        parts |= {key: state[key] for key in whole.cut(state)}
+        wholes = {key: whole.keep(key, part) for key, part in parts.items()}
+        whole.take_memory()
+        whole.tensor.copy_(self._whole_of(whole.local.detach()))
+        for key, part in parts.items():
+            wholes[key].copy_(self._whole_of(part.detach()))
+
+    def give_back(self, states: dict[Tensor, dict[str, Any]], refused: bool) -> None:
+        whole, state = self.whole, states.get(self.whole.local, {})
+        for part, of in [(whole.local, whole.tensor), *((state[k], whole.keep(k, state[k])) for k in whole.cut(state))]:
+            part.copy_(of.reshape(-1)[self._index].view(part.shape))
+
+
+_LABELS = 2**40
+
+
+class Owners:
+    """The groups and the state of a view with whole tensors in the place of parts, for the rules that need these."""
+
+    def __init__(self, optimizer: ShardedStep, view: LocalView):
+        self.plan: Any = None
+        self.groups: list[Group] = []
+        self.state: defaultdict[Any, Any] = defaultdict(dict)
+        self._wholes: dict[Tensor, Whole] = {}  # by the stand-in of this process's part
+        by_group: dict[str, OwnedBy] = {}
+        self._rounds: list[OwnedBy | Gathered] = []
+        for group in view.groups:
+            params = []
+            for p in group["params"]:
+                dtensor = view.whole_of(p)
+                if (
+                    dtensor is None
+                    or not optimizer._about_whole_tensors
+                    or not _sharding.sharding_groups(dtensor._spec)
+                ):
+                    params.append(p)
+                    continue
+                if p not in self._wholes:
+                    copies = view.copies.setdefault(p, set(view.scalars))
+                    self._wholes[p] = whole = Whole(view.name_of(p), dtensor, p, copies)
+                    dim = _only_cut(dtensor._spec)
+                    if dim is None:
+                        self._rounds.append(Gathered(whole, dtensor))
+                    else:
+                        key = whole.groups[0].group_name
+                        if key not in by_group:
+                            by_group[key] = OwnedBy(whole.groups[0])
+                            self._rounds.append(by_group[key])
+                        by_group[key].add(whole, dim)
+                    whole.free_memory()
+                params.append(self._wholes[p].tensor)
+            self.groups.append({**group, "params": params})
+
+    def __bool__(self) -> bool:
+        return bool(self._wholes)
+
+    def owns(self, p: Tensor) -> bool:
+        return p in self._wholes
+
+    def make_state(self, optimizer: ShardedStep, view: LocalView) -> None:
+        """State that is missing, of all parameters: what is sent must not depend on which gradients there are here."""
+        for group in view.groups:
+            for p in group["params"]:
+                if p in self._wholes and not view.state.get(p):
+                    view.state[p].update(self._made_state(optimizer, group, p))
+
+    def _made_state(self, optimizer: ShardedStep, group: Group, p: Tensor) -> dict[str, Any]:
+        """As torch makes it, which in all these classes starts at zero: seen on a tensor without memory."""
+        shape = self._wholes[p].shape
+        ghost = torch.empty(shape, dtype=p.dtype, device="meta")
+        ghost.grad = torch.empty_like(ghost)
+        state, optimizer.state = optimizer.state, defaultdict(dict)
+        try:
+            lists: list[list[Any]] = [[] for _ in range(2 + len(optimizer._state_keys(group)))]
+            optimizer._init_group({**group, "params": [ghost]}, *lists)
+            made = dict(optimizer.state[ghost])
+        finally:
+            optimizer.state = state
+        for key, value in made.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                is_cut = value.shape == shape
+                made[key] = torch.zeros(p.shape if is_cut else value.shape, dtype=value.dtype, device=p.device)
+                if not is_cut:
+                    self._wholes[p].copies.add(key)
+        return made
+
+    @contextmanager
+    def whole(self, optimizer: ShardedStep, view: LocalView) -> Iterator[None]:
+        """Within the block the optimizer has whole tensors where this process is to step them; then all get their parts."""
+        for mine, seen in zip(self.groups, view.groups, strict=True):
+            params = mine["params"]
+            mine.clear()
+            mine.update(seen)
+            mine["params"] = params
+        try:
+            for each in self._rounds:
+                each.fetch(view.state)
+            self._enter(view)
+            optimizer.param_groups, optimizer.state, optimizer._plan = self.groups, self.state, self.plan
+            refused = False
+            try:
+                yield
+            except Exception:
+                refused = True
+                raise
+            finally:
+                self.plan = optimizer._plan
+                optimizer.param_groups, optimizer.state, optimizer._plan = view.groups, view.state, None
+                for each in self._rounds:  # the others wait for it
+                    each.give_back(view.state, refused)
+            for p, entry in self.state.items():  # of those that are stepped by their parts
+                if p not in self._tensors() and view.state.get(p) is not entry:
+                    view.state[p] = entry
+        finally:
+            for whole in self._wholes.values():
+                whole.free_memory()
+
+    def _tensors(self) -> set[Tensor]:
+        return {whole.tensor for whole in self._wholes.values()}
+
+    def _enter(self, view: LocalView) -> None:
+        entries: dict[Any, Any] = {}
+        for p, seen in view.state.items():
+            whole = self._wholes.get(p)
+            if whole is None:
+                entries[p] = seen
+            elif whole.steps_here:
+                cut = whole.cut(seen)
+                entry = self.state.get(whole.tensor, {})
+                for key, value in seen.items():
+                    if key in cut:
+                        value = whole.keep(key, value)
+                    elif isinstance(value, Tensor) and whole.is_exchanged:
+                        value = whole.copy(key, value).copy_(value)
+                    entry[key] = value
+                entries[whole.tensor] = entry
+        self.state.clear()
+        self.state.update(entries)
+        for p, whole in self._wholes.items():
+            has_grad = whole.steps_here and p.grad is not None
+            whole.tensor.grad = whole.keep("grad", p) if has_grad else None
+
+
+def _only_cut(spec: Any) -> int | None:
+    """The dimension that is cut, if it is one, in chunks of one size up to the last ones; else None."""
+    from torch.distributed.tensor import Shard
+
+    cut = [place for dim, place in enumerate(spec.placements) if not place.is_replicate() and spec.mesh.size(dim) > 1]
+    return cut[0].dim if len(cut) == 1 and type(cut[0]) is Shard else None
+
+
+def _exchange(outgoing: Sequence[Sequence[Tensor]], places: Sequence[Sequence[Tensor]], group: Any) -> list[Tensor]:
+    """Send tensors to each process of a group, by bytes and in one collective; gives the bytes that each of them has sent,
+    as many as there are in the places they are for."""
+    device = next((t.device for some in (*outgoing, *places) for t in some), torch.device("cpu"))
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    sent = torch.cat([nothing, *(_bytes(t) for some in outgoing for t in some)])
+    sizes, expected = (
+        [sum(t.numel() * t.element_size() for t in some) for some in side] for side in (outgoing, places)
+    )
+    received = torch.empty(sum(expected), dtype=torch.uint8, device=device)
+    torch.distributed.all_to_all_single(received, sent, expected, sizes, group=group)
+    return list(torch.split(received, expected))
+
+
+def _fill(places: Sequence[Sequence[Tensor]], received: Sequence[Tensor]) -> None:
+    """Put what each process has sent where it belongs."""
+    for some, found in zip(places, received, strict=True):
+        begin = 0
+        for place in some:
+            size = place.numel() * place.element_size()
+            part = found[begin : begin + size].clone()  # by itself, where every dtype may begin
+            place.copy_(part.view(place.dtype).view(place.shape))
+            begin += size
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

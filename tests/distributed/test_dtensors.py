@@ -1,0 +1,41 @@
+"""DTensor parameters on one, two and four processes of one machine (gloo): see dtensor_cases.py."""
+
+from pathlib import Path
+
+import pytest
+from ranks import Processes, cases_in
+
+PROGRAM = Path(__file__).with_name("dtensor_cases.py")
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def running():
+    """The processes that the last case has left in order, by their number."""
+    kept = {}
+    yield kept
+    for processes in kept.values():
+        processes.stop()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", [name for name in cases_in(PROGRAM) if not name.startswith("then_")])
+def test_on_several_processes(case, world, running, tmp_path_factory):
+    if world not in running:
+        for other in list(running):  # few are to wait while others work
+            running.pop(other).stop()
+        running[world] = Processes(PROGRAM, world, tmp_path_factory.mktemp("ranks"))
+    processes = running.pop(world)
+    processes.expect(case)
+    running[world] = processes
+
+
+def test_a_checkpoint_goes_on_with_other_numbers_of_processes(tmp_path):
+    """Saved on two, it is loaded on four, on one and on two, and trains on with the same bits."""
+    for world, case in ((2, "then_saves"), (4, "then_resumes"), (1, "then_resumes"), (2, "then_resumes")):
+        processes = Processes(PROGRAM, world, tmp_path)
+        try:
+            processes.expect(case)
+        finally:
+            processes.stop()
+        (tmp_path / f"meet of {world}").unlink(missing_ok=True)
