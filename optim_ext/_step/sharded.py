@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from optim_ext import _sharding
-from optim_ext._grad_control import Verdict
+from optim_ext._grad_control import StepControls, Verdict
 from optim_ext._load import _C
-from optim_ext._step.base import Common, Group
+from optim_ext._step.base import Group
 from optim_ext._step.local_view import Agreement, LocalView, why_whole
 from optim_ext._step.planning import PlannedStep, is_zero_on_the_host
 
@@ -36,20 +36,20 @@ class ShardedStep(PlannedStep):
             view.written = True
             view.has_made_state = self._plan is None or self._plan is not before
 
-    def _step_as_told(self, common: Common) -> None:
+    def _step_as_told(self, controls: StepControls) -> None:
         view = self._viewing
         if view is None or not view.owners:
-            return super()._step_as_told(common)
-        controls = self._asked()
-        averaging, controls.averaging = controls.averaging, None
+            return super()._step_as_told(controls)
+        asked = self._asked()
+        averaging, asked.averaging = asked.averaging, None
         try:
             view.owners.make_state(self, view)
             with view.owners.whole(self, view):
-                super()._step_as_told(common)
+                super()._step_as_told(controls)
         finally:
-            controls.averaging = averaging
+            asked.averaging = averaging
         if averaging is not None:
-            averaging.update(common[1])
+            averaging.update(controls.found_inf)
 
     def _has_dtensors(self) -> bool:
         # A view finds out by itself whether it still is one of these groups.
