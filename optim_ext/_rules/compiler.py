@@ -15,8 +15,6 @@ import subprocess
 import threading
 from pathlib import Path
 
-import torch
-
 from optim_ext._load import _C
 from optim_ext._rules import cache
 from optim_ext._rules.definition import Variant
@@ -118,7 +116,6 @@ class _Running:
 
 
 _running = _Running()
-atexit.register(lambda: _running.end_all())
 
 
 def compile_now(variant: Variant, politely: bool = False) -> None:
@@ -164,7 +161,7 @@ class Background:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.wanted: queue.SimpleQueue[Variant] = queue.SimpleQueue()
+        self.wanted: queue.SimpleQueue[Variant | None] = queue.SimpleQueue()
         self.asked: set[Variant] = set()
         self.thread: threading.Thread | None = None
 
@@ -178,17 +175,30 @@ class Background:
                 self.thread = threading.Thread(target=self._work, name="optim_ext rules", daemon=True)
                 self.thread.start()
 
+    def stop(self) -> None:
+        """Wait until the thread is in no torch code any more; compilers have been ended before."""
+        if self.thread is not None:
+            self.wanted.put(None)
+            self.thread.join(10.0)
+
     def _work(self) -> None:
         while True:
             variant = self.wanted.get()
+            if variant is None or _running.is_over:
+                return
             try:
-                with torch.no_grad():
-                    compile_now(variant, politely=True)
+                compile_now(variant, politely=True)
             except (CannotCompile, RuleError) as error:
                 variant.problem = str(error).splitlines()[0]
 
 
 _background = Background()
+
+
+@atexit.register
+def _end() -> None:
+    _running.end_all()
+    _background.stop()
 
 
 def compile_soon(variant: Variant) -> None:

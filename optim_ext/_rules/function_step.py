@@ -31,7 +31,7 @@ class FunctionStep(Optimizer):
         ]
         for targets, values in new:
             for target, value in zip(targets, values, strict=True):
-                target.copy_(value) if isinstance(target, Tensor) else None
+                target.copy_(value)
         return loss
 
     def _by_function(self, group: dict[str, Any], p: Tensor) -> tuple[list[Tensor], list[Any]]:
@@ -67,7 +67,11 @@ class FunctionStep(Optimizer):
             target = p if name is None else entry[name]
             target = _as_real(target) if name not in definition.scalars else target
             targets.append(target)
-            new.append(value if isinstance(value, Tensor) else torch.full_like(target, value))
+            if not isinstance(value, Tensor):
+                value = torch.full_like(target, value)
+            elif any(value is given for given in (param, *arguments)):
+                value = value.clone()  # what one state was is to become another one's, and is written meanwhile
+            new.append(value)
         if count is not None:
             targets.append(entry["step"])
             new.append(count)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from optim_ext._rules.errors import RuleError
 
@@ -41,11 +44,11 @@ def check_same_bits(variant: Variant, name: str) -> None:
     Raises:
         RuleError: they do not.
     """
-    definition, generator = variant.definition, torch.Generator().manual_seed(1)
+    definition, generator = variant.definition, torch.Generator("cpu").manual_seed(1)
     options = definition.options.with_constants(variant.constants)
     options = {key: _moved(value) for key, value in options.items()}
-    with torch.no_grad():
-        wide = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64)
+    with _undisturbed():
+        wide = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             param = wide.to(dtype)
             values = [param, *start_of(definition, param, options)]
@@ -71,6 +74,13 @@ def check_same_bits(variant: Variant, name: str) -> None:
                 values = expected
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """With real tensors, whatever modes the optimizer is made in."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
 def _moved(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(part) for part in value)
@@ -79,7 +89,7 @@ def _moved(value: Any) -> Any:
 
 
 def gradient(generator: torch.Generator) -> Tensor:
-    grad = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64)
+    grad = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
     grad[::17] = 0.0
     grad[5], grad[6] = 1e-30, -1e20
     return grad
@@ -100,9 +110,9 @@ def start_of(definition: Definition, param: Tensor, options: dict[str, Any]) -> 
 
 
 def _compare(variant: Variant, name: str, options: dict[str, Any]) -> None:
-    definition, generator = variant.definition, torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        param = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64)
+    definition, generator = variant.definition, torch.Generator("cpu").manual_seed(0)
+    with _undisturbed():
+        param = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
         values = [param, *start_of(definition, param, options)]
         scalars = definition.first_scalars(options)
         for step in range(1, _STEPS + 1):
@@ -135,7 +145,10 @@ def by_function(
     result = definition.function(values[0], grad, *values[1:], *scalars, **keywords)
     result = result if isinstance(result, tuple) else (result,)
     count = len(values)
-    tensors = [torch.as_tensor(value, dtype=values[0].dtype).expand_as(values[0]).clone() for value in result[:count]]
+    tensors = [
+        torch.as_tensor(value, dtype=values[0].dtype, device="cpu").expand_as(values[0]).clone()
+        for value in result[:count]
+    ]
     return tensors, [float(value) for value in result[count:]]
 
 
@@ -154,16 +167,16 @@ def by_op(
     definition = variant.definition
     own = [value.clone() for value in values]
     numbers = definition.options.numbers_of(options, lambda group, option, count: tuple(group[option]))
-    own_scalars = [torch.tensor(scalar, dtype=torch.float64) for scalar in scalars]
+    own_scalars = [torch.tensor(scalar, dtype=torch.float64, device="cpu") for scalar in scalars]
     states = [[state] if used else [] for state, used in zip(own[1:], variant.used, strict=True)]
-    steps = [torch.tensor(step - 1.0)] if definition.options.counts_steps else []
+    steps = [torch.tensor(step - 1.0, dtype=torch.float32, device="cpu")] if definition.options.counts_steps else []
     torch.ops.optim_ext.rule_(
         [own[0]],
         [grad.clone()],
         *arranged(states, [[scalar] for scalar in own_scalars], list),
         steps,
         rule=name,
-        hypers=[torch.tensor(float(number), dtype=torch.float64) for number in (1.0, *numbers)],
+        hypers=[torch.tensor(float(number), dtype=torch.float64, device="cpu") for number in (1.0, *numbers)],
     )
     return own, [float(scalar) for scalar in own_scalars]
 

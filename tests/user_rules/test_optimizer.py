@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from lockstep import bits, give_grads, make_params, native_ops, snapshot, twin
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim_ext
 from optim_ext.math import sign, where
@@ -494,6 +495,31 @@ def test_a_difference_from_the_function_refuses_the_class(monkeypatch):
         optim_ext.RuleError, match="differs from the function at step 1, element 1 of param: .* against"
     ):
         Wrong(make_params())
+
+
+@pytest.mark.parametrize(
+    "mode", [FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode], ids=["fake", "meta", "inference"]
+)
+def test_a_class_may_be_used_first_in_any_mode(mode):
+    """What a rule was translated to is compared with the function in numbers, whatever tensors are there."""
+
+    @rule("m", backend="interpreted")
+    def First(param, grad, m, *, step, lr=0.1):
+        m = 0.9 * m + grad / step
+        return param - lr * m, m
+
+    with mode():
+        param = torch.nn.Parameter(torch.empty(3))
+        param.grad = torch.empty(3)
+        optimizer = First([param])
+        for _ in range(2):
+            optimizer.step()
+    params = make_params()
+    give_grads(params, 0)
+    expected = [param.detach() - 0.1 * param.grad for param in params]
+    First(params).step()
+    for param, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.detach(), value)
 
 
 def test_source_is_shown():
