@@ -112,9 +112,9 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         scalars = dict(zip(definition.scalars, definition.first_scalars(group), strict=True))
         for key in self._state_keys(group):
             if key == "step":
-                made[key] = _count(0.0).to(device)
+                made[key] = _count(0.0, device)
             elif key in scalars:
-                made[key] = _count(scalars[key]).to(device)
+                made[key] = _count(scalars[key], device)
             elif key is not None:
                 made[key] = self._started(group, p, key)
         return made

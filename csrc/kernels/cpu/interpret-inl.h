@@ -10,12 +10,32 @@ namespace {
 template <class V>
 constexpr int64_t kRegister = 1024 / sizeof(V);
 
+// What is most of a rule, with a factor that all elements share: its tile need not be read then. False for the others.
 template <class V>
-OPTIM_EXT_SHARED void run_tile(const TileInstruction* code, int64_t count, V* const* registers, int64_t n) {
-  for (int64_t k = 0; k < count; ++k) {
-    const TileInstruction in = code[k];
+OPTIM_EXT_INLINE bool run_shared(TileOp op, V* to, V a, const V* b, const V* c, int64_t n) {
+#define OPTIM_EXT_CASE(name, value) \
+  case TileOp::name: OPTIM_EXT_FOR(i, n) to[i] = value; return true;
+  // clang-format off
+  switch (op) {
+    OPTIM_EXT_CASE(add, a + b[i])
+    OPTIM_EXT_CASE(multiply, a * b[i])
+    OPTIM_EXT_CASE(multiply_add, a * b[i] + c[i])
+    OPTIM_EXT_CASE(multiply_subtract, a * b[i] - c[i])
+    OPTIM_EXT_CASE(subtract_product, c[i] - a * b[i])
+    default: return false;
+  }
+    // clang-format on
+#undef OPTIM_EXT_CASE
+}
+
+template <class V>
+OPTIM_EXT_SHARED void run_tile(const RuleCode::Loops& loops, V* const* registers, int64_t n) {
+  for (int64_t k = 0; k < loops.tile_count; ++k) {
+    const TileInstruction in = loops.tile[k];
     V* const to = registers[in.to];
     const V *const a = registers[in.a], *const b = registers[in.b], *const c = registers[in.c];
+    if (in.a >= loops.first_shared && run_shared(in.op, to, a[0], b, c, n)) continue;
+    if (in.b >= loops.first_shared && run_shared(in.op, to, b[0], a, c, n)) continue;
 #define OPTIM_EXT_CASE(name, value) \
   case TileOp::name: OPTIM_EXT_FOR(i, n) to[i] = value; break;
     switch (in.op) {
@@ -111,7 +131,7 @@ void interpret(const void* given, const Bundle& bundle, int64_t begin, int64_t e
       OPTIM_EXT_FOR(i, n) to[i] = grad[i] * factor * turn;
       tile[kGradOperand] = to;
     }
-    run_tile<V>(code.tile, code.tile_count, tile, n);
+    run_tile<V>(code, tile, n);
     if (averages) {
       const rules::Average rule_of_average{pass.average_weight};
       V* const average = static_cast<V*>(bundle.average->data[0]) + start.index;
