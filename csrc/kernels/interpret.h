@@ -13,25 +13,27 @@
 
 namespace optim_ext {
 
+// clang-format off
 // What an instruction makes of registers a, b and c.
-#define OPTIM_EXT_FOR_EACH_TILE_OP(X)                                                   \
-  X(copy)                                                                               \
-  X(negate) X(root) X(sign) X(magnitude) X(exponential) X(logarithm) /* of a */         \
-      X(add) X(subtract) X(multiply) X(divide) X(smaller) X(larger)  /* of a and b */   \
-      X(less) X(less_equal) X(equal) X(not_equal)                    /* one or zero */  \
-      X(both) X(either) X(none)                                      /* of such */      \
-      X(select)                                                      /* a ? b : c */    \
-      X(choose)                                                      /* a is uniform */ \
-      X(lerp)                                                        /* from a to b */  \
-      X(lerp_by)                                                     /* c is uniform */ \
-      X(multiply_add) X(multiply_subtract)                                              \
-          X(subtract_product) /* a * b + c, a * b - c, c - a * b, each rounded twice */
+#define OPTIM_EXT_FOR_EACH_TILE_OP(X)                                                             \
+  X(copy) X(negate) X(root) X(sign) X(magnitude) X(exponential) X(logarithm) /* of a */           \
+  X(add) X(subtract) X(multiply) X(divide) X(smaller) X(larger)              /* of a and b */     \
+  X(less) X(less_equal) X(equal) X(not_equal)                                /* one or zero */    \
+  X(both) X(either) X(none)                                                  /* of such */        \
+  X(select)                                                                  /* a ? b : c */      \
+  X(choose)                                                                  /* a is uniform */   \
+  X(lerp)                                                                    /* from a to b */    \
+  X(lerp_by)                                                                 /* c is uniform */   \
+  X(multiply_add)                                                            /* a * b + c */      \
+  X(multiply_subtract)                                                       /* a * b - c */      \
+  X(subtract_product)                                                        /* c - a * b */
 
-#define OPTIM_EXT_FOR_EACH_UNIFORM_OP(X)                                                                           \
-  X(negate)                                                                                                        \
-  X(root) X(sign) X(magnitude) X(exponential) X(logarithm) X(add) X(subtract) X(multiply) X(divide) X(smaller)     \
-      X(larger) X(whole_power) X(real_power) X(less) X(less_equal) X(equal) X(not_equal) X(both) X(either) X(none) \
-          X(select) X(lerp) X(rounded) /* to the precision in which scalar b of the state is kept */
+#define OPTIM_EXT_FOR_EACH_UNIFORM_OP(X)                                                          \
+  X(negate) X(root) X(sign) X(magnitude) X(exponential) X(logarithm)                              \
+  X(add) X(subtract) X(multiply) X(divide) X(smaller) X(larger) X(whole_power) X(real_power)      \
+  X(less) X(less_equal) X(equal) X(not_equal) X(both) X(either) X(none) X(select) X(lerp)         \
+  X(rounded) /* to the precision in which scalar b of the state is kept */
+// clang-format on
 
 #define OPTIM_EXT_NAME(op) op,
 enum class TileOp : uint8_t { OPTIM_EXT_FOR_EACH_TILE_OP(OPTIM_EXT_NAME) };
