@@ -179,13 +179,13 @@ def state_keys_of(index: int, constants: tuple[Any, ...]) -> tuple[str | None, .
     return DEFINITIONS[index].variant(constants).state_keys
 
 
-def name_of(index: int, constants: tuple[Any, ...]) -> str:
-    return DEFINITIONS[index].variant(constants).name
+def constant_while_tracing(function: Callable[..., Any]) -> None:
+    """Have torch.compile call a function while it traces, and take the result as a constant. (Torch's own decorator for
+    that imports the compiler.)"""
+    vars(function)["_dynamo_marked_constant"] = True
 
 
-# What torch.compile is to call while it traces, and to take as a constant. (The decorator for that imports the compiler.)
-for _function in (state_keys_of, name_of):
-    vars(_function)["_dynamo_marked_constant"] = True
+constant_while_tracing(state_keys_of)
 
 
 def arranged(states: Sequence[Any], scalars: Sequence[Any], empty: Callable[[], Any]) -> list[Any]:

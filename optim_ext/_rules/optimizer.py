@@ -14,10 +14,33 @@ from optim_ext._beyond_torch import BeyondTorch, _count
 from optim_ext._grad_control import Verdict
 from optim_ext._load import _C
 from optim_ext._rules.compiler import compile_now, compile_soon
-from optim_ext._rules.definition import Definition, Variant, arranged, name_of, state_keys_of
+from optim_ext._rules.definition import (
+    DEFINITIONS,
+    Definition,
+    Variant,
+    arranged,
+    constant_while_tracing,
+    state_keys_of,
+)
 from optim_ext._rules.function_step import FunctionStep
 from optim_ext._rules.native_text import unit_of
 from optim_ext._step import Group
+
+
+def _compile_in_time(variant: Variant) -> None:
+    """Have a variant that is about to step compiled in the background, if that is what was asked for."""
+    if variant.definition.backend == "auto":
+        compile_soon(variant)
+
+
+def _name_of(index: int, constants: tuple[Any, ...]) -> str:
+    """What compiled graphs call a variant."""
+    variant = DEFINITIONS[index].variant(constants)
+    _compile_in_time(variant)
+    return variant.name
+
+
+constant_while_tracing(_name_of)
 
 
 class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each has a step, the first one calls the second
@@ -78,8 +101,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         numbers, variant = self._definition.options.numbers_of(group, self._entries), self._variant(group)
-        if self._definition.backend == "auto":
-            compile_soon(variant)
+        _compile_in_time(variant)
         return (variant.number, bool(group["maximize"]), *numbers)
 
     def _entries(self, group: Mapping[str, Any], option: str, count: int) -> tuple[Any, ...]:
@@ -157,7 +179,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             grads,
             *arranged(state[:count], state[count:], list),
             steps,
-            rule=name_of(definition.index, definition.options.constants_of(group)),
+            rule=_name_of(definition.index, definition.options.constants_of(group)),
             hypers=[self._as_tensor(number) for number in numbers],
             grad_scale=verdict.grad_scale,
             found_inf=verdict.found_inf,
