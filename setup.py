@@ -168,6 +168,16 @@ def write_build_info(switches, folder):
     Path(folder, "_build_info.py").write_text("\n".join(["# Written by setup.py.", "BUILD_INFO = {", *lines, "}", ""]))
 
 
+def copy_headers(to):
+    """What rules written in Python are compiled with (optim_ext/_rules/compiler.py)."""
+    for path in [*map(Path, sources(".h")), Path("csrc/compile_flags.txt")]:
+        inside = path.relative_to("csrc")
+        if inside.parts[0] not in ("rules", "kernels", "compile_flags.txt") or "cuda" in inside.parts:
+            continue
+        (to / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, to / inside)
+
+
 def native_build():
     """The setup() arguments of a build; a source distribution needs none of this, and no torch."""
     # A virtual environment's own ninja is found although the environment may not be activated.
@@ -186,8 +196,11 @@ def native_build():
 
     class BuildPython(build_py):
         def run(self):
-            shutil.rmtree(Path(self.build_lib, "optim_ext"), ignore_errors=True)  # modules that are gone by now
+            package = Path(self.build_lib, "optim_ext")
+            shutil.rmtree(package, ignore_errors=True)  # modules that are gone by now
             super().run()
+            if not self.editable_mode:
+                copy_headers(package / "csrc")
 
     class Build(BuildExtension):
         def finalize_options(self):

@@ -10,6 +10,7 @@
 #include "host/lbfgs_python.h"
 #include "host/local_view.h"
 #include "host/op_tables.h"
+#include "host/open_rules.h"
 #include "host/plan.h"
 #include "kernels/rule_names.h"
 #include "ops/drivers.h"
@@ -62,6 +63,7 @@ TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) {
 
 PYBIND11_MODULE(_C, m) {
   bind_op_tables(m);
+  bind_open_rules(m);
   bind_plan(m);
   bind_average_plan(m);
   bind_gradients(m);

@@ -180,3 +180,17 @@ class LbfgsHistory:
     def d(self) -> Tensor: ...
     @property
     def origin(self) -> Tensor: ...
+
+def define_rule_op(
+    class_name: str, state: list[tuple[str, str]], hypers: list[tuple[str, int | None]]
+) -> tuple[str, dict[str, Any]]:
+    """The op, as plans take it, of a class whose rule is written in Python, and its table as in step_ops()."""
+
+def define_rule(name: str, code: dict[str, Any]) -> int:
+    """A variant of a rule; the number of the one that is there already where the name is known."""
+
+def define_compiled_rule(name: str, of: int, path: str) -> int:
+    """The same variant, run by the library at a path."""
+
+def run_rule_by(number: int, other: int | None) -> None:
+    """What a variant is run by from now on: what another one is, or the interpreter."""

@@ -21,6 +21,9 @@ from optim_ext import utils as utils
 from optim_ext._explain import GroupReport, explain
 from optim_ext._grad_control import GradPolicy, GroupNorms, NonFinite
 from optim_ext._load import build_info
+from optim_ext._rules import RuleError as RuleError
+from optim_ext._rules import rule as rule
+from optim_ext._rules.compiler import include_paths
 from optim_ext.adadelta import Adadelta as Adadelta
 from optim_ext.adafactor import Adafactor as Adafactor
 from optim_ext.adagrad import Adagrad as Adagrad
@@ -65,10 +68,13 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "RuleError",
     "SparseAdam",
     "build_info",
     "explain",
+    "include_paths",
     "lr_scheduler",
+    "rule",
     "swa_utils",
 ]
 # What this version of torch has besides.

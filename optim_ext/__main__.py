@@ -2,6 +2,8 @@
 
 The exit status is 1 where the self-test finds an optimizer that differs from torch.optim's or, where torch has none, from
 its formula.
+
+``python -m optim_ext compile pkg.mod:Name [option=value ...]``: compiles a rule ahead.
 """
 
 import functools
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 import optim_ext
 from optim_ext._formulas import FORMULAS, ByFormula
 from optim_ext._load import _C
+from optim_ext._rules.command import compile_rules
 
 # Largest difference from torch.optim or the formula in float64, relative to the largest parameter, that STEPS roundings may explain.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -31,6 +34,8 @@ OWN_SHAPES: dict[str, list[tuple[int, ...]]] = {
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["compile"]:
+        return compile_rules(sys.argv[2:])
     print(f"optim_ext {optim_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"system    {platform.platform()}")
     for device in _devices():

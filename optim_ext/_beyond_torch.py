@@ -41,9 +41,10 @@ class BeyondTorch(FusedStep):
                 entries.append(state[key])
 
 
-def _count(steps: float) -> Tensor:
+def _count(steps: float, device: torch.device | None = None) -> Tensor:
     """A step count, in the dtype torch gives it."""
-    return torch.tensor(steps, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32)
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(steps, dtype=dtype, device=device)
 
 
 def check_one_element(lr: Any) -> None:

@@ -15,7 +15,7 @@ def _updates_in_place(*args: Any, **kwargs: Any) -> None:
     """Every op here writes into its arguments, as its schema says, and returns nothing."""
 
 
-for _op in (*_C.step_ops(), "average_", "clip_", "lbfgs_gather_", "lbfgs_displace_"):
+for _op in (*_C.step_ops(), "rule_", "average_", "clip_", "lbfgs_gather_", "lbfgs_displace_"):
     torch.library.register_fake(f"optim_ext::{_op}", _updates_in_place)
 
 

@@ -12,6 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: a thread that waits for others must not keep one. Read where torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Rules written in Python are not compiled beside the tests; those about compiling say so.
+os.environ.setdefault("OPTIM_EXT_RULES", "interpreted")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -217,7 +217,7 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
   }
   const bool any_order = spec_.any_order && spec_.controls.averages.empty();  // an average follows the same walk
   memory::order(walk, any_order ? memory::most_common(walk, operands.leader) : operands.leader);
-  if (width == 2) walk.dims.push_back({2, {1, 1, 1, 1, 1, 1}});
+  if (width == 2) walk.dims.emplace_back(memory::WalkDim{2, {}}).strides.fill(1);
   memory::merge(walk);
   if (spec_.controls.averages.empty()) memory::lengthen_runs(walk);
   if (any_order) memory::make_squares(walk);

@@ -1,13 +1,10 @@
 #include "op_tables.h"
 
-#include "../ops/step_ops.h"
 #include "torch_internals.h"
 
 namespace optim_ext::ops {
 
 namespace py = pybind11;
-
-namespace {
 
 py::dict table_of(const StepOp& op) {
   static constexpr const char* kKinds[] = {"number", "tensor", "flag", "whole"};
@@ -25,8 +22,6 @@ py::dict table_of(const StepOp& op) {
   table["takes_sparse"] = op.takes_sparse;
   return table;
 }
-
-}  // namespace
 
 void bind_op_tables(py::module_& m) {
   m.def(

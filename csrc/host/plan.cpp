@@ -260,16 +260,14 @@ class Plan {
 }  // namespace
 
 void bind_plan(py::module_& m) {
-  std::map<std::string, const StepOp*> ops;
-  for (const StepOp* op : StepOp::all()) ops.emplace(op->name, op);
   py::class_<Plan>(m, "Plan", py::dynamic_attr())
-      .def(py::init([ops](const std::string& op, const py::list& param_groups, const py::dict& state,
-                          const py::list& calls, const py::dict& averages, const py::set& partial,
-                          const py::set& numbers) {
-             return std::make_unique<Plan>(*ops.at(op), param_groups, state, calls, averages, partial, numbers);
-           }),
-           py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict(),
-           py::arg("partial") = py::set(), py::arg("numbers") = py::set())
+      .def(
+          py::init([](const std::string& op, const py::list& param_groups, const py::dict& state, const py::list& calls,
+                      const py::dict& averages, const py::set& partial, const py::set& numbers) {
+            return std::make_unique<Plan>(StepOp::named(op), param_groups, state, calls, averages, partial, numbers);
+          }),
+          py::arg("op"), py::arg("param_groups"), py::arg("state"), py::arg("calls"), py::arg("averages") = py::dict(),
+          py::arg("partial") = py::set(), py::arg("numbers") = py::set())
       .def_property_readonly("steps_as_before", &Plan::steps_as_before)
       .def("remember_options", &Plan::remember_options, py::arg("param_groups"), py::arg("names"))
       .def(

@@ -18,7 +18,7 @@ using ReduceFibers = void (*)(const Fibers&, int64_t begin, int64_t end);
 
 }  // namespace cpu
 
-constexpr int64_t kMaxRuleBytes = 160;  // of a rule with everything at_step fills in
+constexpr int64_t kMaxRuleBytes = 1024;  // of a rule with everything at_step fills in
 
 struct RuleProgram {
   int64_t bytes;

@@ -8,7 +8,7 @@
 
 namespace optim_ext::memory {
 
-constexpr int kMostArrays = 6;
+constexpr int kMostArrays = 10;
 
 // One dimension of all arrays; strides count elements. Those of arrays that are not `used` mean nothing.
 struct WalkDim {

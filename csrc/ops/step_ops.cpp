@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <sstream>
 
 namespace optim_ext::ops {
@@ -12,6 +13,11 @@ namespace {
 
 std::vector<const StepOp*>& registered() {
   static std::vector<const StepOp*> ops;
+  return ops;
+}
+
+std::map<std::string, const StepOp*>& all_by_name() {
+  static std::map<std::string, const StepOp*> ops;
   return ops;
 }
 
@@ -30,7 +36,15 @@ const char* type_of(HyperKind kind) {
 StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse)
     : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(takes_sparse) {
   registered().push_back(this);
+  all_by_name().emplace(name, this);
 }
+
+StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(false) {
+  all_by_name().emplace(name, this);
+}
+
+const StepOp& StepOp::named(const std::string& name) { return *all_by_name().at(name); }
 
 std::vector<const StepOp*> StepOp::all() {
   std::vector<const StepOp*> ops = registered();
@@ -39,8 +53,7 @@ std::vector<const StepOp*> StepOp::all() {
 }
 
 // Gradients are marked as written because GradScaler's grad_scale unscales them in place, as torch's fused optimizers
-// do; without it they are only read. `averages` is empty where it is not given: the text of a schema cannot say that of
-// a list of tensors.
+// do; without it they are only read.
 c10::FunctionSchema StepOp::schema() const {
   std::ostringstream text;
   text << name << '(';
@@ -48,9 +61,15 @@ c10::FunctionSchema StepOp::schema() const {
   for (const rules::List& list : lists) text << "Tensor(" << alias++ << "!)[] " << list.name << ", ";
   text << '*';
   for (const HyperInfo& hyper : hypers) text << ", " << type_of(hyper.kind) << ' ' << hyper.name;
-  text << ", Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, Tensor(y!)[] averages, "
-          "Tensor? average_weight=None) -> ()";
-  const c10::FunctionSchema parsed = torch::schema(text.str().c_str());
+  return step_schema(text.str());
+}
+
+// `averages` is empty where it is not given: the text of a schema cannot say that of a list of tensors.
+c10::FunctionSchema step_schema(const std::string& own) {
+  const std::string text = own +
+                           ", Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, "
+                           "Tensor(y!)[] averages, Tensor? average_weight=None) -> ()";
+  const c10::FunctionSchema parsed = torch::schema(text.c_str());
   std::vector<c10::Argument> arguments = parsed.arguments();
   for (c10::Argument& argument : arguments) {
     if (argument.name() != "averages") continue;

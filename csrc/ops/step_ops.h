@@ -59,11 +59,19 @@ class StepOp {
 
   // Every op of this library that steps, by name.
   static std::vector<const StepOp*> all();
+  // One of these, or of those that were defined since. Throws std::out_of_range.
+  static const StepOp& named(const std::string& name);
 
  protected:
   StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse);
+  // One that is not of this library, but steps by an op of it.
+  struct Unlisted {};
+  StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers);
   c10::FunctionSchema schema() const;
 };
+
+// The schema of an op that steps, from what is its own: "name(lists, *, hyper-parameters".
+c10::FunctionSchema step_schema(const std::string& own);
 
 // What at_step cannot make of hyper-parameters.
 class DerivedProblem {

@@ -22,7 +22,6 @@ class TracedStep(ShardedStep):
 
         Returns what says whether it was skipped.
         """
-        op = getattr(torch.ops.optim_ext, self._op)
         reasons = [self._traced_torch_reason(group) for group in self.param_groups]
         by_torch = [group for group, reason in zip(self.param_groups, reasons, strict=True) if reason is not None]
         if by_torch:
@@ -35,15 +34,18 @@ class TracedStep(ShardedStep):
             lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
             self._init_group(group, *lists)
             if lists[0]:
-                op(
-                    *([tensor for tensor in one if tensor is not None] for one in lists),
-                    **self._named_hypers(group),
-                    grad_scale=verdict.grad_scale,
-                    found_inf=verdict.found_inf,
-                    grad_factor=verdict.grad_factor,
-                )
+                self._traced_call(group, lists, verdict)
         verdict.record()
         return verdict.found_inf
+
+    def _traced_call(self, group: Group, lists: list[list[Tensor]], verdict: Verdict) -> None:
+        getattr(torch.ops.optim_ext, self._op)(
+            *([tensor for tensor in one if tensor is not None] for one in lists),
+            **self._named_hypers(group),
+            grad_scale=verdict.grad_scale,
+            found_inf=verdict.found_inf,
+            grad_factor=verdict.grad_factor,
+        )
 
     @staticmethod
     def _traced_torch_reason(group: Group) -> str | None:
@@ -60,12 +62,12 @@ class TracedStep(ShardedStep):
         return self._verdict()
 
     def _named_hypers(self, group: Group) -> dict[str, Any]:
-        """The hyper-parameters as the op's schema wants them. A number becomes a tensor by a product: that is how a
-        compiler keeps a number it has seen to change as an input of the graph; any other way compiles its value in."""
+        """The hyper-parameters as the op's schema wants them."""
         named = zip(TABLES[self._op].hypers, self._hypers(group), strict=True)
-        return {
-            name: torch.ones((), dtype=torch.float64) * value
-            if kind == "tensor" and not isinstance(value, Tensor)
-            else value
-            for (name, kind), value in named
-        }
+        return {name: self._as_tensor(value) if kind == "tensor" else value for (name, kind), value in named}
+
+    @staticmethod
+    def _as_tensor(value: Any) -> Tensor:
+        """A number becomes a tensor by a product: that is how a compiler keeps a number it has seen to change as an input of
+        the graph; any other way compiles its value in."""
+        return value if isinstance(value, Tensor) else torch.ones((), dtype=torch.float64) * value

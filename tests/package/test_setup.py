@@ -232,3 +232,29 @@ def test_make_builds_for_the_cpu_where_no_gpu_is_visible(root, tmp_path, switch,
     )
     assert ("no GPU is visible: building for the CPU only" in done.stdout) == says
     assert (tmp_path / "build/demo.log").read_text() == f"switch={switch or '0'}\n"
+
+
+def test_the_headers_that_are_packaged_compile_a_rule_on_their_own(setup, monkeypatch, root, tmp_path):
+    """Without the rest of the source folder, as in an installed wheel."""
+    monkeypatch.chdir(root)
+    setup.copy_headers(tmp_path / "csrc")
+    unit = tmp_path / "unit.cpp"
+    unit.write_text(
+        """#define OPTIM_EXT_ONLY_BASELINE
+#include "kernels/cpu/one_rule.h"
+struct Rule {
+  static constexpr int kOperands = 2;
+  static constexpr unsigned kUsed = 3u, kUpdates = 1u;
+  const void* code;
+  double ascent;
+  OPTIM_EXT_RULE Rule at_step(double) const { return *this; }
+  template <class V>
+  OPTIM_EXT_RULE void operator()(V& param, V grad) const { param = param - grad * V(ascent); }
+};
+OPTIM_EXT_EXPORT_RULE(Rule)
+"""
+    )
+    flags = [flag for flag in (tmp_path / "csrc/compile_flags.txt").read_text().split() if flag != "-fopenmp"]
+    command = ["c++", *flags, "-O0", "-shared", "-fPIC", f"-I{tmp_path}/csrc", unit, "-o", tmp_path / "rule.so"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

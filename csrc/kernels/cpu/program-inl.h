@@ -1,20 +1,12 @@
 // The program of a rule, with its sweeps for every instruction set. Each family of rules is a translation unit that
 // includes its header and this file and instantiates program_of() for its rules: to change a rule recompiles its own
 // family only.
+#include "../at_step.h"
+
 #define OPTIM_EXT_INL "sweep-inl.h"
 #include "for_each_isa.h"
 
 namespace optim_ext {
-
-template <class Rule>
-void at_step_of(const void* given, double step, rules::Scalar* scalars, void* ready) {
-  const Rule& rule = *static_cast<const Rule*>(given);
-  if constexpr (rules::kScalarsOf<Rule> == 0) {
-    *static_cast<Rule*>(ready) = rule.at_step(step);
-  } else {
-    *static_cast<Rule*>(ready) = rule.at_step(step, scalars);
-  }
-}
 
 template <class Rule>
 const RuleProgram& program_of() {

@@ -1,0 +1,65 @@
+// What a unit that holds one rule, compiled apart from this library for one instruction set, is made with: a line that
+// says which, OPTIM_EXT_ONLY_BASELINE, _AVX2 or _AVX512; this header; the rule; OPTIM_EXT_EXPORT_RULE. (Such units are
+// written by optim_ext/_rules/native_text.py.)
+#include "../../rules/words.h"
+#include "../at_step.h"
+#include "../compiled_rule.h"
+#include "isa.h"
+
+#if defined(OPTIM_EXT_ONLY_AVX512)
+#define OPTIM_EXT_TARGET_AVX512
+#define OPTIM_EXT_ISA isa_avx512
+#define OPTIM_EXT_REGISTER_BYTES 64
+#include "target_begin.h"
+#elif defined(OPTIM_EXT_ONLY_AVX2)
+#define OPTIM_EXT_TARGET_AVX2
+#define OPTIM_EXT_ISA isa_avx2
+#define OPTIM_EXT_REGISTER_BYTES 32
+#include "target_begin.h"
+#else
+#define OPTIM_EXT_ISA isa_baseline
+#define OPTIM_EXT_REGISTER_BYTES 16
+#endif
+#include "sweep-inl.h"
+#if defined(OPTIM_EXT_TARGET_AVX512) || defined(OPTIM_EXT_TARGET_AVX2)
+#include "target_end.h"
+#endif
+
+namespace optim_ext::cpu {
+
+template <class Rule>
+constexpr Sweep kSweeps[] = {&OPTIM_EXT_ISA::sweep<Rule, float>, &OPTIM_EXT_ISA::sweep<Rule, double>};
+
+#if defined(OPTIM_EXT_ONLY_AVX512)
+constexpr Isa kOnlyIsa = Isa::avx512;
+#elif defined(OPTIM_EXT_ONLY_AVX2)
+constexpr Isa kOnlyIsa = Isa::avx2;
+#else
+constexpr Isa kOnlyIsa = Isa::baseline;
+#endif
+
+template <class Rule>
+constexpr RuleProgram compiled_program() {
+  static_assert(sizeof(Rule) <= kMaxRuleBytes && Rule::kOperands <= kMaxOperands);
+  RuleProgram program{sizeof(Rule),
+                      Rule::kOperands,
+                      Rule::kUsed,
+                      Rule::kUpdates,
+                      rules::kScalarsOf<Rule>,
+                      rules::kStoresScalars<Rule>,
+                      &at_step_of<Rule>,
+                      {}};
+  for (int k = 0; k < 2; ++k) program.sweep[static_cast<int>(kOnlyIsa)][k] = kSweeps<Rule>[k];
+  return program;
+}
+
+}  // namespace optim_ext::cpu
+
+#define OPTIM_EXT_EXPORT_RULE(Rule)                                                                          \
+  extern "C" __attribute__((visibility("default"))) const optim_ext::CompiledRule* optim_ext_rule() {        \
+    static constexpr optim_ext::RuleProgram program = optim_ext::cpu::compiled_program<Rule>();              \
+    static constexpr optim_ext::CompiledRule rule{optim_ext::CompiledRule::kAbi,  sizeof(optim_ext::Bundle), \
+                                                  sizeof(optim_ext::Pass),        sizeof(optim_ext::Layout), \
+                                                  sizeof(optim_ext::RuleProgram), &program};                 \
+    return &rule;                                                                                            \
+  }

@@ -1,0 +1,86 @@
+// Rules that are not known when this library is built, behind one op: rule_(params, grads, state0, ..., rule, hypers).
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../kernels/interpret.h"
+#include "step_ops.h"
+
+namespace optim_ext::ops {
+
+constexpr int kOpenStates = kMaxOperands - 2;
+constexpr int kOpenLists = kMaxOperands + kMaxScalars + 1;  // of the op: operands, scalars, step counts
+
+// A hyper-parameter as the options of an optimizer name it; the first one of a rule says which way is up.
+struct OpenHyper {
+  std::string key;
+  int index;  // in the tuple under this key; -1: the option itself
+};
+
+// Where a value of uniform code comes from: for messages.
+struct OpenValue {
+  std::string text;
+  int line;
+};
+
+// One rule with everything that was compiled into it. Lives for as long as the process: graphs and plans name it.
+class OpenVariant {
+ public:
+  OpenVariant(std::string name, RuleCode code, std::vector<std::string> lists, std::vector<OpenHyper> hypers,
+              std::vector<OpenValue> values);
+  OpenVariant(const OpenVariant&) = delete;
+
+  // What it is run by: any thread may set this while others step, as all programs of a variant give the same bits.
+  const RuleProgram& program() const { return *program_.load(std::memory_order_acquire); }
+  void use(const RuleProgram* program) { program_.store(program, std::memory_order_release); }
+  void interpret() { use(&interpreted_); }
+
+  const std::string name;  // what is in it, as a hash
+  const RuleCode code;
+  const std::vector<std::string> lists;  // the keys of the operands after the gradient, then those of the scalars
+  const std::vector<OpenHyper> hypers;
+  const std::vector<OpenValue> values;  // of the fields, then of the scalars
+  const bool counts;                    // whether there are step counts
+
+ private:
+  const RuleProgram interpreted_;
+  std::atomic<const RuleProgram*> program_;
+};
+
+// All variants of this process. Throws c10::ValueError where there is none of this name or number.
+class OpenVariants {
+ public:
+  // Returns the number of the variant; the one that is there already where the name is known.
+  static int64_t define(std::string name, RuleCode code, std::vector<std::string> lists, std::vector<OpenHyper> hypers,
+                        std::vector<OpenValue> values);
+  static OpenVariant& numbered(int64_t number);
+  // The same as another one, but run by a library compiled for it, which load_compiled_rule() finds at `path`.
+  static int64_t define_compiled(std::string name, int64_t of, const std::string& path);
+  static const OpenVariant& named(std::string_view name);
+};
+
+// Loads a library compiled for a rule and returns its program, which stays. Throws c10::Error where it cannot be loaded
+// or was made for another build of this one.
+const RuleProgram* load_compiled_rule(const std::string& path, const RuleCode& code);
+
+// A class of optimizers whose rule is an open one, as the host path steps it: lists and hyper-parameters by the names
+// its user gave them, the first of the hyper-parameters being the number of the variant, the second one `maximize`.
+class OpenRuleOp final : public StepOp {
+ public:
+  OpenRuleOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
+      : StepOp(Unlisted{}, name, std::move(lists), std::move(hypers)) {}
+  void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const CommonTensors& common,
+           bool check_only) const override;
+
+  // state: (key, role) of each list after the gradients, in order. hypers: (option, index in the tuple there or -1).
+  // Returns the op, which stays, under a name no other has.
+  static const OpenRuleOp& define(const std::string& class_name,
+                                  const std::vector<std::pair<std::string, rules::List::Role>>& state,
+                                  const std::vector<OpenHyper>& hypers);
+};
+
+}  // namespace optim_ext::ops

@@ -1,0 +1,229 @@
+"""The class that every rule's optimizer is a subclass of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optim_ext._beyond_torch import BeyondTorch, _count
+from optim_ext._grad_control import Verdict
+from optim_ext._load import _C
+from optim_ext._rules.compiler import compile_now, compile_soon
+from optim_ext._rules.definition import (
+    DEFINITIONS,
+    Definition,
+    Variant,
+    arranged,
+    constant_while_tracing,
+    state_keys_of,
+)
+from optim_ext._rules.function_step import FunctionStep
+from optim_ext._rules.native_text import unit_of
+from optim_ext._step import Group
+
+
+def _compile_in_time(variant: Variant) -> None:
+    """Have a variant that is about to step compiled in the background, if that is what was asked for."""
+    if variant.definition.backend == "auto":
+        compile_soon(variant)
+
+
+def _name_of(index: int, constants: tuple[Any, ...]) -> str:
+    """What compiled graphs call a variant."""
+    variant = DEFINITIONS[index].variant(constants)
+    _compile_in_time(variant)
+    return variant.name
+
+
+constant_while_tracing(_name_of)
+
+
+class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each has a step, the first one calls the second
+    """Base of the classes that :func:`optim_ext.rule` makes."""
+
+    _definition: ClassVar[Definition]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = self.__signature__.bind(params, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}() {error}") from None
+        bound.apply_defaults()
+        options = {name: value for name, value in bound.arguments.items() if name != "params"}
+        if options["fused"] and options["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if options["fused"] and options["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._definition.options.validate(options)
+        super().__init__(params, options)
+        if options["fused"]:
+            self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        variant = self._variant(self.param_groups[-1])  # a rule is refused before training begins
+        if self._definition.backend == "compiled":
+            compile_now(variant)
+
+    @property
+    def _native_how(self) -> str:
+        ways = set()
+        for group in self.param_groups:
+            variant = self._variant(group)
+            why = f" ({variant.problem})" if variant.problem else ""
+            ways.add("compiled" if variant.compiled else f"interpreted{why}")
+        return f"one call of optim_ext::rule_ per device, {' and '.join(sorted(ways))}"
+
+    def _variant(self, group: Group) -> Variant:
+        definition = self._definition
+        return definition.variant(definition.options.constants_of(group))
+
+    def _torch_reason(self, group: Group, ahead: bool = False) -> str | None:
+        reason = super()._torch_reason(group, ahead)
+        if reason is not None:
+            return reason
+        if self._definition.backend == "torch":
+            return 'the rule has backend="torch"'
+        for index, p in enumerate(group["params"]):
+            if p.device.type != "cpu" and (p.grad is not None or (ahead and p.requires_grad)):
+                return f"{self._described(group, index)}: it is on {p.device}, and rules have kernels for the CPU"
+        return None
+
+    def _state_keys(self, group: Group) -> tuple[str | None, ...]:
+        definition = self._definition
+        return state_keys_of(definition.index, definition.options.constants_of(group))
+
+    def _hypers(self, group: Group) -> tuple[Any, ...]:
+        numbers, variant = self._definition.options.numbers_of(group, self._entries), self._variant(group)
+        _compile_in_time(variant)
+        return (variant.number, bool(group["maximize"]), *numbers)
+
+    def _entries(self, group: Mapping[str, Any], option: str, count: int) -> tuple[Any, ...]:
+        return self._values(dict(group) if not isinstance(group, dict) else group, option, count)
+
+    def _signature(self, group: Group) -> tuple[Any, ...]:
+        return *super()._signature(group), self._variant(group).number
+
+    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
+        keys = self._state_keys(group)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            state = self.state[p]
+            if len(state) == 0:
+                state.update(self._make_state(group, p))
+            params.append(p)
+            grads.append(p.grad)
+            for key, entries in zip(keys, lists, strict=True):
+                if key is not None and key in state:
+                    entries.append(state[key])
+
+    def _make_state(self, group: Group, p: Tensor) -> dict[str, Any]:
+        definition = self._definition
+        # On the device where a step may be captured, or skipped.
+        device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
+        made: dict[str, Any] = {}
+        scalars = dict(zip(definition.scalars, definition.first_scalars(group), strict=True))
+        for key in self._state_keys(group):
+            if key == "step":
+                made[key] = _count(0.0, device)
+            elif key in scalars:
+                made[key] = _count(scalars[key], device)
+            elif key is not None:
+                made[key] = self._started(group, p, key)
+        return made
+
+    def _started(self, group: Group, p: Tensor, key: str) -> Tensor:
+        definition = self._definition
+        start, dtype = definition.states[key], definition.state_dtype or p.dtype
+        if p.is_complex():
+            dtype = dtype.to_complex()
+        if callable(start):
+            return start(p.detach(), group).detach()
+        if start == "param":
+            return p.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+        value = group[start] if isinstance(start, str) else start
+        started = torch.zeros_like(p, dtype=dtype)
+        if isinstance(value, Tensor) or value != 0:
+            (torch.view_as_real(started) if started.is_complex() else started).add_(
+                value.reshape(()) if isinstance(value, Tensor) else value
+            )
+        return started
+
+    def _undo_casts(self, saved: dict[str, Any]) -> None:
+        super()._undo_casts(saved)
+        if self._definition.state_dtype is None:
+            return
+        for group, its in zip(self.param_groups, saved["param_groups"], strict=True):
+            for p, number in zip(group["params"], its["params"], strict=True):
+                for key, value in saved["state"].get(number, {}).items():
+                    if key in self._definition.states and isinstance(value, Tensor):
+                        self.state[p][key] = value.to(self.state[p][key].device)
+
+    def _traced_call(self, group: Group, lists: list[list[Tensor]], verdict: Verdict) -> None:
+        definition = self._definition
+        count = len(definition.states)
+        params, grads, *state = lists
+        steps = state.pop() if definition.options.counts_steps else []
+        numbers = (-1.0 if group["maximize"] else 1.0, *definition.options.numbers_of(group, self._entries))
+        torch.ops.optim_ext.rule_(
+            params,
+            grads,
+            *arranged(state[:count], state[count:], list),
+            steps,
+            rule=_name_of(definition.index, definition.options.constants_of(group)),
+            hypers=[self._as_tensor(number) for number in numbers],
+            grad_scale=verdict.grad_scale,
+            found_inf=verdict.found_inf,
+            grad_factor=verdict.grad_factor,
+        )
+
+    @classmethod
+    def source(cls, kind: Literal["cpu"] = "cpu", **options: Any) -> str:
+        """The native text of the rule.
+
+        Args:
+            kind: for which kind of device.
+            options: those that are compiled in (truth values, strings, None), where not as by default.
+
+        Raises:
+            ValueError: another kind.
+            TypeError: the rule has no such option.
+        """
+        if kind != "cpu":
+            raise ValueError(f"kind is {kind!r}, expected 'cpu'")
+        return unit_of(cls._variant_with(options).struct, _C.isa())
+
+    @classmethod
+    def compile(cls, device: Literal["cpu"] = "cpu", **options: Any) -> None:
+        """Compile the rule now, and keep what comes out, so that later processes with the same cache start with it.
+
+        Args:
+            device: the kind of device to compile for, in the way that suits the machine at hand.
+            options: those that are compiled in (truth values, strings, None), where not as by default.
+
+        Raises:
+            ValueError: another kind of device.
+            TypeError: the rule has no such option.
+            RuntimeError: there is no compiler, or it fails.
+        """
+        if device != "cpu":
+            raise ValueError(f"device is {device!r}, expected 'cpu'")
+        compile_now(cls._variant_with(options))
+
+    @classmethod
+    def _variant_with(cls, options: Mapping[str, Any]) -> Variant:
+        definition = cls._definition
+        for name in options.keys() - definition.options.defaults.keys():
+            raise TypeError(f"{cls.__name__} has no option {name!r}")
+        chosen = {**definition.options.defaults, **options}
+        definition.options.validate(chosen)
+        return definition.variant(definition.options.constants_of(chosen))

@@ -1,0 +1,204 @@
+"""What a rule was translated to, against the function itself: before the first step, and after each load."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from optim_ext._rules.errors import RuleError
+
+if TYPE_CHECKING:
+    from optim_ext._rules.definition import Definition, Variant
+
+_ELEMENTS, _STEPS = 257, 4
+_CLOSE = 1e-9
+_IN_PLACE_OF_ZERO = 0.01
+
+
+def check_variant(variant: Variant, name: str) -> None:
+    """Compare native steps in float64 with those of the function: zeros, tiny and huge gradients among them.
+
+    name: of what is to be run, as the native module knows it.
+
+    Raises:
+        RuleError: they differ, or the function cannot take tensors.
+    """
+    definition = variant.definition
+    options = definition.options.with_constants(variant.constants)
+    _compare(variant, name, options)
+    # Options that are zero hide what they are for.
+    other = {key: _moved(value) for key, value in options.items()}
+    if other != options:
+        _compare(variant, name, other)
+
+
+def check_same_bits(variant: Variant, name: str) -> None:
+    """Compare what a variant was compiled to with the interpreter, in every type of numbers: they give the same bits.
+
+    Raises:
+        RuleError: they do not.
+    """
+    definition, generator = variant.definition, torch.Generator("cpu").manual_seed(1)
+    options = definition.options.with_constants(variant.constants)
+    options = {key: _moved(value) for key, value in options.items()}
+    with _undisturbed():
+        wide = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            param = wide.to(dtype)
+            values = [param, *start_of(definition, param, options)]
+            scalars = definition.first_scalars(options)
+            for step in range(1, _STEPS + 1):
+                grad = gradient(generator).clamp(-6e4, 6e4).to(dtype)
+                try:
+                    found, found_scalars = by_op(variant, name, values, grad, scalars, step, options)
+                except (ArithmeticError, ValueError):
+                    return  # options that the rule has no step for
+                expected, scalars = by_op(variant, variant.name, values, grad, scalars, step, options)
+                for what, mine, other in zip(
+                    [definition.operands[0], *definition.states], found, expected, strict=True
+                ):
+                    bad = ~((mine == other) | (mine.isnan() & other.isnan()))
+                    if bad.any() or found_scalars != scalars:
+                        at = int(bad.nonzero()[0]) if bad.any() else -1
+                        raise _refusal(
+                            definition,
+                            f"compiled it differs from interpreted in {dtype} at step {step}, element {at} of {what}; please "
+                            "report it",
+                        )
+                values = expected
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """With real tensors, whatever modes the optimizer is made in."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(part) for part in value)
+    is_zero = isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+    return _IN_PLACE_OF_ZERO if is_zero else value
+
+
+def gradient(generator: torch.Generator) -> Tensor:
+    grad = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
+    grad[::17] = 0.0
+    grad[5], grad[6] = 1e-30, -1e20
+    return grad
+
+
+def start_of(definition: Definition, param: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """All states of a parameter as they begin, also those that a variant does without."""
+    states = []
+    for start in definition.states.values():
+        if callable(start):
+            states.append(start(param, {**options, "maximize": False}).to(param.dtype))
+        elif start == "param":
+            states.append(param.clone())
+        else:
+            value = options[start] if isinstance(start, str) else start
+            states.append(torch.full_like(param, float(value)))
+    return states
+
+
+def _compare(variant: Variant, name: str, options: dict[str, Any]) -> None:
+    definition, generator = variant.definition, torch.Generator("cpu").manual_seed(0)
+    with _undisturbed():
+        param = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
+        values = [param, *start_of(definition, param, options)]
+        scalars = definition.first_scalars(options)
+        for step in range(1, _STEPS + 1):
+            grad = gradient(generator)
+            try:
+                expected, expected_scalars = by_function(definition, values, grad, scalars, step, options)
+            except (ArithmeticError, ValueError):
+                return  # options that the rule has no step for
+            except Exception as error:
+                raise _refusal(
+                    definition, f"the function itself fails on tensors: {type(error).__name__}: {error}"
+                ) from error
+            found, found_scalars = by_op(variant, name, values, grad, scalars, step, options)
+            names = [definition.operands[0], *definition.states]
+            for what, mine, other in zip(names, found, expected, strict=True):
+                _same(definition, step, what, mine, other)
+            for what, mine_number, other_number in zip(
+                definition.scalars, found_scalars, expected_scalars, strict=True
+            ):
+                if not math.isclose(mine_number, other_number, rel_tol=_CLOSE) and mine_number == mine_number:
+                    raise _differs(definition, step, what, mine_number, other_number)
+            values, scalars = expected, expected_scalars
+
+
+def by_function(
+    definition: Definition, values: list[Tensor], grad: Tensor, scalars: list[float], step: int, options: dict[str, Any]
+) -> tuple[list[Tensor], list[float]]:
+    """A step as the function takes it: parameter and states, and the scalars."""
+    keywords = {**options, **({"step": step} if definition.options.counts_steps else {})}
+    result = definition.function(values[0], grad, *values[1:], *scalars, **keywords)
+    result = result if isinstance(result, tuple) else (result,)
+    count = len(values)
+    tensors = [
+        torch.as_tensor(value, dtype=values[0].dtype, device="cpu").expand_as(values[0]).clone()
+        for value in result[:count]
+    ]
+    return tensors, [float(value) for value in result[count:]]
+
+
+def by_op(
+    variant: Variant,
+    name: str,
+    values: list[Tensor],
+    grad: Tensor,
+    scalars: list[float],
+    step: int,
+    options: dict[str, Any],
+) -> tuple[list[Tensor], list[float]]:
+    """The same as the native module takes it."""
+    from optim_ext._rules.definition import arranged
+
+    definition = variant.definition
+    own = [value.clone() for value in values]
+    numbers = definition.options.numbers_of(options, lambda group, option, count: tuple(group[option]))
+    own_scalars = [torch.tensor(scalar, dtype=torch.float64, device="cpu") for scalar in scalars]
+    states = [[state] if used else [] for state, used in zip(own[1:], variant.used, strict=True)]
+    steps = [torch.tensor(step - 1.0, dtype=torch.float32, device="cpu")] if definition.options.counts_steps else []
+    torch.ops.optim_ext.rule_(
+        [own[0]],
+        [grad.clone()],
+        *arranged(states, [[scalar] for scalar in own_scalars], list),
+        steps,
+        rule=name,
+        hypers=[torch.tensor(float(number), dtype=torch.float64, device="cpu") for number in (1.0, *numbers)],
+    )
+    return own, [float(scalar) for scalar in own_scalars]
+
+
+def _same(definition: Definition, step: int, what: str, mine: Tensor, other: Tensor) -> None:
+    close = (mine - other).abs() <= _CLOSE * (1e-3 + other.abs())
+    bad = ~(close | (mine == other) | (mine.isnan() & other.isnan()))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise _differs(definition, step, f"element {at} of {what}", float(mine[at]), float(other[at]))
+
+
+def _differs(definition: Definition, step: int, what: str, mine: float, other: float) -> RuleError:
+    return _refusal(
+        definition,
+        f"its native form differs from the function at step {step}, {what}: {mine!r} against {other!r}. Please report it; "
+        'with backend="torch" the function itself is run',
+    )
+
+
+def _refusal(definition: Definition, problem: str) -> RuleError:
+    try:
+        definition.source.refuse(definition.source.definition, problem)
+    except RuleError as error:
+        return error
