@@ -5,7 +5,8 @@
 #include "../history.h"
 #include "../program.h"
 
-#if defined(__x86_64__)
+#if defined(OPTIM_EXT_X86_ISAS)  // 0, by who wants the baseline only and a quick build
+#elif defined(__x86_64__)
 #define OPTIM_EXT_X86_ISAS 1
 #else
 #define OPTIM_EXT_X86_ISAS 0
@@ -50,7 +51,7 @@ OPTIM_EXT_DECLARE_ISA(isa_avx2)
 OPTIM_EXT_DECLARE_ISA(isa_avx512)
 #undef OPTIM_EXT_DECLARE_ISA
 
-inline HistoryKernels history_kernels_for(Isa isa) {
+inline HistoryKernels history_kernels_for([[maybe_unused]] Isa isa) {
 #if OPTIM_EXT_X86_ISAS
   if (isa == Isa::avx512) return {&isa_avx512::history_dots, &isa_avx512::history_combine, &isa_avx512::norms_of_tiles};
   if (isa == Isa::avx2) return {&isa_avx2::history_dots, &isa_avx2::history_combine, &isa_avx2::norms_of_tiles};
