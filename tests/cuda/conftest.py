@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from absent import absent
 from specs import SPECS, Case
 
 import optim_ext
@@ -19,16 +20,8 @@ def missing():
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
-class Absent(pytest.Module):
-    """A module whose tests would all be skipped: imported, so that it is seen to be whole, and skipped as one."""
-
-    def collect(self):
-        assert self.obj is not None
-        pytest.skip(missing(), allow_module_level=True)
-
-
 def pytest_pycollect_makemodule(module_path, parent):
-    return None if missing() is None else Absent.from_parent(parent, path=module_path)
+    return absent(module_path, parent, missing())
 
 
 def pytest_generate_tests(metafunc):

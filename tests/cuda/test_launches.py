@@ -199,10 +199,14 @@ def test_two_streams_at_once(spec, device):
 
 
 def capture(optimizer):
-    """A graph of one step, captured on a side stream as torch.cuda.graph does."""
+    """A graph of one step, captured on a side stream as torch.cuda.graph does. Pinned memory that the capture has given
+    back is written over: no replay may read it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
+    torch.cuda.synchronize()
+    for power in range(4, 20):
+        torch.full((1 << power,), 255, dtype=torch.uint8, pin_memory=True)
     return graph
 
 

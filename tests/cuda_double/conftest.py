@@ -3,16 +3,14 @@
 import os
 
 import pytest
+from absent import absent
 from forked import Forked
 
 MISSING = None if "CUDA_DOUBLE_HOME" in os.environ else "the double of the CUDA runtime is not loaded (make double)"
 
 
-def pytest_collection_modifyitems(items):
-    if MISSING:
-        for item in items:
-            if "tests/cuda_double/" in item.path.as_posix():
-                item.add_marker(pytest.mark.skip(reason=MISSING))
+def pytest_pycollect_makemodule(module_path, parent):
+    return absent(module_path, parent, MISSING)
 
 
 @pytest.fixture(scope="session")

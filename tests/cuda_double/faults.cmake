@@ -23,9 +23,9 @@ fault(capture_not_seen ops/driver_cuda.cpp
 [[  check(device::capturing(stream, capturing));
   if (FAULT) capturing = false;]])
 fault(device_not_chosen ops/driver_cuda.cpp
-[[void CudaDriver::norms(at::Device device, const NormsOf& task, Norms* out) {
+[[void CudaDriver::history_combine(at::Device device, const HistoryCombination& task, Norms* out) {
   const c10::DeviceGuard guard(device);]]
-[[void CudaDriver::norms(at::Device device, const NormsOf& task, Norms* out) {
+[[void CudaDriver::history_combine(at::Device device, const HistoryCombination& task, Norms* out) {
   const c10::OptionalDeviceGuard guard(FAULT ? std::nullopt : std::optional(device));]])
 fault(table_on_the_default_stream device/cuda/device.cu
 [[cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream)]]

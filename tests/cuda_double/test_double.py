@@ -1,6 +1,9 @@
 """The double behaves as CUDA does: streams and events, capture, memory, two devices."""
 
 import pytest
+import torch
+
+import optim_ext
 
 
 def prints(run, code, expected, how=""):
@@ -60,6 +63,24 @@ print(int(value), int(doubled))
 """
     for how in ("", "lazy"):
         prints(run_on_double, code, "0 3 6", how)
+
+
+def test_a_captured_step_takes_its_tables_along():
+    """In the arguments of several launches: memory for a table would be another's by the time of a replay."""
+    from cuda_double import device_trace
+
+    params = [torch.nn.Parameter(torch.zeros(8, device="cuda")) for _ in range(1000)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = optim_ext.SGD(params, lr=1.0)
+    optimizer.step()
+
+    def capture():
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+
+    trace = device_trace(capture)
+    assert trace.copies == [] and 1 < len(trace.kernels) < 10
 
 
 def test_waiting_spoils_a_capture(run_on_double):
