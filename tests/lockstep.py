@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import Tensor
 from optim_ext._tables import TABLES
 
 Device = torch.device | str
-# Where parameters are whose test does not say: tests that speak of no device run on others, too (docs/gpu.md).
-DEVICE = os.environ.get("OPTIM_EXT_TEST_DEVICE", "cpu")
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0,), (3, 5), (2, 3, 4), (17, 33))
 
@@ -33,7 +30,7 @@ def make_params(
     shapes: Iterable[Sequence[int]] = SHAPES,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    device: Device = DEVICE,
+    device: Device = "cpu",
 ) -> list:
     return [torch.nn.Parameter(random(shape, dtype, seed + i, device)) for i, shape in enumerate(shapes)]
 
@@ -150,7 +147,7 @@ class Lockstep:
         params: list[Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         groups: Callable[[list[Tensor]], Any] = lambda params: params,
-        device: Device = DEVICE,
+        device: Device = "cpu",
     ) -> None:
         self.spec = spec
         options = spec.typical if options is None else options
@@ -187,7 +184,7 @@ class Lockstep:
         return self
 
 
-def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, device: Device = DEVICE) -> None:
+def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, device: Device = "cpu") -> None:
     """Torch rounds to 16 bits after each of its operations, ours once a step: the two are no farther apart than torch's
     largest error against double allows, parameters and state alike."""
     options = spec.for_dtype(options, dtype)

@@ -18,7 +18,7 @@
 namespace cuda_double {
 namespace {
 
-constexpr size_t kPage = 4096, kDeviceBytes = size_t{6} << 30;
+constexpr size_t kPage = 4096, kLargePage = 2 << 20, kDeviceBytes = size_t{6} << 30;
 constexpr size_t kFilled = size_t{64} << 20;  // larger ones start as zeros: filling them would make them real
 constexpr size_t kRemembered = 4096;          // freed allocations
 constexpr int kHost = -1, kNowhere = -2;
@@ -117,6 +117,22 @@ void forget_the_oldest() {
   freed.pop_front();
 }
 
+// A mapping that nobody may touch, with a page before and behind its body. A large one's body is made of large pages,
+// if the system has some: to open and close it is a hundred times as quick.
+char* reserve(size_t body) {
+  const bool large = body >= kLargePage;
+  const size_t wanted = body + 2 * kPage + (large ? kLargePage : 0);
+  void* const found = mmap(nullptr, wanted, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (found == MAP_FAILED || !large) return found == MAP_FAILED ? nullptr : static_cast<char*>(found);
+  char* const begin = static_cast<char*>(found);
+  const size_t past = (reinterpret_cast<uintptr_t>(begin) + kPage) % kLargePage;
+  const size_t skipped = past == 0 ? 0 : kLargePage - past;
+  if (skipped > 0) munmap(begin, skipped);
+  if (skipped < kLargePage) munmap(begin + skipped + body + 2 * kPage, kLargePage - skipped);
+  madvise(begin + skipped + kPage, body, MADV_HUGEPAGE);
+  return begin + skipped;
+}
+
 void* take(size_t bytes, int device) {
   if (device >= 0 && used[device] + bytes > kDeviceBytes) return nullptr;
   const size_t body = (std::max<size_t>(bytes, 1) + kPage - 1) / kPage * kPage;
@@ -124,9 +140,8 @@ void* take(size_t bytes, int device) {
   made.bytes = bytes;
   made.device = device;
   made.map_bytes = body + 2 * kPage;
-  void* const map = mmap(nullptr, made.map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (map == MAP_FAILED) return nullptr;
-  made.map = static_cast<char*>(map);
+  made.map = reserve(body);
+  if (!made.map) return nullptr;
   made.begin = made.body() + (settings().guard ? body - (bytes + 15) / 16 * 16 : 0);
   allocations()[made.begin] = made;
   if (device >= 0) used[device] += bytes;
