@@ -8,17 +8,20 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+# Of tests/cuda, `make double` runs every so manieth test.
+EVERY ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA_TREE := build/cuda-check
+ON_DOUBLE := build/double/run/python .venv-cuda/bin/pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 PIP := pip install --disable-pip-version-check --no-input
 BUILD_TOOLS := 'setuptools>=64' ninja numpy
 # What the native module is made of: a change here rebuilds it (ninja compiles only what the change reaches).
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format cpp-test sanitize cuda-check clean
+.PHONY: help demo test bench lint format cpp-test sanitize cuda-check double double-build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +31,7 @@ help:
 	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
+	@echo 'make double      tests/cuda on a double of the CUDA runtime, without a GPU (EVERY=12: of every 12 tests one)'
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_digits.py $(DEMO_ARGS)
@@ -92,6 +96,24 @@ cuda-check: .venv-cuda/torch.stamp
 	  '$(CURDIR)'/.venv-cuda/bin/$(PIP) --no-build-isolation --verbose -e '.[test]'
 	cd $(CUDA_TREE) && '$(CURDIR)'/.venv-cuda/bin/python -m optim_ext
 	cd $(CUDA_TREE) && '$(CURDIR)'/.venv-cuda/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(CUDA_CHECK_TESTS)
+
+# The CUDA part compiled as C++, in torch, on a double of the CUDA runtime (docs/gpu.md). Takes headers of CUDA, no nvcc.
+.venv-cuda/double.stamp: .venv-cuda/torch.stamp pyproject.toml
+	.venv-cuda/bin/$(PIP) $$(.venv-cuda/bin/python .ci/extra.py test)
+	touch $@
+
+double-build: .venv-cuda/double.stamp
+	.venv-cuda/bin/cmake -S . -B build/double -DOPTIM_EXT_DOUBLE=ON -DPYTHON='$(CURDIR)/.venv-cuda/bin/python' $(CMAKE_ARGS)
+	.venv-cuda/bin/cmake --build build/double --target double -j $(WORKERS)
+
+double: export OPTIM_EXT_SHARD = 0/$(EVERY)
+double: double-build
+	$(ON_DOUBLE) tests/cuda_double
+	$(ON_DOUBLE) tests/cuda
+	CUDA_DOUBLE=lazy,closed $(ON_DOUBLE) $(ABOUT_STREAMS)
+	CUDA_DOUBLE=guard $(ON_DOUBLE) $(ABOUT_MEMORY)
+ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py)
+ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py -k 'lbfgs or layouts or frozen or mixed'
 
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
 CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops

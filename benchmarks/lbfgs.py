@@ -1,7 +1,8 @@
-"""Time of one L-BFGS iteration on the CPU: optim_ext.LBFGS beside torch.optim.LBFGS, the closure's own time taken off.
+"""Time of one L-BFGS iteration: optim_ext.LBFGS beside torch.optim.LBFGS, the closure's own time taken off.
 
     python benchmarks/lbfgs.py                  # every row, a few minutes on two cores
     python benchmarks/lbfgs.py --quick --case 10k
+    python benchmarks/lbfgs.py --device cuda    # on a GPU, which is waited for before and after each closure
 
 Both run in one process on the same quadratic, with a full history and without line search; turns of some iterations
 alternate, and a ratio is the median of the ratios of neighbouring turns. The closure only computes a gradient; its time
@@ -50,11 +51,15 @@ CASES = {
 class Runner:
     """One optimizer on an ill-conditioned quadratic; every turn is one step of several iterations."""
 
-    def __init__(self, cls: type[torch.optim.LBFGS], case: Case, iterations: int, **options: object) -> None:
-        self.params = [torch.nn.Parameter(torch.zeros(size)) for size in case.sizes]
+    def __init__(
+        self, cls: type[torch.optim.LBFGS], case: Case, iterations: int, device: torch.device, **options: object
+    ) -> None:
+        self.params = [torch.nn.Parameter(torch.zeros(size, device=device)) for size in case.sizes]
         generator = torch.Generator().manual_seed(0)
-        self.curvatures = [torch.rand(size, generator=generator).pow_(3).mul_(100).add_(1e-2) for size in case.sizes]
-        self.centres = [torch.randn(size, generator=generator) for size in case.sizes]
+        curvatures = [torch.rand(size, generator=generator).pow_(3).mul_(100).add_(1e-2) for size in case.sizes]
+        self.curvatures = [tensor.to(device) for tensor in curvatures]
+        self.centres = [torch.randn(size, generator=generator).to(device) for size in case.sizes]
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         for p in self.params:
             p.grad = torch.zeros_like(p)
         self.optimizer = cls(
@@ -65,12 +70,14 @@ class Runner:
         self.calls = 0
 
     def closure(self) -> float:
+        self.wait()
         begin = time.perf_counter()
         with torch.no_grad():
             grads = [p.grad for p in self.params]
             torch._foreach_copy_(grads, self.params)
             torch._foreach_sub_(grads, self.centres)
             torch._foreach_mul_(grads, self.curvatures)
+        self.wait()
         self.calls += 1
         self.away += time.perf_counter() - begin
         return float(self.calls)
@@ -80,6 +87,7 @@ class Runner:
         self.away, calls = 0.0, self.calls
         begin = time.perf_counter()
         self.optimizer.step(self.closure)
+        self.wait()
         return (time.perf_counter() - begin - self.away) / max(1, self.calls - calls)
 
     @property
@@ -107,11 +115,12 @@ def reader(rows: list[Tensor]) -> Callable[[], float]:
     return read
 
 
-def measure(name: str, case: Case, rounds: int, iterations: int) -> dict:
+def measure(name: str, case: Case, rounds: int, iterations: int, device: torch.device) -> dict:
     ours_options = {"history_dtype": torch.bfloat16} if case.baseline == "float32" else {}
     baseline = optim_ext.LBFGS if case.baseline == "float32" else torch.optim.LBFGS
     runners = [
-        Runner(cls, case, iterations, **options) for cls, options in ((baseline, {}), (optim_ext.LBFGS, ours_options))
+        Runner(cls, case, iterations, device, **options)
+        for cls, options in ((baseline, {}), (optim_ext.LBFGS, ours_options))
     ]
     for runner in runners:
         runner.turn()
@@ -119,7 +128,7 @@ def measure(name: str, case: Case, rounds: int, iterations: int) -> dict:
             runner.turn()
     turns: list[list[float]] = [[], []]
     limit: list[float] = []
-    read = reader(runners[1].rows) if case.limit else None
+    read = reader(runners[1].rows) if case.limit and device.type == "cpu" else None
     for index in range(rounds):
         for which in (0, 1) if index % 2 == 0 else (1, 0):
             turns[which].append(runners[which].turn())
@@ -145,13 +154,16 @@ def measure(name: str, case: Case, rounds: int, iterations: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="three rounds, for a first look")
     parser.add_argument("--output-dir", type=Path, default=Path("bench_results"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {options.threads} threads, {_C.isa()}")
+    device = torch.device(options.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} threads, {_C.isa()}"
+    print(f"torch {torch.__version__}, {where}")
     print(
         f"{'ms per iteration':48s} {'baseline':>10s} {'optim_ext':>10s} {'ratio':>8s} {'needed':>8s} {'of limit':>8s}"
     )
@@ -159,9 +171,9 @@ def main() -> None:
     for name in options.case:
         elements = sum(CASES[name].sizes) * CASES[name].history_size
         iterations = 20 if elements <= 4_000_000 else 5
-        rows.append(measure(name, CASES[name], 3 if options.quick else options.rounds, iterations))
+        rows.append(measure(name, CASES[name], 3 if options.quick else options.rounds, iterations, device))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    document = {"torch": str(torch.__version__), "threads": options.threads, "rows": rows}
+    document = {"torch": str(torch.__version__), "where": where, "threads": options.threads, "rows": rows}
     (options.output_dir / "lbfgs.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -62,17 +62,22 @@ class MemoryLoop:
 
 
 class DeviceCopy:
-    """Moves as many bytes as a step over these tensors reads and writes, by copying one buffer in GPU memory."""
+    """Moves as many bytes as a step over these tensors reads and writes, by copying a buffer in GPU memory, several times
+    where that is much."""
+
+    MOST_BYTES = 2**30
 
     def __init__(self, gradients: Sequence[Tensor], updated: Sequence[Sequence[Tensor]]):
         moved = sum(t.nbytes for t in gradients) + 2 * sum(t.nbytes for stream in updated for t in stream)
+        self._times = -(-moved // (2 * self.MOST_BYTES))
         self._source, self._target = (
-            torch.ones(moved // 2, dtype=torch.uint8, device=gradients[0].device) for _ in range(2)
+            torch.ones(moved // 2 // self._times, dtype=torch.uint8, device=gradients[0].device) for _ in range(2)
         )
-        self.bytes = 2 * self._source.nbytes
+        self.bytes = 2 * self._source.nbytes * self._times
 
     def __call__(self) -> None:
-        self._target.copy_(self._source)
+        for _ in range(self._times):
+            self._target.copy_(self._source)
 
 
 class ReadLoop:

@@ -34,6 +34,11 @@ def resnet50(classes: int = 1000) -> list[Shape]:
     return [*shapes, (classes, channels), (classes,)]
 
 
+def gpt2_large() -> list[Shape]:
+    """A GPT-2 of 1.3 billion parameters: 24 layers of width 2048."""
+    return gpt2(width=2048, layers=24)
+
+
 def two_matrices() -> list[Shape]:
     return [(4096, 4096)] * 2
 

@@ -138,6 +138,8 @@ class Case:
     small: bool = False  # fits the caches
     rows: int | None = None  # gradients are sparse and hold this many rows
     coalesced: bool = False  # each of them once, in order
+    modes: tuple[str, ...] = tuple(TORCH_MODES)  # of torch's, where not all of them fit into memory side by side
+    of_gpu: bool = False  # too large for most other machines
 
 
 CASES = {
@@ -185,6 +187,15 @@ CASES = {
         {"sgd-momentum": 1.0, "adamw": 1.0},
         dtype=torch.bfloat16,
         measures_limit=True,
+    ),
+    "billion": Case(
+        "GPT-2 1.3B",
+        shapes.gpt2_large(),
+        {"sgd-momentum": 1.0, "adamw": 1.0, "lion": 1.0},
+        measures_limit=True,
+        near_limit=True,
+        modes=("default", "fused"),
+        of_gpu=True,
     ),
 }
 
@@ -302,6 +313,7 @@ def make_optimizers(algorithm: Algorithm, case: Case, tensors: Tensors, with_com
     theirs = getattr(torch.optim, algorithm.class_name)
     for mode, flags in TORCH_MODES.items():
         refused = case.rows is not None and "fused" in flags  # torch's fused modes take no sparse gradients
+        refused |= mode not in case.modes
         if flags.keys() <= inspect.signature(theirs).parameters.keys() and not refused:
             optimizers[mode] = theirs(tensors.parameters(), **algorithm.options, **flags)
     if with_compiled and "foreach" in optimizers:
@@ -565,9 +577,16 @@ def environment(place: Cpu | Gpu) -> dict[str, Any]:
     }
 
 
+def write(cells: list[Cell], started: dict[str, Any], folder: Path) -> None:
+    document = {"environment": started, "cells": [asdict(cell) for cell in cells]}
+    unfinished = folder / "step_time.json.new"  # never half a file, whenever this is stopped
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.replace(folder / "step_time.json")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: all that suit the device")
     parser.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
@@ -579,6 +598,7 @@ def main(arguments: list[str] | None = None) -> int:
         default="some",
         help="where to measure torch.compile, too (default: three algorithms on ResNet-50; all: 20 minutes more)",
     )
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="begin nothing more after that time")
     parser.add_argument("--output-dir", type=Path, default=Path("bench_results"))
     options = parser.parse_args(arguments)
     repeats, seconds = (3, 0.0) if options.quick else (options.repeats, 2.0)
@@ -586,37 +606,59 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--repeats and --threads must be at least 1")
 
     place = Gpu() if options.device == "cuda" else Cpu(options.threads)
-    started = environment(place)
+    started, begin = environment(place), time.monotonic()
     if isinstance(place, Cpu):
         DEEPSPEED_OPTIMIZERS.update(find_deepspeed())
     unmeasured = without_peer(options.algorithm)
     planned = [
         (case, [key for key in options.algorithm if key in CASES[case].required and key not in unmeasured])
-        for case in options.case  # one case at a time, to have the memory of one only
+        for case in options.case or [key for key in CASES if isinstance(place, Gpu) or not CASES[key].of_gpu]
+        # one case at a time, to have the memory of one only
     ]
     if not any(algorithm_keys for _, algorithm_keys in planned):
         parser.error("none of these algorithms can be measured on these cases")
-    cells = []
+    cells: list[Cell] = []
+    failed: list[str] = []
+    left_out: list[str] = []
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     for case_key, algorithm_keys in planned:
-        tensors = Tensors(CASES[case_key], place.device)
+        try:
+            tensors = Tensors(CASES[case_key], place.device)
+        except torch.OutOfMemoryError as error:
+            failed.append(f"{case_key}: {error}")
+            continue
         for algorithm_key in algorithm_keys:
+            name = f"{case_key}, {algorithm_key}"
+            if options.within is not None and time.monotonic() - begin > options.within:
+                left_out.append(name)
+                continue
             compiled = is_compiled(options.compiled, case_key, algorithm_key)
-            cell = measure(case_key, algorithm_key, tensors, repeats, seconds, place, compiled)
+            try:
+                cell = measure(case_key, algorithm_key, tensors, repeats, seconds, place, compiled)
+            except Exception as error:  # whatever it is: it is told in the end, and the other cells are measured
+                failed.append(f"{name}: {error}")
+                gc.collect()  # the tensors of the failed one
+                continue
             print(f"{cell.case_title}: {cell.algorithm_title} {cell.ratio:.2f}x", file=sys.stderr, flush=True)
             cells.append(cell)
+            write(cells, started, options.output_dir)  # whatever may come
         del tensors
+    if not cells:
+        sys.exit("\n".join(failed) or "no time to measure anything")
     started["load_average_after"] = os.getloadavg()[0]
+    write(cells, started, options.output_dir)
 
     print(report.heading(started))
     print(report.tables(cells))
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    document = {"environment": started, "cells": [asdict(cell) for cell in cells]}
-    (options.output_dir / "step_time.json").write_text(json.dumps(document, indent=1) + "\n")
     report.plot(cells, started, options.output_dir / "step_time.png")
     report.plot_small(cells, started, options.output_dir / "step_time_small.png")
     print(f"{sum(cell.met for cell in cells)} of {len(cells)} cells meet what is required of them.")
     print(f"Written: {options.output_dir}/step_time.json, step_time.png, step_time_small.png")
-    return 0
+    if left_out:
+        print(f"No time for: {'; '.join(left_out)}")
+    for line in failed:
+        print(f"Failed: {line}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

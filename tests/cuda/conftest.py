@@ -1,10 +1,12 @@
 """What needs a GPU. Without one, or in a build without CUDA kernels, every module of this folder is skipped and says why."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from absent import absent
 from specs import SPECS, Case
 
 import optim_ext
@@ -18,16 +20,8 @@ def missing():
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
-class Absent(pytest.Module):
-    """A module whose tests would all be skipped: imported, so that it is seen to be whole, and skipped as one."""
-
-    def collect(self):
-        assert self.obj is not None
-        pytest.skip(missing(), allow_module_level=True)
-
-
 def pytest_pycollect_makemodule(module_path, parent):
-    return None if missing() is None else Absent.from_parent(parent, path=module_path)
+    return absent(module_path, parent, missing())
 
 
 def pytest_generate_tests(metafunc):
@@ -35,6 +29,15 @@ def pytest_generate_tests(metafunc):
     if "cuda_case" in metafunc.fixturenames:
         cases = [Case(spec, options) for spec in SPECS for options in spec.options_on("cuda")]
         metafunc.parametrize("cuda_case", cases, ids=[case.id for case in cases])
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of OPTIM_EXT_SHARD=i/n, n processes run every n-th test each, the first of them beginning with the first one."""
+    if "OPTIM_EXT_SHARD" in os.environ:
+        index, count = map(int, os.environ["OPTIM_EXT_SHARD"].split("/"))
+        kept = set(range(index, len(items), count))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in kept])
+        items[:] = [item for i, item in enumerate(items) if i in kept]
 
 
 @pytest.fixture

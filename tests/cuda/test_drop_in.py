@@ -1,5 +1,7 @@
 """On a GPU, too, an optimizer of ours is torch's: flags, GradScaler, checkpoints, devices, bad input."""
 
+import copy
+
 import pytest
 import torch
 from lockstep import Lockstep, assert_same_state, bits, copy_of, give_grads, make_params, native_ops, snapshot
@@ -57,6 +59,8 @@ def test_capturable_with_a_counter_on_the_cpu_is_torchs_error(device):
             optimizer = make(params, **spec.typical)
             give_grads(params, 0)
             optimizer.step()
+            if all(entries["step"].device == device for entries in optimizer.state.values()):
+                continue  # where torch keeps those of ASGD always
             optimizer.param_groups[0]["capturable"] = True
             before = snapshot(optimizer)
             with pytest.raises(AssertionError, match="supported devices"):
@@ -135,7 +139,7 @@ def test_a_fused_optimizer_with_the_counters_of_another_checkpoint(spec_with_sca
     with torch.no_grad():
         for p, q in zip(params, twins, strict=True):
             p.copy_(q)
-    loaded.load_state_dict(saved.state_dict())
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))  # else the two share what needs no cast
     for step, found in enumerate((0.0, 1.0, 0.0)):
         for own in (params, twins):
             give_grads(own, step)

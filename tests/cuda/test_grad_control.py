@@ -6,6 +6,7 @@ import pytest
 import torch
 from device_trace import device_trace
 from lockstep import bits, copy_of, give_grads, make_params
+from on_double import length
 from specs import SPECS
 
 import optim_ext
@@ -39,7 +40,7 @@ def test_the_cpus_bits(norm_type, dtype, device):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("shapes", [MANY[:50], MANY, [(1 << 22,)] * 3], ids=["few", "many", "large"])
+@pytest.mark.parametrize("shapes", [MANY[:50], MANY, [(length(1 << 22),)] * 3], ids=["few", "many", "large"])
 def test_three_launches_and_no_waiting(shapes, device, no_sync):
     params = make_params(shapes, device=device)
     optimizer = optim_ext.AdamW(params, fused=True)

@@ -43,6 +43,16 @@ def test_equals_the_cpu(device, dtype, line_search_fn):
     assert states[0].keys() == states[1].keys() and states[0]["func_evals"] == states[1]["func_evals"]
 
 
+@pytest.mark.only_where(torch.cuda.device_count() > 1, reason="there are several GPUs")
+def test_on_a_device_that_is_not_current():
+    """Each launch goes along a stream of the device that has its tensors."""
+    assert torch.cuda.current_device() == 0
+    losses = [
+        run(place, torch.float64, 3, line_search_fn="strong_wolfe", max_iter=3)[0] for place in ("cuda:0", "cuda:1")
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_state_moves_to_the_cpu_and_back(device):
     _, on_gpu = run(device, torch.float64, 2, line_search_fn="strong_wolfe", max_iter=3)
     _, on_cpu = run("cpu", torch.float64, 0, line_search_fn="strong_wolfe", max_iter=3)

@@ -24,7 +24,7 @@ OPTIM_EXT_DECLARE_ISA(isa_avx2)
 OPTIM_EXT_DECLARE_ISA(isa_avx512)
 #undef OPTIM_EXT_DECLARE_ISA
 
-inline HistoryKernels history_kernels_for(Isa isa) {
+inline HistoryKernels history_kernels_for([[maybe_unused]] Isa isa) {
 #if OPTIM_EXT_X86_ISAS
   if (isa == Isa::avx512) return {&isa_avx512::history_dots, &isa_avx512::history_combine, &isa_avx512::norms_of_tiles};
   if (isa == Isa::avx2) return {&isa_avx2::history_dots, &isa_avx2::history_combine, &isa_avx2::norms_of_tiles};

@@ -4,7 +4,8 @@
 
 #include "../program.h"
 
-#if defined(__x86_64__)
+#if defined(OPTIM_EXT_X86_ISAS)  // 0, by who wants the baseline only and a quick build
+#elif defined(__x86_64__)
 #define OPTIM_EXT_X86_ISAS 1
 #else
 #define OPTIM_EXT_X86_ISAS 0

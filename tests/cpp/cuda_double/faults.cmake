@@ -1,25 +1,11 @@
-# The test of the tests: a copy of csrc with faults in it, each behind a number that main() is given, so that one build
-# serves for all of them. Every fault has to be found, and for the right reason.
+# The test of the tests: a copy of csrc with faults in it, of which main() is given a number. Every fault has to be found,
+# and for the right reason.
+include(plant.cmake)
 set(planted_tree ${CMAKE_BINARY_DIR}/planted/csrc)
-file(GLOB_RECURSE planted_files RELATIVE ${CMAKE_SOURCE_DIR}/csrc CONFIGURE_DEPENDS
+file(GLOB_RECURSE files RELATIVE ${CMAKE_SOURCE_DIR}/csrc CONFIGURE_DEPENDS
      ${CMAKE_SOURCE_DIR}/csrc/rules/*.h ${CMAKE_SOURCE_DIR}/csrc/device/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.h
      ${CMAKE_SOURCE_DIR}/csrc/memory/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.cu)
-foreach(file ${planted_files})
-  file(READ ${CMAKE_SOURCE_DIR}/csrc/${file} "text_of_${file}")
-  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${file})
-endforeach()
-
-# Replaces a text that is there once.
-function(plant file old new)
-  set(text "${text_of_${file}}")
-  string(FIND "${text}" "${old}" first)
-  string(FIND "${text}" "${old}" last REVERSE)
-  if(first EQUAL -1 OR NOT first EQUAL last)
-    message(FATAL_ERROR "faults.cmake: '${old}' is not there once in csrc/${file}; say where the fault goes now")
-  endif()
-  string(REPLACE "${old}" "${new}" text "${text}")
-  set("text_of_${file}" "${text}" PARENT_SCOPE)
-endfunction()
+read_sources(${files})
 
 # A few rules that have all there is to lose: scalar state, averages, a step count.
 string(APPEND "text_of_rules/all_rules.h" "
@@ -29,12 +15,8 @@ string(APPEND "text_of_rules/all_rules.h" "
 #define OPTIM_EXT_FOR_EACH_REDUCTION(X) X(L2Norm)
 ")
 
-set(fault_count 0)
-# `new` says FAULT where the fault is in.
 macro(fault name group words file old new)
-  math(EXPR fault_count "${fault_count} + 1")
-  string(REPLACE "FAULT" "planted(${fault_count})" replacement "${new}")
-  plant(${file} "${old}" "${replacement}")
+  plant_fault(${file} "${old}" "${new}")
   list(APPEND fault_names "${name}")
   list(APPEND fault_groups ${group})
   list(APPEND fault_words "${words}")
@@ -158,17 +140,7 @@ fault(history_rows_of_the_other_kind history "failed: " kernels/cuda/history.cu
 [[const Row* const row = static_cast<const Row*>((of_steps ? history.old_stps : history.old_dirs)[r]) + start;]]
 [[const Row* const row = static_cast<const Row*>((of_steps != FAULT ? history.old_stps : history.old_dirs)[r]) + start;]])
 
-foreach(file ${planted_files})
-  set(to ${planted_tree}/${file})
-  set(before)
-  if(EXISTS ${to})
-    file(READ ${to} before)
-  endif()
-  if(NOT "${text_of_${file}}" STREQUAL "${before}")
-    file(WRITE ${to} "${text_of_${file}}")
-  endif()
-endforeach()
-
+write_planted(${planted_tree})
 add_double(cuda_double_planted ${planted_tree} adam.cu nadam.cu average.cu advance.cu reduce.cu history.cu)
 target_compile_options(cuda_double_planted PRIVATE -include ${CMAKE_CURRENT_SOURCE_DIR}/planted.h)
 foreach(group sweeps reductions fibers history)

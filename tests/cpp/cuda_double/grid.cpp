@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../check.h"
-#include "device/device.h"
+#include "core.h"
 #include "device/kernel.h"
 #include "fiber.h"
 #include "race.h"
@@ -67,11 +67,7 @@ struct Block {
 };
 
 struct Running {
-  const char* kernel;
-  Grid size;
-  int threads;
-  void (*invoke)(const void*);
-  const void* arguments;
+  const Launch& launch;
   race::Handover start, end;
 };
 
@@ -81,7 +77,9 @@ Thread* current = nullptr;
 race::Handover fences;
 std::vector<Thread*>& idle = *new std::vector<Thread*>;  // kept to the end, with their stacks
 
-__attribute__((format(printf, 1, 2))) [[noreturn]] void refuse(const char* format, ...) {
+}  // namespace
+
+void refuse(const char* format, ...) {
   race::become(running && Fiber::scheduler() ? Fiber::scheduler() : race::current());
   va_list arguments;
   va_start(arguments, format);
@@ -89,10 +87,12 @@ __attribute__((format(printf, 1, 2))) [[noreturn]] void refuse(const char* forma
   std::vfprintf(stderr, format, arguments);
   std::fprintf(stderr, "\n");
   va_end(arguments);
-  if (running) std::fprintf(stderr, "  in a kernel launched by %s\n", running->kernel);
+  if (running) std::fprintf(stderr, "  in a kernel launched by %s\n", running->launch.kernel);
   std::fflush(stderr);
   _exit(70);
 }
+
+namespace {
 
 const char* name_of(const Where& where) {
   const char* const slash = std::strrchr(where.file_name(), '/');
@@ -106,7 +106,7 @@ bool same_place(const Where& a, const Where& b) {
 void run_thread() {
   for (;;) {
     running->start.acquire();
-    running->invoke(running->arguments);
+    running->launch.invoke(running->launch.arguments.get());
     running->end.release();
     current->wish = Wish::nothing;
     Fiber::leave();
@@ -121,7 +121,8 @@ void wish(Wish what, const Where& where) {
 
 class Scheduler {
  public:
-  explicit Scheduler(Running& grid) : grid_(grid), order_(static_cast<size_t>(grid.size.x * grid.size.y)) {
+  explicit Scheduler(Running& work)
+      : running_(work), grid_(work.launch.grid), order_(static_cast<size_t>(grid_.x * grid_.y)) {
     for (size_t i = 0; i < order_.size(); ++i) order_[i] = i;
     const uint64_t how = random_numbers.bits() % 4;
     if (how == 1) std::reverse(order_.begin(), order_.end());
@@ -132,13 +133,13 @@ class Scheduler {
   }
 
   void run() {
-    grid_.start.release();
+    running_.start.release();
     while (blocks_.size() < resident_ && next_ < order_.size()) start_block();
     while (!blocks_.empty()) {
       if (ready_.empty()) report_deadlock();
       take_turn(*next_thread());
     }
-    grid_.end.acquire();
+    running_.end.acquire();
     for (void* memory : shared_) std::free(memory);
   }
 
@@ -146,9 +147,9 @@ class Scheduler {
   void start_block() {
     const size_t index = order_[next_++];
     auto block = std::make_unique<Block>();
-    block->x = static_cast<unsigned>(index % static_cast<size_t>(grid_.size.x));
-    block->y = static_cast<unsigned>(index / static_cast<size_t>(grid_.size.x));
-    block->alive = static_cast<size_t>(grid_.threads);
+    block->x = static_cast<unsigned>(index % static_cast<size_t>(grid_.x));
+    block->y = static_cast<unsigned>(index / static_cast<size_t>(grid_.x));
+    block->alive = static_cast<size_t>(running_.launch.threads);
     block->warps.resize((block->alive + kWarp - 1) / kWarp);
     for (unsigned number = 0; number < block->alive; ++number) {
       Thread* thread = idle.empty() ? new Thread(&run_thread) : idle.back();
@@ -177,7 +178,7 @@ class Scheduler {
   void take_turn(Thread& thread) {
     Block& block = *thread.block;
     current = &thread;
-    position = {thread.number, block.x, block.y, static_cast<unsigned>(grid_.size.y)};
+    position = {thread.number, block.x, block.y, static_cast<unsigned>(grid_.y)};
     for (thread.fiber.enter(); thread.wish == Wish::shared; thread.fiber.enter()) give_shared(thread);
     switch (thread.wish) {
       case Wish::barrier: return arrive_at_barrier(thread, block);
@@ -287,7 +288,8 @@ class Scheduler {
     refuse("deadlock: no thread can go on");
   }
 
-  Running& grid_;
+  Running& running_;
+  const Grid& grid_;
   std::vector<size_t> order_;
   size_t next_ = 0, resident_;
   unsigned pick_;  // 0: the thread that is ready for longest, 1: for shortest, else any
@@ -303,34 +305,24 @@ void set_seed(uint64_t seed) { random_numbers.state = seed; }
 
 void find_races(bool on) { race::is_on = on; }
 
-void run_grid(const char* kernel, const Grid& size, int threads, void (*invoke)(const void*), const void* arguments,
-              int64_t argument_bytes) {
-  if (running) refuse("a launch inside a kernel: %s", kernel);
-  Running grid{kernel, size, threads, invoke, arguments, {}, {}};
+void run_grid(const Launch& launch) {
+  if (running) refuse("a launch inside a kernel: %s", launch.kernel);
+  Running grid{launch, {}, {}};
   running = &grid;
+  const Grid& size = launch.grid;
   if (size.x == 0 || size.y == 0) refuse("a grid without blocks");
   if (!fits(size)) {
     refuse("a grid of %lld x %lld blocks, more than %lld x %lld", static_cast<long long>(size.x),
            static_cast<long long>(size.y), static_cast<long long>(kMaxBlocksX), static_cast<long long>(kMaxBlocksY));
   }
-  if (threads < 1 || threads > kMaxThreads) refuse("a block of %d threads", threads);
-  if (argument_bytes > kMaxArgumentBytes) {
-    refuse("%lld bytes of arguments, more than %lld", static_cast<long long>(argument_bytes),
+  if (launch.threads < 1 || launch.threads > kMaxThreads) refuse("a block of %d threads", launch.threads);
+  if (launch.argument_bytes > kMaxArgumentBytes) {
+    refuse("%lld bytes of arguments, more than %lld", static_cast<long long>(launch.argument_bytes),
            static_cast<long long>(kMaxArgumentBytes));
   }
   Scheduler(grid).run();
   running = nullptr;
   current = nullptr;
-}
-
-Status zero(void* memory, int64_t bytes, Stream) {
-  std::memset(memory, 0, static_cast<size_t>(bytes));
-  return kSuccess;
-}
-
-Status upload(void* to, const void* from, int64_t bytes, Stream) {
-  std::memcpy(to, from, static_cast<size_t>(bytes));
-  return kSuccess;
 }
 
 void barrier(const Where& where) {

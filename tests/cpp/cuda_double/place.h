@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cases.h"
+#include "core.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cuda/driver.h"
 
