@@ -107,6 +107,7 @@ const RuleProgram* load_compiled_rule(const std::string& path, const RuleCode& c
 namespace {
 
 using OpenLists = std::array<TensorList, kOpenLists>;  // params, grads, state0 to state7, scalar0, scalar1, state_steps
+constexpr const char* kOp = "rule_";
 constexpr size_t kFirstScalar = kMaxOperands, kSteps = kOpenLists - 1;
 
 // A number on the host, read without asking the dispatcher.
@@ -163,7 +164,7 @@ void check_faults(const Call& call, const OpenVariant& variant, const OpenRule& 
 }
 
 template <class Driver>
-void run_variant(const OpenVariant& variant, const Common& common, const OpenLists& lists, TensorList hypers) {
+void run_variant(const OpenVariant& variant, const StepControls& controls, const OpenLists& lists, TensorList hypers) {
   const auto name_of = [&](int place) {
     const auto& names = variant.lists;
     return place < static_cast<int>(names.size()) ? names[static_cast<size_t>(place)].c_str() : "state";
@@ -173,7 +174,8 @@ void run_variant(const OpenVariant& variant, const Common& common, const OpenLis
     return List{name_of(variant.code.operands - 2 + k), lists[kFirstScalar + static_cast<size_t>(k)]};
   };
   const auto run = [&](std::initializer_list<List> scalars) {
-    const CallSpec spec{.common = common,
+    const CallSpec spec{.op = kOp,
+                        .controls = controls,
                         .operands = {{"params", lists[0]},
                                      {"grads", lists[1]},
                                      state(0),
@@ -211,8 +213,8 @@ void rule_(TensorList params, TensorList grads, TensorList state0, TensorList st
            const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalTensor& grad_factor,
            TensorList averages, const OptionalTensor& average_weight) {
   const OpenVariant& variant = OpenVariants::named({rule.data(), rule.size()});
-  const Common common{"rule_", grad_scale, found_inf, grad_factor, averages, average_weight};
-  in_turns(common, params, [&](const Common& here, const Members& of) {
+  const StepControls controls{grad_scale, found_inf, grad_factor, averages, average_weight};
+  in_turns(kOp, controls, params, [&](const StepControls& here, const Members& of) {
     const OpenLists lists{of(params), of(grads),  of(state0), of(state1),  of(state2),  of(state3),     of(state4),
                           of(state5), of(state6), of(state7), of(scalar0), of(scalar1), of(state_steps)};
     run_variant<Driver>(variant, here, lists, hypers);
@@ -236,7 +238,7 @@ const c10::TypedOperatorHandle<Signature>& handle() {
 TORCH_LIBRARY_FRAGMENT(optim_ext, m) { m.def(step_schema(kSchema)); }
 TORCH_LIBRARY_IMPL(optim_ext, CPU, m) { m.impl("rule_", &rule_<CpuDriver>); }
 
-void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* values, const CommonTensors& common,
+void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* values, const StepControls& controls,
                      bool check_only) const {
   const OpenVariant& variant = OpenVariants::numbered(values[0].whole);
   OpenLists in;
@@ -252,8 +254,8 @@ void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* val
   for (size_t k = 2; k < hypers.size(); ++k) numbers.push_back(values[k].tensor);
   const auto call = [&](const auto& function) {
     function(in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], in[8], in[9], in[10], in[11], in[12],
-             c10::string_view(variant.name), numbers, common.grad_scale, common.found_inf, common.grad_factor,
-             common.averages, common.average_weight);
+             c10::string_view(variant.name), numbers, controls.grad_scale, controls.found_inf, controls.grad_factor,
+             controls.averages, controls.average_weight);
   };
   if (check_only) {
     const CheckOnly guard;

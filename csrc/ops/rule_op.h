@@ -73,7 +73,7 @@ class OpenRuleOp final : public StepOp {
  public:
   OpenRuleOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
       : StepOp(Unlisted{}, name, std::move(lists), std::move(hypers)) {}
-  void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const CommonTensors& common,
+  void run(const std::vector<TensorList>& lists, const HyperValue* hypers, const StepControls& controls,
            bool check_only) const override;
 
   // state: (key, role) of each list after the gradients, in order. hypers: (option, index in the tuple there or -1).
