@@ -3,22 +3,14 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define OPTIM_EXT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define OPTIM_EXT_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "../storage/native.h"
 
 namespace optim_ext {
-
-enum class Storage : uint8_t { f32, f64, bf16, f16 };
 
 constexpr int kMaxOperands = 6;  // tensors one parameter may bring to a rule
 constexpr int kMaxScalars = 2;   // numbers of state one parameter may bring besides its step count
 constexpr int kGradOperand = 1;  // every rule's second operand
 constexpr int kMaxDims = 12;     // dimensions of a layout, after merging those that can be walked as one
-
-OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
 
 // Strides of operands that do not share one dense order. Index i counts elements in the parameter's own memory order:
 // dimension 0 is the outermost, dimension ndim - 1 the fastest.
