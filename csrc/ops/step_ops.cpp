@@ -27,8 +27,13 @@ const char* type_of(HyperKind kind) {
 
 }  // namespace
 
-StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(takes_sparse) {
+StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse,
+               bool takes_companions)
+    : name(name),
+      lists(std::move(lists)),
+      hypers(std::move(hypers)),
+      takes_sparse(takes_sparse),
+      takes_companions(takes_companions) {
   registered().push_back(this);
 }
 
@@ -39,8 +44,8 @@ std::vector<const StepOp*> StepOp::all() {
 }
 
 // Gradients are marked as written because GradScaler's grad_scale unscales them in place, as torch's fused optimizers
-// do; without it they are only read. `averages` is empty where it is not given: the text of a schema cannot say that of
-// a list of tensors.
+// do; without it they are only read. `averages` and `companions` are empty where they are not given: the text of a
+// schema cannot say that of a list of tensors.
 c10::FunctionSchema StepOp::schema() const {
   std::ostringstream text;
   text << name << '(';
@@ -49,11 +54,11 @@ c10::FunctionSchema StepOp::schema() const {
   text << '*';
   for (const HyperInfo& hyper : hypers) text << ", " << type_of(hyper.kind) << ' ' << hyper.name;
   text << ", Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, Tensor(y!)[] averages, "
-          "Tensor? average_weight=None) -> ()";
+          "Tensor? average_weight=None, Tensor(z!)[] companions) -> ()";
   const c10::FunctionSchema parsed = torch::schema(text.str().c_str());
   std::vector<c10::Argument> arguments = parsed.arguments();
   for (c10::Argument& argument : arguments) {
-    if (argument.name() != "averages") continue;
+    if (argument.name() != "averages" && argument.name() != "companions") continue;
     argument = c10::Argument(argument.name(), argument.type(), argument.N(), c10::List<at::Tensor>(), true,
                              argument.alias_info() ? std::optional(*argument.alias_info()) : std::nullopt);
   }

@@ -56,12 +56,14 @@ class StepOp {
   const std::vector<rules::List> lists;
   const std::vector<HyperInfo> hypers;
   const bool takes_sparse;
+  const bool takes_companions;  // parameters and state may be kept in other ways than the rule sees them
 
   // Every op of this library that steps, by name.
   static std::vector<const StepOp*> all();
 
  protected:
-  StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse);
+  StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse,
+         bool takes_companions);
   c10::FunctionSchema schema() const;
 };
 

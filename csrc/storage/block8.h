@@ -25,11 +25,18 @@ OPTIM_EXT_HOST_DEVICE uint8_t exponent_of_block(uint32_t largest) {
   return static_cast<uint8_t>(largest >= kInfinity ? kNotFinite : finite);
 }
 
-// Either sign: 1 bit for it, 4 of exponent, 3 of fraction, to nearest.
-OPTIM_EXT_HOST_DEVICE uint8_t encode_signed8(float value, uint8_t exponent) {
+// What rounds to nearest in place of random bits.
+constexpr uint32_t kToNearest = 1u << (kFractionBits - 1);
+
+// Numbers are rounded up or down by chance (`random`: 20 bits), as an average that moves by less than half of its last
+// place would never move.
+
+// Either sign: 1 bit for it, 4 of exponent, 3 of fraction.
+OPTIM_EXT_HOST_DEVICE uint8_t encode_signed8(float value, uint8_t exponent, uint32_t random) {
   const uint32_t bits = float_to_bits(value);
-  const int32_t least = (exponent - kSignedSpan) << 23, half = 1 << (kFractionBits - 1);
-  const int32_t rounded = (static_cast<int32_t>(bits & kMagnitude) - least + half) >> kFractionBits;
+  const int32_t least = (exponent - kSignedSpan) << 23;
+  const int32_t rounded =
+      (static_cast<int32_t>(bits & kMagnitude) - least + static_cast<int32_t>(random)) >> kFractionBits;
   const int32_t code = rounded < 0 ? 0 : rounded > 127 ? 127 : rounded;
   return static_cast<uint8_t>(static_cast<uint32_t>(code) | ((bits >> 24) & 0x80u));
 }
@@ -42,8 +49,7 @@ OPTIM_EXT_HOST_DEVICE float decode_signed8(uint8_t code, uint8_t exponent) {
   return bits_to_float(exponent == kNotFinite ? 0x7fc00000u : finite | sign);
 }
 
-// No sign: 5 bits of exponent, 3 of fraction, up or down by chance (`random`: 20 bits), as an average that moves by
-// less than half of its last place would never move. A value above zero never becomes zero.
+// No sign: 5 bits of exponent, 3 of fraction. A value above zero never becomes zero.
 OPTIM_EXT_HOST_DEVICE uint8_t encode_positive8(float value, uint8_t exponent, uint32_t random) {
   const int32_t magnitude = static_cast<int32_t>(float_to_bits(value) & kMagnitude);
   const int32_t least = (exponent - kPositiveSpan) << 23;

@@ -13,9 +13,11 @@
 
 namespace optim_ext {
 
-enum class Storage : uint8_t { f32, f64, bf16, f16 };
+enum class Storage : uint8_t { f32, f64, bf16, f16, q8 };  // q8: codes in blocks (block8.h)
 
-OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
+OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) {
+  return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : s == Storage::q8 ? 1 : 2;
+}
 
 OPTIM_EXT_HOST_DEVICE float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 OPTIM_EXT_HOST_DEVICE uint32_t float_to_bits(float value) { return __builtin_bit_cast(uint32_t, value); }

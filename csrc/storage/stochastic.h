@@ -46,9 +46,13 @@ struct RandomWords {
   }
 };
 
-// A parameter takes the low half of its element's word, a state the high half.
+// A parameter takes the low half of its element's word, a state without a sign the upper bits (16 or 20 of them), one
+// with a sign those of another word that is made of it.
 OPTIM_EXT_HOST_DEVICE uint32_t word_of_param(uint32_t word) { return word & 0xffffu; }
-OPTIM_EXT_HOST_DEVICE uint32_t word_of_state(uint32_t word) { return word >> 16; }
+OPTIM_EXT_HOST_DEVICE uint32_t word_of_state(uint32_t word, bool is_positive, int bits) {
+  const uint32_t other = (word ^ word >> 15) * 0x2c1b3c6du;
+  return (is_positive ? word : other ^ other >> 12) >> (32 - bits);
+}
 
 // `random`: 16 bits. Infinity and NaN stay what they are, and no finite value becomes infinite.
 OPTIM_EXT_HOST_DEVICE uint16_t narrow_bf16_by_chance(float value, uint32_t random) {

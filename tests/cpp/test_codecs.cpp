@@ -117,12 +117,13 @@ void chance_is_in_proportion_to_the_distance() {
 void words_are_as_good_as_random() {
   constexpr int kCount = 1 << 16;
   const auto check_stream = [&](const char* what, const auto& word) {
-    for (const bool of_state : {false, true}) {
+    for (const int serves : {0, 1, 2}) {
       double sum = 0.0, squares = 0.0, lagged[3] = {};
       std::vector<double> values(kCount);
       for (int i = 0; i < kCount; ++i) {
         const uint32_t drawn = word(i);
-        values[i] = ((of_state ? word_of_state(drawn) : word_of_param(drawn)) + 0.5) / 65536.0 - 0.5;
+        values[i] =
+            ((serves == 0 ? word_of_param(drawn) : word_of_state(drawn, serves == 1, 16)) + 0.5) / 65536.0 - 0.5;
         sum += values[i];
         squares += values[i] * values[i] - 1.0 / 12.0;
       }
@@ -164,7 +165,7 @@ void eight_bits_keep_small_elements_of_a_block() {
       const uint8_t exponent = block.exponent();
       for (const float value : block.values) {
         for (const float signed_value : {value, -value}) {
-          const float back = decode_signed8(encode_signed8(signed_value, exponent), exponent);
+          const float back = decode_signed8(encode_signed8(signed_value, exponent, kToNearest), exponent);
           check(std::fabs(back - signed_value) <= std::fabs(value) * 0.0626f, "%a came back as %a", signed_value, back);
         }
         double mean = 0.0;
@@ -195,12 +196,12 @@ void no_positive_value_becomes_zero_and_no_block_is_cut_off() {
       }
     }
     if (largest < 1e-28f || largest > 3.2e38f) continue;
-    const float back = decode_signed8(encode_signed8(largest, exponent), exponent);
+    const float back = decode_signed8(encode_signed8(largest, exponent, kToNearest), exponent);
     check(std::fabs(back - largest) <= largest * 0.0626f, "the largest, %a, came back as %a", largest, back);
   }
   const uint8_t exponent = Block{{0.0f}}.exponent();
   check(decode_positive8(encode_positive8(0.0f, exponent, 0xfffffu), exponent) == 0.0f, "zero is not zero");
-  check(decode_signed8(encode_signed8(0.0f, exponent), exponent) == 0.0f, "zero is not zero");
+  check(decode_signed8(encode_signed8(0.0f, exponent, 0xfffffu), exponent) == 0.0f, "zero is not zero");
 }
 
 void a_block_that_is_not_finite_shows_it() {
@@ -220,9 +221,9 @@ void codes_stay_as_they_are() {
     const auto e = static_cast<uint8_t>(exponent);
     for (int c = 0; c < 256; ++c) {
       const auto code = static_cast<uint8_t>(c);
-      const uint8_t again = encode_signed8(decode_signed8(code, e), e);
-      check(again == code, "signed code %02x of %d became %02x", code, exponent, again);
       for (const uint32_t word : {0u, 0xfffffu}) {
+        const uint8_t again = encode_signed8(decode_signed8(code, e), e, word);
+        check(again == code, "signed code %02x of %d became %02x", code, exponent, again);
         const uint8_t positive = encode_positive8(decode_positive8(code, e), e, word);
         check(positive == code, "positive code %02x of %d became %02x", code, exponent, positive);
       }
