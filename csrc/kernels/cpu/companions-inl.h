@@ -50,10 +50,19 @@ OPTIM_EXT_SHARED void split(Precision precision, Storage storage, const float* v
     return;
   }
   uint16_t* const lost = static_cast<uint16_t*>(twin);
-  OPTIM_EXT_FOR(i, n) {
-    const CompensatedValue pair = is_bf16 ? compensate_bf16(value[i]) : compensate_f16(value[i]);
-    param[i] = pair.param;
-    lost[i] = pair.compensation;
+  // Two loops, as a choice within one would keep it from being packed.
+  if (is_bf16) {
+    OPTIM_EXT_FOR(i, n) {
+      const CompensatedValue pair = compensate_bf16(value[i]);
+      param[i] = pair.param;
+      lost[i] = pair.compensation;
+    }
+  } else {
+    OPTIM_EXT_FOR(i, n) {
+      const CompensatedValue pair = compensate_f16(value[i]);
+      param[i] = pair.param;
+      lost[i] = pair.compensation;
+    }
   }
 }
 
