@@ -9,9 +9,9 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
-# In the order in which a room may include those above it. `rules` and `memory` know nobody.
-ROOMS = ["rules", "memory", "device", "kernels", "call", "ops", "host"]
-ALONE = {"rules", "memory"}
+# In the order in which a room may include those above it. `rules`, `storage` and `memory` know nobody.
+ROOMS = ["rules", "storage", "memory", "device", "kernels", "call", "ops", "host"]
+ALONE = {"rules", "storage", "memory"}
 
 TORCH = r'#include *[<"](torch|ATen|c10)\b'
 PYTHON = r'#include *[<"](Python|pybind11|torch/csrc/(autograd/python_|utils/pybind|Exceptions|python_headers))|\b(py::|PyObject\b)'
@@ -19,9 +19,12 @@ DISPATCHER = r'#include *[<"](torch/library|ATen/core/dispatch/)|\bTORCH_LIBRARY
 REGISTERS = r'#include *[<"]torch/library|\bTORCH_LIBRARY|\btorch::Library\b'
 CUDA = r"<<<|\bcuda[A-Z]|\b(threadIdx|blockIdx|gridDim)\b|\b__(shared|global|grid_constant|sync|shfl|threadfence)"
 
+OTHERS = r"#include *<(?!cstdint>)"
+
 # room -> what it must not say, and why
 FORBIDDEN = {
     "rules": [(TORCH, "torch"), (PYTHON, "Python"), (CUDA, "CUDA")],
+    "storage": [(TORCH, "torch"), (PYTHON, "Python"), (CUDA, "CUDA"), (OTHERS, "headers but <cstdint>")],
     "memory": [(TORCH, "torch"), (PYTHON, "Python"), (CUDA, "CUDA")],
     "device": [(TORCH, "torch"), (PYTHON, "Python")],
     "kernels": [(TORCH, "torch"), (PYTHON, "Python"), (CUDA, "CUDA")],

@@ -19,7 +19,7 @@ class Plan:
         op: str,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
-        calls: list[tuple[int, list[int], tuple[str | None, ...], bool, bool]],
+        calls: list[tuple[int, list[int], tuple[str | None, ...], bool, bool, tuple[Any, ...]]],
         averages: dict[Tensor, Tensor] = ...,
         partial: set[str] = ...,
         numbers: set[str] = ...,

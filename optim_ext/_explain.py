@@ -61,7 +61,7 @@ def _judge(optimizer: Any, group: dict[str, Any]) -> tuple[bool, str]:
             return False, f"this is torch.optim.{name}; use optim_ext.{name}"
         return False, f"{name} has no native step in optim_ext"
     reason = optimizer._torch_reason(group, ahead=True)
-    return reason is None, reason or optimizer._native_how_of(group)
+    return reason is None, reason or "; ".join([optimizer._native_how_of(group), *optimizer._kept_how(group)])
 
 
 def _is_optimizer(thing: Any) -> bool:

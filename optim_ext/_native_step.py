@@ -173,6 +173,10 @@ class NativeStep(Optimizer):
         """Within the block ``param_groups`` have this process's parts of parameters and gradients."""
         return nullcontext()
 
+    def _kept_how(self, group: dict[str, Any]) -> list[str]:
+        """How parameters and state are kept that are not kept as torch keeps them: one line for each way."""
+        return []
+
     def _torch_reason(self, group: dict[str, Any], ahead: bool = False) -> str | None:
         """Why a group takes torch's own code, or None if it runs natively; ``ahead``: once there are gradients."""
         raise NotImplementedError

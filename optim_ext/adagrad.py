@@ -23,5 +23,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             self._need_device_dtype_check_for_fused = False
         return super()._init_group(group, *lists)
 
+    def _first_value(self, group: Group, key: str) -> float | None:
+        return float(group["initial_accumulator_value"]) if key == "sum" else None
+
     def _takes_sparse(self, group: Group) -> bool:
         return bool(group["weight_decay"] == 0)

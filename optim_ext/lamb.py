@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -49,9 +51,10 @@ class LAMB(BeyondTorch):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        **precision: Any,
     ) -> None:
         check_one_element(lr)
         check_not_negative(learning_rate=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **precision)

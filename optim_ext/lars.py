@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -54,6 +56,7 @@ class LARS(BeyondTorch):
         *,
         nesterov: bool = False,
         maximize: bool = False,
+        **precision: Any,
     ) -> None:
         check_one_element(lr)
         check_not_negative(
@@ -70,4 +73,4 @@ class LARS(BeyondTorch):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **precision)

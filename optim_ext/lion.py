@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -45,8 +47,11 @@ class Lion(BeyondTorch):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        **precision: Any,
     ) -> None:
         check_one_element(lr)
         check_not_negative(learning_rate=lr, weight_decay=weight_decay)
         check_betas(betas)
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}, **precision
+        )

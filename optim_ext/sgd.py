@@ -62,6 +62,9 @@ class SGD(FusedStep, torch.optim.SGD):
 
     def _make_buffers(self, group: Group) -> set[int]:
         """Make the missing momentum buffers; return the indices of their parameters."""
+        made = self._make_kept_state(group)
+        if made is not None:
+            return made if group["momentum"] != 0 else set()
         super()._prepare(group)
         if group["momentum"] == 0:
             return set()

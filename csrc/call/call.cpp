@@ -65,10 +65,11 @@ Call::Call(const CallSpec& spec, int operands, unsigned used, unsigned updates, 
 
 // Whether the bundles say all there is to say of the tensors, for as long as these stay what they are.
 bool Call::is_plain() const {
-  return device.is_cpu() && !spec_.controls.grad_scale && averages_.empty() && spec_.scalars.size() == 0 &&
-         spec_.partial.size() == 0 && spec_.leader == kParam && spec_.counts && !OverlapsChecked::active() &&
-         std::all_of(bundles.begin(), bundles.end(),
-                     [](const Bundle& bundle) { return bundle.layout == nullptr && bundle.numel > 0; });
+  return device.is_cpu() && !spec_.controls.grad_scale && averages_.empty() && companions_.empty() &&
+         spec_.scalars.size() == 0 && spec_.partial.size() == 0 && spec_.leader == kParam && spec_.counts &&
+         !OverlapsChecked::active() && std::all_of(bundles.begin(), bundles.end(), [](const Bundle& bundle) {
+           return bundle.layout == nullptr && bundle.numel > 0;
+         });
 }
 
 bool Call::leave(const RuleProgram& program, const void* rule) {
@@ -109,6 +110,7 @@ void Call::note_writes() const {
         if (rule_.is_updated(k)) note_write(rule_.lists[k].tensors[i]);
       }
       if (bundles[i].average) note_write(averaging_lists_[0].tensors[i]);
+      for (size_t kind = 0; bundles[i].companions && kind < companion_kinds(); ++kind) note_write(companion(kind, i));
       if (spec_.state_steps && spec_.counts) note_write((*spec_.state_steps)[i]);
     }
   });
@@ -132,6 +134,10 @@ void Call::commit(const RuleProgram& program, const void* rule) {
 
 // In order, as a count may serve several parameters.
 void Call::advance(int64_t i) {
+  for (size_t kind = 0; bundles[i].companions && kind < companion_kinds(); ++kind) {
+    const at::Tensor& key = companion(kind, i);
+    if (key.scalar_type() == at::kLong) ++key.mutable_data_ptr<int64_t>()[kDraws];
+  }
   if (!spec_.state_steps || !spec_.counts) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
   if (!step.is_cpu()) return;

@@ -82,6 +82,7 @@ class Call : public Work {
     int count, leader;
     unsigned used, updates, written;  // written: updated, or unscaled in place
     bool is_used(int k) const { return (used >> k) & 1u; }
+    bool may_be_q8(int k) const { return k > kGradOperand && is_updated(k); }
     bool is_updated(int k) const { return (updates >> k) & 1u; }
     bool is_written(int k) const { return (written >> k) & 1u; }
     bool reads_grads() const { return count > kGradOperand && is_used(kGradOperand) && !is_written(kGradOperand); }
@@ -110,6 +111,11 @@ class Call : public Work {
   at::Tensor sparse_gradient(int64_t i);
   void use_rows(int64_t i, const at::Tensor& grad, Bundle& bundle);
   void check_partial(const PartialList& partial) const;
+  const at::Tensor& companion(size_t kind, int64_t i) const;
+  size_t companion_kinds() const;
+  void add_companions(int64_t i);
+  void add_companion(size_t kind, int64_t i, Companions& made);
+  void add_exponents(size_t kind, int64_t i, Companions& made);
   void add_step(int64_t i, Bundle& bundle);
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);
   void note_writes() const;
@@ -136,6 +142,7 @@ class Call : public Work {
   const List averaging_lists_[2];
   const Operands averaging_;  // the operands of rules::Average
   Bundles averages_;
+  std::vector<Companions> companions_;  // of all bundles, or none
   std::array<KnownCalls::Known, KnownCalls::kMost> known_;
   const KnownCall* expected_ = nullptr;  // one of those
   mutable std::atomic<bool> grads_meet_writes_ = false;

@@ -80,6 +80,12 @@ void Call::check_lengths() const {
   if (spec_.state_steps) check("state_steps", spec_.state_steps->size(), false);
   for (const List& list : spec_.scalars) check(list.name, list.tensors.size(), false);
   check("averages", spec_.controls.averages.size(), true);
+  const size_t companions = spec_.controls.companions.size();
+  TORCH_CHECK_VALUE(spec_.takes_companions || companions == 0, "optim_ext::", spec_.op,
+                    " keeps parameters and state as they are: it takes no companions");
+  TORCH_CHECK_VALUE(n == 0 ? companions == 0 : companions % n == 0 && companions / n <= std::size(kCompanions),
+                    "optim_ext::", spec_.op, ": ", first.name, " has ", n, " tensors but companions has ", companions,
+                    "; there must be as many of each kind");
 }
 
 void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
@@ -98,7 +104,8 @@ void Call::make_bundle(const Operands& operands, int64_t i, Bundle& bundle) {
     if (tensor.layout() != at::kStrided && !sparse)
       refuse(name, i, text("has layout ", tensor.layout(), ", expected ", at::kStrided));
     if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
-    const auto storage = storage_of(tensor.scalar_type());
+    const bool is_q8 = tensor.scalar_type() == at::kByte && operands.may_be_q8(k) && !spec_.controls.companions.empty();
+    const auto storage = is_q8 ? std::optional(Storage::q8) : storage_of(tensor.scalar_type());
     if (!storage) {
       refuse(name, i,
              text("has dtype ", tensor.scalar_type(),
@@ -215,11 +222,12 @@ const Layout* Call::make_layout(const Operands& operands, int64_t i) {
       if (operands.is_used(k)) dim.strides[k] = operands.lists[k].tensors[i].stride(d) * width;
     }
   }
-  const bool any_order = spec_.any_order && spec_.controls.averages.empty();  // an average follows the same walk
+  // An average follows the same walk, and companions lie in the parameter's own.
+  const bool any_order = spec_.any_order && spec_.controls.averages.empty() && spec_.controls.companions.empty();
   memory::order(walk, any_order ? memory::most_common(walk, operands.leader) : operands.leader);
   if (width == 2) walk.dims.emplace_back(memory::WalkDim{2, {}}).strides.fill(1);
   memory::merge(walk);
-  if (spec_.controls.averages.empty()) memory::lengthen_runs(walk);
+  if (spec_.controls.averages.empty() && spec_.controls.companions.empty()) memory::lengthen_runs(walk);
   if (any_order) memory::make_squares(walk);
   Layout& layout = layouts_.emplace_back();
   const std::vector<int64_t> outer = memory::list_outer(walk, kMaxDims);

@@ -19,17 +19,28 @@ struct StepControls {
   OptionalTensor grad_factor = std::nullopt;     // multiplies the gradients as the rule sees them, not in memory
   TensorList averages = {};                      // of the parameters, to be brought up to date; or none
   OptionalTensor average_weight = std::nullopt;  // of the updated parameter in its average
+  // What lies beside parameters and state (kernels/operand.h), for all parameters as many kinds of it; or none.
+  TensorList companions = {};
 
   // For a sweep that does not read the gradients, as an earlier one has done.
-  StepControls without_grads() const { return {std::nullopt, found_inf, std::nullopt, averages, average_weight}; }
+  StepControls without_grads() const {
+    return {std::nullopt, found_inf, std::nullopt, averages, average_weight, companions};
+  }
   // For a sweep that reads them again once they have been unscaled in place.
-  StepControls once_unscaled() const { return {std::nullopt, found_inf, grad_factor, averages, average_weight}; }
+  StepControls once_unscaled() const {
+    return {std::nullopt, found_inf, grad_factor, averages, average_weight, companions};
+  }
   // For a sweep that does not finish the parameters.
-  StepControls without_average() const { return {grad_scale, found_inf, grad_factor, {}, std::nullopt}; }
+  StepControls without_average() const { return {grad_scale, found_inf, grad_factor, {}, std::nullopt, companions}; }
   // For a part of the parameters; the list must outlive the controls.
   StepControls with_averages(TensorList of_part) const {
     StepControls controls = *this;
     controls.averages = of_part;
+    return controls;
+  }
+  StepControls with_companions(TensorList of_part) const {
+    StepControls controls = *this;
+    controls.companions = of_part;
     return controls;
   }
 };

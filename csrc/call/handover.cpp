@@ -4,7 +4,7 @@ namespace optim_ext::ops {
 
 bool Prepared::fits(const CallSpec& spec, unsigned used_here, unsigned updates_here) const {
   return op == spec.op && used == used_here && updates == updates_here && !spec.controls.grad_scale &&
-         spec.controls.averages.empty();
+         spec.controls.averages.empty() && spec.controls.companions.empty();
 }
 
 namespace {

@@ -54,12 +54,14 @@ void KnownCalls::remember(Known call, const KnownCall* outdated) {
   calls_[oldest_++ % kMost].swap(call);
 }
 
-// Lists are numbered: operands, averages, scalars, partial ones.
+// Lists are numbered: operands, averages, scalars, partial ones, companions.
 const char* Call::name_of_list(int32_t list) const {
   if (list < rule_.count) return rule_.lists[list].name;
   if (list == rule_.count) return averaging_lists_[kParam].name;
   const size_t scalar = list - rule_.count - 1, partial = scalar - spec_.scalars.size();
-  return scalar < spec_.scalars.size() ? spec_.scalars.begin()[scalar].name : spec_.partial.begin()[partial].list.name;
+  if (scalar < spec_.scalars.size()) return spec_.scalars.begin()[scalar].name;
+  const size_t companion = partial - spec_.partial.size();
+  return partial < spec_.partial.size() ? spec_.partial.begin()[partial].list.name : kCompanions[companion];
 }
 
 // Calls visit(access, tensor) for the memory of all tensors that are written, until it returns false.
@@ -86,6 +88,10 @@ bool Call::visit_written(const Visit& visit) const {
       ++list;
       if (tensor.defined() && tensor.numel() != 0 && !visit(Access{extent_of(tensor), member, list}, tensor))
         return false;
+    }
+    for (size_t kind = 0; bundles[i].companions && bundles[i].numel != 0 && kind < companion_kinds(); ++kind) {
+      const at::Tensor& tensor = companion(kind, i);
+      if (!visit(Access{extent_of(tensor), member, ++list}, tensor)) return false;
     }
   }
   return true;

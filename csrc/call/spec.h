@@ -59,6 +59,10 @@ struct PartialList {
   int64_t reduced;
 };
 
+// Names of the kinds of companions: those of all parameters of one kind follow each other in the list.
+constexpr const char* kCompanions[] = {"companions[0]", "companions[1]", "companions[2]",
+                                       "companions[3]", "companions[4]", "companions[5]"};
+
 struct CallSpec {
   const char* op;  // its name, for messages
   const StepControls& controls;
@@ -68,8 +72,9 @@ struct CallSpec {
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
   bool counts = true;  // false: the step is counted by another call of the same op, after this one
   std::initializer_list<PartialList> partial = {};  // only checked
-  bool any_order = false;  // nothing is summed over elements, so that these may come in any order
-  int leader = 0;          // the operand whose shape the others must have and whose memory order is walked
+  bool any_order = false;         // nothing is summed over elements, so that these may come in any order
+  bool takes_companions = false;  // the rule is applied in one sweep, element by element
+  int leader = 0;                 // the operand whose shape the others must have and whose memory order is walked
 };
 
 // Throws unless `weight`, of the newest in a running average, is a number in [0, 1].

@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
 
 #include "../memory/overlap.h"
@@ -26,6 +27,14 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1 && sa[d] != sb[d]) return false;
+  }
+  return true;
+}
+
+bool is_dense_like(const at::Tensor& tensor, const at::Tensor& param) {
+  const auto strides = at::infer_dense_strides(param.sizes(), param.strides());
+  for (size_t d = 0; d < strides.size(); ++d) {
+    if (param.size(static_cast<int64_t>(d)) > 1 && tensor.stride(static_cast<int64_t>(d)) != strides[d]) return false;
   }
   return true;
 }

@@ -14,6 +14,10 @@ namespace optim_ext::ops {
 
 constexpr int kParam = 0, kGrad = kGradOperand;
 
+// Where random words come from: the parameter's key, how often it was drawn from, and, a bit each, the operands it
+// serves and, 8 bits up, those without a sign.
+enum InRoundingKey { kKey, kDraws, kByChance, kKeyLength };
+
 std::optional<Storage> storage_of(at::ScalarType dtype);
 
 // Tells autograd that a tensor has been written.
@@ -21,6 +25,10 @@ void note_write(const at::Tensor& tensor);
 
 // Same order of elements in memory; the stride of a dimension of size one means nothing.
 bool same_strides(const at::Tensor& a, const at::Tensor& b);
+
+// Whether a tensor of the parameter's shape has its elements without gaps, in the order the parameter has them in
+// memory.
+bool is_dense_like(const at::Tensor& tensor, const at::Tensor& param);
 
 // A scalar in float or double.
 double host_value(const void* data, Storage storage);

@@ -32,6 +32,15 @@ class Members {
     for (const int64_t i : *chosen_) picked.push_back(list[i]);
     return picked;
   }
+  // The same from a list of several kinds, those of all members of one kind following each other.
+  at::TensorList of_each_kind(at::TensorList list, size_t members) const {
+    if (chosen_ == nullptr || list.empty()) return list;
+    std::vector<at::Tensor>& picked = picked_.emplace_back();
+    for (size_t kind = 0; kind < list.size() / members; ++kind) {
+      for (const int64_t i : *chosen_) picked.push_back(list[kind * members + static_cast<size_t>(i)]);
+    }
+    return picked;
+  }
   template <class Argument>
   const Argument& operator()(const Argument& other) const {
     return other;

@@ -56,6 +56,10 @@ void Call::make_bundles() {
       });
   for (const PartialList& partial : spec_.partial) check_partial(partial);
 
+  if (!spec_.controls.companions.empty()) {
+    companions_.resize(count);
+    for (int64_t i = 0; i < count; ++i) add_companions(i);
+  }
   if (spec_.controls.averages.empty()) return;
   Usual usual_pair[rules::Average::kOperands];
   averages_.resize(count);
@@ -77,7 +81,7 @@ bool Call::find_usual(const Operands& operands, Usual* usual) const {
   for (int k = 0; k < operands.count; ++k) {
     if (!operands.is_used(k)) continue;
     const at::Tensor& first = operands.lists[k].tensors[0];
-    if (first.layout() != at::kStrided || !first.has_storage()) return false;
+    if (first.layout() != at::kStrided || !first.has_storage() || !storage_of(first.scalar_type())) return false;
     usual[k] = {first.key_set(), first.dtype(), *storage_of(first.scalar_type()), first.is_complex() ? 2 : 1,
                 first.storage().data_ptr().get_deleter()};
   }

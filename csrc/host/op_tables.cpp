@@ -10,16 +10,21 @@ py::dict table_of(const StepOp& op) {
   static constexpr const char* kKinds[] = {"number", "tensor", "flag", "whole"};
   static constexpr const char* kRoles[] = {"operand", "scalar", "partial", "steps"};
   py::list lists, hypers;
-  for (const rules::List& list : op.lists)
+  py::dict places;
+  for (const rules::List& list : op.lists) {
     lists.append(py::make_tuple(list.name, list.key, kRoles[static_cast<int>(list.role)]));
+    if (list.role == rules::List::Role::operand && list.key != nullptr) places[list.key] = list.place;
+  }
   for (const HyperInfo& hyper : op.hypers) {
     hypers.append(py::make_tuple(hyper.name, kKinds[static_cast<int>(hyper.kind)], hyper.key,
                                  hyper.index < 0 ? py::object(py::none()) : py::object(py::int_(hyper.index))));
   }
   py::dict table;
   table["lists"] = lists;
+  table["places"] = places;
   table["hypers"] = hypers;
   table["takes_sparse"] = op.takes_sparse;
+  table["takes_companions"] = op.takes_companions;
   return table;
 }
 

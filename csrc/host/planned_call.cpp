@@ -12,6 +12,7 @@ bool gather(const PlannedCall& call, Gathered& out) {
   std::vector<const PythonTensors*> lists;
   for (const PythonTensors& list : call.lists) lists.push_back(&list);
   lists.push_back(&call.averages);
+  for (const PythonTensors& kind : call.companions) lists.push_back(&kind);
   if (!out.taken.take(std::move(lists))) return false;
   const TensorList params = out.taken.get(kParams);
   const Tensor& first = params[0].grad();

@@ -29,12 +29,14 @@ struct PlannedCall {
   PythonTensors averages = {};         // of the parameters; empty where they are not averaged
   std::set<size_t> partial = {};       // lists with undefined tensors, which the op is not given
   std::unique_ptr<KnownCalls> known = std::make_unique<KnownCalls>();
+  std::vector<PythonTensors> companions = {};    // of the parameters, by kind
+  std::vector<std::string> companion_keys = {};  // under which the state has them, by kind
   bool is_averaged() const { return averages.size() > 0; }
 };
 
 // A call's tensors for one step.
 struct Gathered {
-  TakenTensors taken;  // the call's lists, and last the averages
+  TakenTensors taken;  // the call's lists, and last the averages and the companions
   bool all = true;     // every parameter takes part: the lists serve as they are
   std::vector<at::Tensor> grads;
   std::vector<int64_t> members;  // into the lists, where not all take part

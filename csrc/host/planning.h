@@ -31,7 +31,8 @@ class Planning {
         number_keys_(numbers) {}
 
   // Adds the calls for some parameters of a group. spec: (group index, indices into group["params"], state keys,
-  // whether gradients may be sparse, whether they may be dense); a key of None leaves that list empty.
+  // whether gradients may be sparse, whether they may be dense, ways); a key of None leaves that list empty. ways: for
+  // each parameter None, or (state keys of its own, keys of its companions); or nothing.
   void add(const py::tuple& spec);
 
   std::vector<PlannedCall> calls;
@@ -40,7 +41,7 @@ class Planning {
   size_t specs = 0;
 
  private:
-  PlannedCall empty_call(const py::tuple& spec, at::Device device) const;
+  PlannedCall empty_call(const py::tuple& spec, const py::tuple& keys, const py::object& way, at::Device device) const;
   // A parameter on its way into the plan.
   struct Member {
     size_t group;
@@ -48,6 +49,7 @@ class Planning {
     const Tensor& tensor;
   };
   std::string name_of(const Member& member) const { return describe(member.group, member.index, param_groups_); }
+  bool add_companion(PlannedCall& call, const Member& member, const py::object& entry, size_t kind);
   bool add_state(PlannedCall& call, const Member& member, const py::object& entry, size_t k, const py::object& key);
 
   const StepOp& op_;

@@ -44,6 +44,13 @@ void StepRun::step_members(const PlannedCall& call, const Gathered& gathered, co
     here.averages = gathered.all ? all : averages_of_members;
     here.average_weight = weight_for(call.device, *controls_.average_weight);
   }
+  std::vector<Tensor> companions;  // of all kinds
+  for (size_t kind = 0; kind < call.companions.size(); ++kind) {
+    const TensorList all = gathered.taken.get(call.lists.size() + 1 + kind);
+    const std::vector<Tensor> of_kind = gathered.all ? all.vec() : taking_part(all);
+    companions.insert(companions.end(), of_kind.begin(), of_kind.end());
+  }
+  here.companions = companions;
   naming(call, gathered.members, [&] {
     const py::gil_scoped_release no_gil;
     op_.run(lists, hypers.data(), here, check_only);
@@ -65,6 +72,9 @@ void StepRun::average_idle(const PlannedCall& call, const Gathered& gathered, bo
 std::string StepRun::name_of(const PlannedCall& call, const std::string& list) const {
   for (size_t k = 0; k < call.keys.size(); ++k) {
     if (op_.lists[kFirstState + k].name == list) return call.keys[k];
+  }
+  for (size_t kind = 0; kind < call.companion_keys.size(); ++kind) {
+    if (list == kCompanions[kind]) return call.companion_keys[kind];
   }
   return list;
 }

@@ -3,22 +3,14 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define OPTIM_EXT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define OPTIM_EXT_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "../storage/block8.h"
 
 namespace optim_ext {
-
-enum class Storage : uint8_t { f32, f64, bf16, f16 };
 
 constexpr int kMaxOperands = 10;  // tensors one parameter may bring to a rule
 constexpr int kMaxScalars = 2;    // numbers of state one parameter may bring besides its step count
 constexpr int kGradOperand = 1;   // every rule's second operand
 constexpr int kMaxDims = 12;      // dimensions of a layout, after merging those that can be walked as one
-
-OPTIM_EXT_HOST_DEVICE int64_t bytes_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
 
 // Strides of operands that do not share one dense order. Index i counts elements in the parameter's own memory order:
 // dimension 0 is the outermost, dimension ndim - 1 the fastest.
@@ -114,6 +106,28 @@ struct ScalarState {
   Storage storage;
 };
 
+// How a parameter of 16 bits is kept more exactly than it says itself (storage/).
+enum class Precision : uint8_t { native, master, remainder, kahan };
+
+// What lies beside a parameter and its state where memory holds something else than the numbers a rule sees.
+struct Companions {
+  Precision precision;
+  void* twin;          // an element for each of the parameter's, in its memory order; null where it is native
+  uint64_t key;        // of the random words at this step (storage/stochastic.h)
+  unsigned by_chance;  // bit k: operand k is rounded so
+  uint8_t* exponents[kMaxOperands];  // of the blocks of operands in q8; null of others
+  int64_t row;                       // elements of an index of the first dimension, which blocks lie in; 0: no blocks
+  int64_t blocks_of_row;
+  unsigned positive;  // bit k: operand k has no sign
+
+  // Where the block that element `index` lies in begins or, if that is before it, the next one: pieces end there.
+  OPTIM_EXT_HOST_DEVICE int64_t end_of_piece(int64_t index) const {
+    if (row == 0) return index;
+    const int64_t in_row = index % row, rounded = (in_row + kBlock8 - 1) / kBlock8 * kBlock8;
+    return index - in_row + (rounded < row ? rounded : row);
+  }
+};
+
 // One parameter with everything its rule reads and writes. Operands follow the rule's order; absent ones are null.
 // Complex tensors appear as twice as many real elements.
 struct Bundle {
@@ -127,6 +141,7 @@ struct Bundle {
   ScalarState scalars[kMaxScalars];
   bool in_double;         // the rule computes in double: one of the operands is stored as f64
   const Bundle* average;  // the operands of rules::Average for the updated parameter, walked in the same order; or null
+  const Companions* companions;  // where there are any; no operand is stored as f64 then; or null
 };
 
 // Whether one loop on the CPU can update a parameter and its average: no element needs converting or looking for.

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include "../kernels/cpu/history_kernels.h"
+#include "../kernels/cpu/companions.h"
 
 namespace optim_ext::ops {
 
@@ -41,14 +42,24 @@ cpu::Sweep sweep_of(const RuleProgram& program, cpu::Isa isa, bool in_double) {
   return program.sweep[static_cast<int>(isa)][in_double];
 }
 
+// The update of one piece of a parameter, by the sweep of its rule.
+void update(const RuleProgram& program, const void* rule, const Bundle& bundle, int64_t begin, int64_t end,
+            const Pass& pass, cpu::Isa isa) {
+  const cpu::Sweep sweep = sweep_of(program, isa, bundle.in_double);
+  if (bundle.companions == nullptr) return sweep(rule, bundle, begin, end, pass);
+  cpu::companions_kernel_for(isa)({sweep, rule, program.operands, program.used, program.updates}, bundle, begin, end,
+                                  pass);
+}
+
 // The update, followed at a short distance by the very sweep that averages parameters on its own.
-void sweep_averaged(cpu::Sweep update, const void* rule, const Bundle& bundle, int64_t begin, int64_t end,
+void sweep_averaged(const RuleProgram& program, const void* rule, const Bundle& bundle, int64_t begin, int64_t end,
                     const Pass& pass, cpu::Isa isa) {
   const cpu::Sweep average = sweep_of(program_of<rules::Average>(), isa, bundle.average->in_double);
   const rules::Average average_rule{pass.average_weight};
   for (int64_t stop; begin < end; begin = stop) {
     stop = std::min(end, begin + kStretch);
-    update(rule, bundle, begin, stop, pass);
+    if (bundle.companions) stop = bundle.companions->end_of_piece(stop);
+    update(program, rule, bundle, begin, stop, pass, isa);
     average(&average_rule, *bundle.average, begin, stop, Pass{});
   }
 }
@@ -56,7 +67,6 @@ void sweep_averaged(cpu::Sweep update, const void* rule, const Bundle& bundle, i
 // The tiles from `begin` to `end` of one sweep, the first of them in bundle `i`. Moves `begin` on to what is left.
 void run_tiles(const Sweep& what, const int64_t* first_tile, size_t i, int64_t& begin, int64_t end, cpu::Isa isa) {
   const RuleProgram& program = *what.program;
-  const cpu::Sweep in_float = sweep_of(program, isa, false), in_double = sweep_of(program, isa, true);
   constexpr int64_t kTile = CpuDriver::kTile;
   alignas(double) unsigned char ready[kMaxRuleBytes];
   const Bundle* ready_at = nullptr;
@@ -66,12 +76,15 @@ void run_tiles(const Sweep& what, const int64_t* first_tile, size_t i, int64_t& 
       make_ready(program, what.rule, bundle, ready);
     ready_at = &bundle;
     const int64_t stop = std::min(end, first_tile[i + 1]);
-    const int64_t from = (begin - first_tile[i]) * kTile, to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
-    const cpu::Sweep sweep = bundle.in_double ? in_double : in_float;
-    if (bundle.average && !averages_in_loop(bundle)) {
-      sweep_averaged(sweep, ready, bundle, from, to, what.pass, isa);
+    int64_t from = (begin - first_tile[i]) * kTile, to = std::min(bundle.numel, (stop - first_tile[i]) * kTile);
+    if (bundle.companions) {
+      from = bundle.companions->end_of_piece(from);
+      to = bundle.companions->end_of_piece(to);
+    }
+    if (bundle.average && (bundle.companions || !averages_in_loop(bundle))) {
+      sweep_averaged(program, ready, bundle, from, to, what.pass, isa);
     } else if (from < to) {
-      sweep(ready, bundle, from, to, what.pass);
+      update(program, ready, bundle, from, to, what.pass, isa);
     }
     begin = stop;
   }

@@ -235,7 +235,7 @@ const c10::TypedOperatorHandle<Signature>& handle() {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(optim_ext, m) { m.def(step_schema(kSchema)); }
+TORCH_LIBRARY_FRAGMENT(optim_ext, m) { m.def(step_schema(kSchema, /*companions=*/false)); }
 TORCH_LIBRARY_IMPL(optim_ext, CPU, m) { m.impl("rule_", &rule_<CpuDriver>); }
 
 void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* values, const StepControls& controls,

@@ -160,7 +160,8 @@ void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse)
                         .state_steps = steps,
                         .scalars = {given.scalar(S)...},
                         .takes_sparse = takes_sparse,
-                        .any_order = true};
+                        .any_order = true,
+                        .takes_companions = true};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates, Handover::current());
     given.fill(call, rule);
     check_derived(call, rule, &rule);
@@ -194,6 +195,11 @@ void run_step(const StepArguments<Options>& given) {
   }
 }
 
+// Whether an op does more than apply one rule.
+template <class Row>
+constexpr bool runs_itself =
+    requires(const StepArguments<typename Row::Options>& given) { Row::template run<CpuDriver>(given); };
+
 // The functions of an op, with the arguments its table says.
 template <class Row, OpName kName, class Lists, class Fields>
 struct StepFunctions;
@@ -205,16 +211,18 @@ struct StepFunctions<Row, kName, std::index_sequence<L...>, std::index_sequence<
   template <size_t I>
   using FieldArgument = typename HyperArgument<kind_of<Options>(I)>::type;
   using Signature = void(ListArgument<L>..., FieldArgument<F>..., const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, TensorList, const OptionalTensor&);
+                         const OptionalTensor&, TensorList, const OptionalTensor&, TensorList);
 
   // What the dispatcher calls.
   template <class Driver>
   static void call(ListArgument<L>... lists, FieldArgument<F>... fields, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& grad_factor, TensorList averages,
-                   const OptionalTensor& average_weight) {
-    const StepControls controls{grad_scale, found_inf, grad_factor, averages, average_weight};
+                   const OptionalTensor& average_weight, TensorList companions) {
+    const StepControls controls{grad_scale, found_inf, grad_factor, averages, average_weight, companions};
     in_turns(kName.text, controls, std::array{lists...}[0], [&](const StepControls& here, const Members& of) {
-      StepArguments<Options> given{kName.text, here, {of(lists)...}};
+      const StepControls of_members =
+          here.with_companions(of.of_each_kind(here.companions, std::array{lists...}[0].size()));
+      StepArguments<Options> given{kName.text, of_members, {of(lists)...}};
       (given.set(F, fields), ...);
       run_step<Driver, Row>(given);
     });
@@ -225,7 +233,7 @@ struct StepFunctions<Row, kName, std::index_sequence<L...>, std::index_sequence<
   static void apply(const Function& function, const std::vector<TensorList>& lists, const HyperValue* hypers,
                     const StepControls& controls) {
     function(lists[L]..., hypers[F].template as<FieldArgument<F>>()..., controls.grad_scale, controls.found_inf,
-             controls.grad_factor, controls.averages, controls.average_weight);
+             controls.grad_factor, controls.averages, controls.average_weight, controls.companions);
   }
 };
 
@@ -236,7 +244,7 @@ class RegisteredStepOp final : public StepOp {
                                   std::make_index_sequence<std::size(Options::kFields)>>;
 
  public:
-  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), Row::kTakesSparse) {
+  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), Row::kTakesSparse, !runs_itself<Row>) {
     library(torch::Library::FRAGMENT, std::nullopt).def(schema());
     implement<CpuDriver>(c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU);
 #if defined(OPTIM_EXT_WITH_CUDA)

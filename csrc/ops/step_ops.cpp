@@ -33,14 +33,19 @@ const char* type_of(HyperKind kind) {
 
 }  // namespace
 
-StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(takes_sparse) {
+StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse,
+               bool takes_companions)
+    : name(name),
+      lists(std::move(lists)),
+      hypers(std::move(hypers)),
+      takes_sparse(takes_sparse),
+      takes_companions(takes_companions) {
   registered().push_back(this);
   all_by_name().emplace(name, this);
 }
 
 StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(false) {
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(false), takes_companions(false) {
   all_by_name().emplace(name, this);
 }
 
@@ -61,18 +66,20 @@ c10::FunctionSchema StepOp::schema() const {
   for (const rules::List& list : lists) text << "Tensor(" << alias++ << "!)[] " << list.name << ", ";
   text << '*';
   for (const HyperInfo& hyper : hypers) text << ", " << type_of(hyper.kind) << ' ' << hyper.name;
-  return step_schema(text.str());
+  return step_schema(text.str(), /*companions=*/true);
 }
 
-// `averages` is empty where it is not given: the text of a schema cannot say that of a list of tensors.
-c10::FunctionSchema step_schema(const std::string& own) {
+// `averages` and `companions` are empty where they are not given: the text of a schema cannot say that of a list of
+// tensors.
+c10::FunctionSchema step_schema(const std::string& own, bool companions) {
   const std::string text = own +
                            ", Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, "
-                           "Tensor(y!)[] averages, Tensor? average_weight=None) -> ()";
+                           "Tensor(y!)[] averages, Tensor? average_weight=None" +
+                           (companions ? ", Tensor(z!)[] companions" : "") + ") -> ()";
   const c10::FunctionSchema parsed = torch::schema(text.c_str());
   std::vector<c10::Argument> arguments = parsed.arguments();
   for (c10::Argument& argument : arguments) {
-    if (argument.name() != "averages") continue;
+    if (argument.name() != "averages" && argument.name() != "companions") continue;
     argument = c10::Argument(argument.name(), argument.type(), argument.N(), c10::List<at::Tensor>(), true,
                              argument.alias_info() ? std::optional(*argument.alias_info()) : std::nullopt);
   }

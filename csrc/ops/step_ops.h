@@ -56,6 +56,7 @@ class StepOp {
   const std::vector<rules::List> lists;
   const std::vector<HyperInfo> hypers;
   const bool takes_sparse;
+  const bool takes_companions;  // parameters and state may be kept in other ways than the rule sees them
 
   // Every op of this library that steps, by name.
   static std::vector<const StepOp*> all();
@@ -63,7 +64,8 @@ class StepOp {
   static const StepOp& named(const std::string& name);
 
  protected:
-  StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse);
+  StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse,
+         bool takes_companions);
   // One that is not of this library, but steps by an op of it.
   struct Unlisted {};
   StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers);
@@ -71,7 +73,7 @@ class StepOp {
 };
 
 // The schema of an op that steps, from what is its own: "name(lists, *, hyper-parameters".
-c10::FunctionSchema step_schema(const std::string& own);
+c10::FunctionSchema step_schema(const std::string& own, bool companions);
 
 // What at_step cannot make of hyper-parameters.
 class DerivedProblem {

@@ -14,6 +14,7 @@ from optim_ext._averaging.step import StepAveraging
 from optim_ext._grad_control import StepControls
 from optim_ext._load import _C
 from optim_ext._native_step import Controls
+from optim_ext._precision import options
 from optim_ext._step.base import Group
 from optim_ext._step.controls import ControlledStep
 from optim_ext._tables import TABLES
@@ -184,7 +185,7 @@ class PlannedStep(ControlledStep):
         """The options a plan is built for: where one changes, the plan is built anew."""
         get = group.get
         flags = get("differentiable"), get("capturable"), get("fused")
-        return self._state_keys(group), self._takes_sparse(group), *flags
+        return self._state_keys(group), self._takes_sparse(group), *flags, options.given(group)
 
     def _planning_step(self, signature: list[Any], controls: StepControls, averaging: StepAveraging | None) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
@@ -196,6 +197,8 @@ class PlannedStep(ControlledStep):
         by_torch = [group for group in self.param_groups if self._torch_reason(group) is not None]
         if by_torch:
             self._refuse_controls(self._torch_reason(by_torch[0]))
+            for group in by_torch:
+                self._refuse_precision(group, self._torch_reason(group))
         before = {key: dict(value) if isinstance(value, dict) else value for key, value in self.state.items()}
         try:
             if len(by_torch) == len(self.param_groups) > 0:
@@ -214,7 +217,8 @@ class PlannedStep(ControlledStep):
                 for members, values in prepared:
                     reusable &= len(members) == len(group["params"])
                     takes = self._takes_sparse(group), self._takes_dense
-                    calls.append((index, members, self._state_keys(group), *takes))
+                    ways = self._ways(group, members)
+                    calls.append((index, members, self._state_keys(group), *takes, ways))
                     hypers.append(values)
             averages: dict[Tensor, Tensor] = {}
             if averaging is not None and not by_torch:

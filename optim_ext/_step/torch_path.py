@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from optim_ext import _grad_control
 from optim_ext._load import _C
-from optim_ext._step.base import Group, OpStep
+from optim_ext._step.base import Group
+from optim_ext._step.precision import KeptStep
 
 # Why a differentiable step takes torch's code.
 RECORDED = "differentiable=True: the step itself is recorded by autograd"
@@ -23,7 +24,7 @@ _COUNTED_IN = (torch.float32, torch.float64)  # step counters
 _PLAIN = (getattr(Tensor.__torch_function__, "__func__", None), torch.nn.Parameter.__torch_function__)
 
 
-class TorchPath(OpStep):
+class TorchPath(KeptStep):
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
 

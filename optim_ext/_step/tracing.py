@@ -22,6 +22,8 @@ class TracedStep(ShardedStep):
 
         Returns what says whether it was skipped.
         """
+        for group in self.param_groups:
+            self._refuse_precision(group, "it is being compiled, which these options do not take yet: step eagerly")
         reasons = [self._traced_torch_reason(group) for group in self.param_groups]
         by_torch = [group for group, reason in zip(self.param_groups, reasons, strict=True) if reason is not None]
         if by_torch:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cases.h"
+#include "isas.h"
 #include "kernels/cpu/kernels.h"
 #include "rules/all_rules.h"
 
@@ -36,17 +37,6 @@ void sweep_slowly(const Rule& rule, const Bundle& bundle, int64_t begin, int64_t
       if ((Rule::kUpdates >> k) & 1u) store_element<V>(bundle.data[k], bundle.storage[k], at[k], value[k]);
     }
   }
-}
-
-std::vector<std::pair<const char*, cpu::Isa>> isas() {
-  std::vector<std::pair<const char*, cpu::Isa>> found{{"baseline", cpu::Isa::baseline}};
-#if OPTIM_EXT_X86_ISAS
-  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", cpu::Isa::avx2});
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) found.push_back({"avx512", cpu::Isa::avx512});
-#endif
-  return found;
 }
 
 // What a sweep of a tensor is given beside the tensor. All of it is drawn, so that anything meets anything else.

@@ -86,7 +86,7 @@ def test_schema(spec):
     assert [a.name for a in positional[:2]] == ["params", "grads"]
     assert {state_key(a) for a in positional[2:]} >= spec.state(spec.typical)
     common = [a.name for a in arguments if a.has_default_value()]
-    assert common == ["grad_scale", "found_inf", "grad_factor", "averages", "average_weight"]
+    assert common == ["grad_scale", "found_inf", "grad_factor", "averages", "average_weight", "companions"]
     assert all(a.alias_info is not None and a.alias_info.is_write for a in positional)
     group = spec.torch(make_params(((1,),))).param_groups[0]
     for argument in arguments[len(positional) : -len(common)]:

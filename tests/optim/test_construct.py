@@ -9,6 +9,7 @@ import torch
 from lockstep import Lockstep, copy_of, give_grads, make_params, twin, widen_hypers
 
 import optim_ext
+from optim_ext._precision.options import DEFAULTS
 
 
 def test_public_names():
@@ -43,9 +44,12 @@ def test_subclass_of_torchs_class(spec):
 
 
 def test_signature(spec):
+    """Torch's, and how parameters and state are kept."""
     ours, theirs = inspect.signature(spec.ours), inspect.signature(spec.torch)
+    added = [(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in DEFAULTS.items()]
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
-        (p.name, p.kind, p.default) for p in theirs.parameters.values()
+        *((p.name, p.kind, p.default) for p in theirs.parameters.values()),
+        *added,
     ]
     assert "grad_scaler" not in inspect.signature(spec.ours.step).parameters
 

@@ -239,6 +239,7 @@ OPTIM_EXT_INLINE void widen(const void* from, Storage storage, const Block& bloc
       return widen_block(halves + done, {1, block.length - done, 1, 1}, to + done, wide);
     }
     case Storage::f16: return widen_block(halves, block, to, [](uint16_t x) { return widen_f16(x); });
+    case Storage::q8: return;  // opened by companions-inl.h
   }
 }
 
@@ -257,6 +258,7 @@ OPTIM_EXT_INLINE void narrow(const V* from, void* to, Storage storage, const Blo
       return narrow_block(from + done, halves + done, {1, block.length - done, 1, 1}, narrowed);
     }
     case Storage::f16: return narrow_block(from, halves, block, [](V x) { return narrow_f16(static_cast<float>(x)); });
+    case Storage::q8: return;  // closed by companions-inl.h
   }
 }
 

@@ -1,0 +1,104 @@
+// What lies beside parameters and state that are kept in another way than the rule sees them.
+#include "../storage/block8.h"
+#include "../storage/stochastic.h"
+#include "call.h"
+#include "tensors.h"
+
+#include <ATen/ExpandUtils.h>
+
+namespace optim_ext::ops {
+
+size_t Call::companion_kinds() const {
+  const size_t members = rule_.lists[kParam].tensors.size();
+  return members == 0 ? 0 : spec_.controls.companions.size() / members;
+}
+
+const at::Tensor& Call::companion(size_t kind, int64_t i) const {
+  return spec_.controls.companions[kind * rule_.lists[kParam].tensors.size() + static_cast<size_t>(i)];
+}
+
+// In this order: what the parameter is kept in besides itself, the key of its random words, the exponents of each state
+// in q8. The dtype says which of these one is, and how a parameter is kept.
+void Call::add_companions(int64_t i) {
+  Bundle& bundle = bundles[i];
+  if (!device.is_cpu()) refuse("params", i, text("is on ", device, ", where nothing can lie beside it yet"));
+  for (int k = 0; k < rule_.count; ++k) {
+    if (rule_.is_used(k) && bundle.storage[k] == Storage::f64)
+      refuse(rule_.lists[k].name, i, "has dtype Double, expected Float or a type of 16 bits beside companions");
+  }
+  if (rule_.lists[kParam].tensors[i].is_complex())
+    refuse("params", i, "is complex, and nothing can lie beside a complex parameter");
+  if (bundle.layout && bundle.layout->rows) refuse("grads", i, "is sparse, expected dense beside companions");
+  Companions& made = companions_[i] = Companions{};
+  for (size_t kind = 0; kind < companion_kinds(); ++kind) {
+    const at::Tensor& tensor = companion(kind, i);
+    const char* const name = kCompanions[kind];
+    if (!tensor.defined()) refuse(name, i, "is undefined");
+    if (tensor.layout() != at::kStrided || tensor.device() != device)
+      refuse(name, i, text("is on ", tensor.device(), ", expected a strided tensor on ", device));
+    check_writable(name, i, tensor);
+    add_companion(kind, i, made);
+  }
+  for (int k = 0; k < rule_.count; ++k) {
+    if (!rule_.is_used(k) || bundle.storage[k] != Storage::q8) continue;
+    if (made.exponents[k] == nullptr) refuse(rule_.lists[k].name, i, "is in 8 bits, and its scale is missing");
+    if (!is_dense_like(rule_.lists[k].tensors[i], rule_.lists[kParam].tensors[i]))
+      refuse(rule_.lists[k].name, i, "is in 8 bits, and not in its parameter's memory order");
+  }
+  bundle.companions = &made;
+}
+
+void Call::add_companion(size_t kind, int64_t i, Companions& made) {
+  const at::Tensor &tensor = companion(kind, i), &param = rule_.lists[kParam].tensors[i];
+  const char* const name = kCompanions[kind];
+  const Storage storage = bundles[i].storage[kParam];
+  const at::ScalarType dtype = tensor.scalar_type();
+  if (dtype == at::kByte) return add_exponents(kind, i, made);
+  if (dtype == at::kLong) {
+    if (tensor.numel() != kKeyLength || !tensor.is_contiguous())
+      refuse(name, i, text("has shape ", tensor.sizes(), ", expected 3 numbers"));
+    const int64_t* const key = tensor.const_data_ptr<int64_t>();
+    made.key = key_at_step(static_cast<uint64_t>(key[kKey]), static_cast<uint64_t>(key[kDraws]) + 1);
+    made.by_chance = static_cast<unsigned>(key[kByChance] & 0xff);
+    made.positive = static_cast<unsigned>(key[kByChance] >> 8 & 0xff);
+    if ((made.by_chance & 1u) && (storage != Storage::bf16 || made.precision != Precision::native))
+      refuse(name, i, text("rounds a parameter of dtype ", param.scalar_type(), " by chance, expected BFloat16 alone"));
+    return;
+  }
+  if (storage != Storage::bf16 && storage != Storage::f16)
+    refuse("params", i, text("has dtype ", param.scalar_type(), ", which needs nothing besides itself"));
+  made.precision = dtype == at::kFloat                               ? Precision::master
+                   : dtype == at::kShort && storage == Storage::bf16 ? Precision::remainder
+                   : dtype == param.scalar_type()                    ? Precision::kahan
+                                                                     : Precision::native;
+  if (made.precision == Precision::native || kind != 0)
+    refuse(name, i,
+           text("has dtype ", dtype, ", expected Float, ", param.scalar_type(), " or, beside BFloat16, Short"));
+  if (!tensor.sizes().equals(param.sizes()))
+    refuse(name, i, text("has shape ", tensor.sizes(), ", expected its parameter's shape ", param.sizes()));
+  if (!is_dense_like(tensor, param))
+    refuse(name, i, text("has strides ", tensor.strides(), ", expected its parameter's memory order"));
+  made.twin = tensor.mutable_data_ptr();
+}
+
+// Those of the first state in 8 bits that has none yet.
+void Call::add_exponents(size_t kind, int64_t i, Companions& made) {
+  const at::Tensor &tensor = companion(kind, i), &param = rule_.lists[kParam].tensors[i];
+  const char* const name = kCompanions[kind];
+  int k = kGrad + 1;
+  while (k < rule_.count && !(rule_.is_used(k) && bundles[i].storage[k] == Storage::q8 && !made.exponents[k])) ++k;
+  if (k == rule_.count) refuse(name, i, "belongs to no state in 8 bits");
+  if (param.dim() == 0 || param.numel() == 0) refuse("params", i, "has no rows for a state in 8 bits");
+  made.row = param.numel() / param.size(0);
+  made.blocks_of_row = (made.row + kBlock8 - 1) / kBlock8;
+  const auto strides = at::infer_dense_strides(param.sizes(), param.strides());
+  if (param.size(0) > 1 && strides[0] != made.row)
+    refuse("params", i,
+           "has another dimension than its first one outermost in memory, so its state cannot be in 8 bits");
+  if (tensor.dim() != 2 || tensor.size(0) != param.size(0) || tensor.size(1) != made.blocks_of_row ||
+      !tensor.is_contiguous())
+    refuse(name, i, text("has shape ", tensor.sizes(), ", expected [", param.size(0), ", ", made.blocks_of_row, "]"));
+  made.exponents[k] = tensor.mutable_data_ptr<uint8_t>();
+}
+
+}  // namespace optim_ext::ops

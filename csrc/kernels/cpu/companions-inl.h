@@ -1,0 +1,209 @@
+// Parameters and state that are kept in another way than a rule sees them: opened in float, swept by any rule and
+// closed, tile by tile. Compiled once per instruction set inside the namespace OPTIM_EXT_ISA (for_each_isa.h).
+
+#include "moves-inl.h"
+#include "tiles-inl.h"
+
+namespace optim_ext::cpu::OPTIM_EXT_ISA {
+
+namespace {
+
+// A parameter of 16 bits and its twin, n elements of each, as the numbers they are together: in `buffer`, or where a
+// master has them.
+OPTIM_EXT_SHARED float* join(Precision precision, Storage storage, const uint16_t* param, void* twin, int64_t n,
+                             float* buffer) {
+  const bool is_bf16 = storage == Storage::bf16;
+  if (precision == Precision::master) {
+    float* const master = static_cast<float*>(twin);
+    if (is_bf16) {
+      OPTIM_EXT_FOR(i, n) master[i] = healed_bf16(master[i], param[i]);
+    } else {
+      OPTIM_EXT_FOR(i, n) master[i] = healed_f16(master[i], param[i]);
+    }
+    return master;
+  }
+  if (precision == Precision::remainder) {
+    const int16_t* const remainder = static_cast<const int16_t*>(twin);
+    OPTIM_EXT_FOR(i, n) buffer[i] = join_master(param[i], remainder[i]);
+    return buffer;
+  }
+  const uint16_t* const lost = static_cast<const uint16_t*>(twin);
+  if (is_bf16) {
+    OPTIM_EXT_FOR(i, n) buffer[i] = join_compensated_bf16(param[i], lost[i]);
+  } else {
+    OPTIM_EXT_FOR(i, n) buffer[i] = join_compensated_f16(param[i], lost[i]);
+  }
+  return buffer;
+}
+
+OPTIM_EXT_SHARED void split(Precision precision, Storage storage, const float* value, int64_t n, uint16_t* param,
+                            void* twin) {
+  const bool is_bf16 = storage == Storage::bf16;
+  if (precision == Precision::master) return narrow(value, param, storage, {1, n, 1, 1});
+  if (precision == Precision::remainder) {
+    int16_t* const remainder = static_cast<int16_t*>(twin);
+    OPTIM_EXT_FOR(i, n) {
+      const SplitMaster master = split_master(value[i]);
+      param[i] = master.param;
+      remainder[i] = master.remainder;
+    }
+    return;
+  }
+  uint16_t* const lost = static_cast<uint16_t*>(twin);
+  // Two loops, as a choice within one would keep it from being packed.
+  if (is_bf16) {
+    OPTIM_EXT_FOR(i, n) {
+      const CompensatedValue pair = compensate_bf16(value[i]);
+      param[i] = pair.param;
+      lost[i] = pair.compensation;
+    }
+  } else {
+    OPTIM_EXT_FOR(i, n) {
+      const CompensatedValue pair = compensate_f16(value[i]);
+      param[i] = pair.param;
+      lost[i] = pair.compensation;
+    }
+  }
+}
+
+// The words of elements from `index` on.
+OPTIM_EXT_SHARED void draw(uint64_t key, int64_t index, int64_t n, uint32_t* words) {
+  for (int64_t done = 0, many; done < n; done += many) {
+    const RandomWords word(key, index + done);
+    const auto first = static_cast<uint32_t>(index + done);
+    const int64_t left = (int64_t{1} << 32) - static_cast<int64_t>(first);
+    many = n - done < left ? n - done : left;
+    uint32_t* const to = words + done;
+    OPTIM_EXT_FOR(i, many) to[i] = word(first + static_cast<uint32_t>(i));
+  }
+}
+
+// Rounds to numbers that bf16 has, by the bits of each word that serve a parameter or a state.
+OPTIM_EXT_SHARED void round_by_chance(float* value, const uint32_t* words, int64_t n, bool is_param, bool is_positive) {
+  if (is_param) {
+    OPTIM_EXT_FOR(i, n) value[i] = widen_bf16(narrow_bf16_by_chance(value[i], word_of_param(words[i])));
+  } else if (is_positive) {
+    OPTIM_EXT_FOR(i, n) value[i] = widen_bf16(narrow_bf16_by_chance(value[i], word_of_state(words[i], true, 16)));
+  } else {
+    OPTIM_EXT_FOR(i, n) value[i] = widen_bf16(narrow_bf16_by_chance(value[i], word_of_state(words[i], false, 16)));
+  }
+}
+
+// Calls visit(first element in the tile, elements, block) for the blocks of elements [index, index + n).
+template <class Visit>
+OPTIM_EXT_INLINE void over_blocks(const Companions& companions, int64_t index, int64_t n, const Visit& visit) {
+  int64_t row = index / companions.row, column = index - row * companions.row;
+  for (int64_t i = 0, many; i < n; i += many) {
+    const int64_t left = companions.row - column;
+    many = left < kBlock8 ? left : kBlock8;
+    visit(i, many, row * companions.blocks_of_row + column / kBlock8);
+    column += many;
+    if (column == companions.row) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+OPTIM_EXT_SHARED void decode(const Companions& companions, int k, const void* codes, int64_t index, int64_t n,
+                             float* buffer) {
+  const uint8_t* const from = static_cast<const uint8_t*>(codes) + index;
+  const uint8_t* const exponents = companions.exponents[k];
+  const bool has_sign = !((companions.positive >> k) & 1u);
+  over_blocks(companions, index, n, [=](int64_t first, int64_t many, int64_t block) {
+    const uint8_t exponent = exponents[block];
+    if (has_sign) {
+      OPTIM_EXT_FOR(i, many) buffer[first + i] = decode_signed8(from[first + i], exponent);
+    } else {
+      OPTIM_EXT_FOR(i, many) buffer[first + i] = decode_positive8(from[first + i], exponent);
+    }
+  });
+}
+
+OPTIM_EXT_SHARED void encode(const Companions& companions, int k, const float* value, const uint32_t* words,
+                             void* codes, int64_t index, int64_t n) {
+  uint8_t* const to = static_cast<uint8_t*>(codes) + index;
+  uint8_t* const exponents = companions.exponents[k];
+  const bool has_sign = !((companions.positive >> k) & 1u);
+  over_blocks(companions, index, n, [=](int64_t first, int64_t many, int64_t block) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < many; ++i) {
+      const auto magnitude = static_cast<int32_t>(float_to_bits(value[first + i]) & kMagnitude);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const uint8_t exponent = exponents[block] = exponent_of_block(static_cast<uint32_t>(largest));
+    if (has_sign) {
+      OPTIM_EXT_FOR(i, many)
+      to[first + i] = encode_signed8(value[first + i], exponent, word_of_state(words[first + i], false, 20));
+    } else {
+      OPTIM_EXT_FOR(i, many)
+      to[first + i] = encode_positive8(value[first + i], exponent, word_of_state(words[first + i], true, 20));
+    }
+  });
+}
+
+}  // namespace
+
+inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64_t begin, int64_t end,
+                             const Pass& pass) {
+  alignas(64) float buffer[kMaxOperands][kTile];
+  alignas(64) uint32_t words[kTile];
+  alignas(64) uint16_t moved[kTile];  // the parameter, where it is no one piece of memory
+  const Companions& companions = *bundle.companions;
+  TileOperand<float> operands[kMaxOperands];
+  for (int k = 0; k < ready.operands; ++k) {
+    if ((ready.used >> k) & 1u) operands[k] = TileOperand<float>(bundle, k);
+  }
+  const bool is_native = companions.precision == Precision::native, is_dense = operands[0].layout == nullptr;
+  const int64_t bytes_of_twin = companions.precision == Precision::master ? sizeof(float) : sizeof(uint16_t);
+  const unsigned written = ready.updates | (pass.unscale ? 1u << kGradOperand : 0u);
+  Bundle tile{};
+  for (Storage& storage : tile.storage) storage = Storage::f32;
+  for (int64_t index = begin, n; index < end; index += n) {
+    int64_t stop = end - index < kTile ? end : companions.end_of_piece(index + kTile);
+    if (stop > index + kTile) stop = companions.end_of_piece(index + kTile - kBlock8);
+    n = stop - index;
+    const Start start(bundle.layout, index);
+    uint16_t* const param = is_dense ? static_cast<uint16_t*>(bundle.data[0]) + index : moved;
+    void* const twin = static_cast<char*>(companions.twin) + index * bytes_of_twin;
+    float* at[kMaxOperands] = {};
+    for (int k = is_native ? 0 : 1; k < ready.operands; ++k) {
+      if (!((ready.used >> k) & 1u)) continue;
+      if (bundle.storage[k] == Storage::q8) {
+        decode(companions, k, bundle.data[k], index, n, at[k] = buffer[k]);
+      } else {
+        at[k] = operands[k].open(start, n, buffer[k]);
+      }
+    }
+    if (!is_native) {
+      if (!is_dense) {
+        operands[0].load(start, n, buffer[0]);
+        narrow(buffer[0], moved, bundle.storage[0], {1, n, 1, 1});
+      }
+      at[0] = join(companions.precision, bundle.storage[0], param, twin, n, buffer[0]);
+    }
+    for (int k = 0; k < kMaxOperands; ++k) tile.data[k] = at[k];
+    tile.numel = n;
+    ready.sweep(ready.rule, tile, 0, n, pass);
+    if (companions.by_chance != 0) draw(companions.key, index, n, words);
+    if (!is_native) {
+      split(companions.precision, bundle.storage[0], at[0], n, param, twin);
+      if (!is_dense) {
+        widen(moved, bundle.storage[0], {1, n, 1, 1}, buffer[0]);
+        operands[0].store(start, n, buffer[0]);
+      }
+    }
+    for (int k = is_native ? 0 : 1; k < ready.operands; ++k) {
+      if (!((written >> k) & 1u)) continue;
+      if (bundle.storage[k] == Storage::q8) {
+        encode(companions, k, at[k], words, bundle.data[k], index, n);
+        continue;
+      }
+      if (bundle.storage[k] == Storage::bf16 && ((companions.by_chance >> k) & 1u))
+        round_by_chance(at[k], words, n, k == 0, (companions.positive >> k) & 1u);
+      operands[k].close(start, n, at[k]);
+    }
+  }
+}
+
+}  // namespace optim_ext::cpu::OPTIM_EXT_ISA

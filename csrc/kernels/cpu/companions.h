@@ -1,0 +1,22 @@
+// Sweeps of parameters that have companions, whatever their rule.
+#pragma once
+
+#include "kernels.h"
+
+namespace optim_ext::cpu {
+
+// A rule as it stands at a parameter's step, and what its program says of it.
+struct ReadyRule {
+  Sweep sweep;  // in float
+  const void* rule;
+  int operands;
+  unsigned used, updates;
+};
+
+// Applies the rule to elements [begin, end), tile by tile: everything is opened in float, swept and closed again. No
+// block may reach across either end (Companions::end_of_piece).
+using SweepCompanions = void (*)(const ReadyRule&, const Bundle&, int64_t begin, int64_t end, const Pass&);
+
+SweepCompanions companions_kernel_for(Isa isa);
+
+}  // namespace optim_ext::cpu

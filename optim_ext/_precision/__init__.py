@@ -1,0 +1,1 @@
+"""In which precision parameters and their state are kept."""

@@ -1,0 +1,333 @@
+"""Parameters and state that are kept in other ways than torch keeps them: the options, the state, loading."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from optim_ext import _grad_control
+from optim_ext._precision import codecs, options, values
+from optim_ext._precision.options import CODES, ROUNDING_KEY, SCALE, TWINS, Keeping
+from optim_ext._step.base import Call, Group, OpStep
+from optim_ext._tables import TABLES
+
+# The state keys of one parameter in place of those of its group, and the keys of its companions; None: there are none.
+Way = tuple[tuple[str | None, ...], tuple[str, ...]] | None
+
+
+class KeptStep(OpStep):
+    """The layer that knows how parameters and state are kept. What the ops are given of it: `csrc/kernels/operand.h`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_op" in cls.__dict__:  # not of a user's subclass, which has a constructor of its own
+            cls.__signature__ = _with_precision(cls)  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        *args: Any,
+        param_precision: str = "native",
+        state_precision: str | Mapping[str, str] = "native",
+        rounding_seed: int = 0,
+        min_q8_size: int = 4096,
+        **kwargs: Any,
+    ) -> None:
+        asked = {
+            "param_precision": param_precision,
+            "state_precision": state_precision,
+            "rounding_seed": rounding_seed,
+            "min_q8_size": min_q8_size,
+        }
+        options.check(asked, type(self).__name__)
+        self._asked_of_all = options.given(asked)
+        super().__init__(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        # Torch's constructor has made the defaults by now, and adds the first groups by this method.
+        self.defaults.update(self.__dict__.pop("_asked_of_all", {}))
+        super().add_param_group(param_group)
+        try:
+            self._check_precision(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            self._ask()
+            raise
+
+    add_param_group.__doc__ = torch.optim.Optimizer.add_param_group.__doc__
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._options_kept = [options.given(group) for group in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            del self._options_kept
+
+    load_state_dict.__doc__ = OpStep.load_state_dict.__doc__
+
+    def _keeps(self, group: Group) -> bool:
+        return bool(options.given(group))
+
+    def _check_precision(self, group: Group) -> None:
+        """Refuse options that nothing is meant by, or that this class cannot do, before anything is written."""
+        if not self._keeps(group):
+            return
+        number = self._number_of(group)
+        options.check(group, f"group {number}")
+        asked = group.get("state_precision", "native")
+        unknown = set(asked) - set(TABLES[self._op].places) if isinstance(asked, Mapping) else set()
+        if unknown:
+            raise ValueError(
+                f"group {number}: state_precision names {min(unknown)!r}, which is no state of {type(self).__name__}; it "
+                f"has {', '.join(map(repr, TABLES[self._op].places))}"
+            )
+        if not (TABLES[self._op].takes_companions and self._takes_dense):
+            name = next(iter(options.given(group)))
+            raise ValueError(
+                f"{type(self).__name__} keeps parameters and state as they are: it does not take {name} yet"
+            )
+        for index in range(len(group["params"])):
+            self._keeping(group, index)
+
+    def _keeping(self, group: Group, index: int) -> Keeping | None:
+        p, described = group["params"][index], self._described(group, index)
+        places = {
+            key: TABLES[self._op].places[key] for key in self._state_keys(group) if key in TABLES[self._op].places
+        }
+        ordered = dict(sorted(places.items(), key=lambda item: item[1]))
+        keeping = options.keeping_of(p, group, ordered, described)
+        if keeping is not None and _grad_control.is_sharded(p):
+            raise ValueError(f"{described}: param_precision and state_precision are not for sharded parameters yet")
+        return keeping
+
+    def _way(self, group: Group, index: int) -> Way:
+        keeping = self._keeping(group, index) if self._keeps(group) else None
+        if keeping is None:
+            return None
+        return tuple(keeping.key_of(key) for key in self._state_keys(group)), tuple(keeping.companions)
+
+    def _ways(self, group: Group, members: list[int]) -> tuple[Way, ...]:
+        return tuple(self._way(group, index) for index in members) if self._keeps(group) else ()
+
+    def _refuse_precision(self, group: Group, reason: str | None) -> None:
+        """Raise where torch's code is to run for a group, for the reason given: it would not know what is kept beside."""
+        if self._keeps(group):
+            name = next(iter(options.given(group)))
+            raise RuntimeError(
+                f"{name}={group[name]!r} of group {self._number_of(group)} needs a native step, but torch's own code would "
+                f"run ({reason})"
+            )
+
+    def _kept_how(self, group: Group) -> list[str]:
+        if not self._keeps(group):
+            return []
+        counts: dict[tuple[str, str], int] = {}
+        for index, p in enumerate(group["params"]):
+            keeping = self._keeping(group, index)
+            kind = str(p.dtype).removeprefix("torch."), "as torch keeps them" if keeping is None else str(keeping)
+            counts[kind] = counts.get(kind, 0) + 1
+        return [f"{count} {dtype} parameters: {how}" for (dtype, how), count in counts.items()]
+
+    # --- Masters ---
+
+    def master_params(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter with its value as steps see it: in float32 where it has fewer bits, what is kept beside it
+        included.
+
+        Yields:
+            The name that the optimizer was given (else "group.index") and a new tensor, of the parameter's shape.
+        """
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                yield self._name_in_group(group, index), self._master(p)
+
+    def load_master_params(self, masters: Mapping[str, Tensor]) -> None:
+        """Set parameters, and what is kept beside them, to values that :meth:`master_params` gave.
+
+        Args:
+            masters: by name; parameters that are not named stay as they are.
+
+        Raises:
+            ValueError: a name is none of this optimizer's, or a value has another shape; nothing has been written.
+        """
+        places = {
+            self._name_in_group(group, index): (group, index)
+            for group in self.param_groups
+            for index in range(len(group["params"]))
+        }
+        for name, value in masters.items():
+            if name not in places:
+                raise ValueError(f"{name!r} is no parameter of this {type(self).__name__}")
+            group, index = places[name]
+            if value.shape != group["params"][index].shape:
+                raise ValueError(
+                    f"{self._described(group, index)}: its master has shape {list(value.shape)}, expected "
+                    f"{list(group['params'][index].shape)}"
+                )
+        with torch.no_grad():
+            for name, value in masters.items():
+                group, index = places[name]
+                self._set_master(group, index, value)
+
+    def _master(self, p: Tensor) -> Tensor:
+        if p.dtype not in (torch.bfloat16, torch.float16):
+            return p.detach().clone()
+        return values.param_value(p, self.state.get(p, {})).clone()
+
+    def _set_master(self, group: Group, index: int, value: Tensor) -> None:
+        p, keeping = group["params"][index], self._keeping(group, index) if self._keeps(group) else None
+        value = value.detach().to(p.device)
+        if keeping is None or keeping.param not in TWINS:
+            p.copy_(value)
+            return
+        value = value.float()
+        p.copy_(codecs.half_of_master(value) if keeping.param == "remainder" else value)
+        self.state[p][TWINS[keeping.param][0]] = values.twin_of(p, keeping.param, value)
+
+    def _name_in_group(self, group: Group, index: int) -> str:
+        names = group.get("param_names")
+        return names[index] if names else f"{self._number_of(group)}.{index}"
+
+    # --- State ---
+
+    def _prepare(self, group: Group) -> list[Call]:
+        if self._make_kept_state(group) is None:
+            return super()._prepare(group)
+        return [(list(range(len(group["params"]))), self._hypers(group))]
+
+    @_disable_dynamo(recursive=True)
+    def _make_kept_state(self, group: Group) -> set[int] | None:
+        """Make what state there is none of, and convert what is kept in another way.
+
+        Returns:
+            Indices of the parameters whose state was made; None where everything is kept as torch keeps it.
+        """
+        if not self._keeps(group) and not any(self._is_strange(p) for p in group["params"]):
+            return None
+        self._check_precision(group)
+        made = set()
+        for index, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse and self._keeping(group, index) is not None:
+                raise RuntimeError(
+                    f"gradient of {self._described(group, index)}: it is sparse, which param_precision and "
+                    "state_precision do not take yet; make it dense"
+                )
+            if all(values.is_ours(key) for key in self.state.get(p, ())):
+                self._make_state(group, p)
+                made.add(index)
+            self._convert(group, index)
+        return made
+
+    def _make_state(self, group: Group, p: Tensor) -> None:
+        """What torch would make for a float32 parameter, as conversions of float32 lose nothing of what it begins with."""
+        wide = p.dtype not in (torch.bfloat16, torch.float16)
+        like = p if wide else torch.empty_like(p, dtype=torch.float32, requires_grad=True)
+        if not wide:
+            like.grad = torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
+        keys = self._state_keys(group)
+        self._init_group({**group, "params": [like]}, *([] for _ in range(2 + len(keys))))
+        companions = {} if wide else self.state.pop(p, {})
+        entry = self.state[p] if wide else self.state.pop(like, {}) | companions
+        for key in keys:
+            if key in TABLES[self._op].places and entry.get(key) is None:
+                entry[key] = torch.zeros_like(like, requires_grad=False)
+        self.state[p] = entry
+
+    def _is_strange(self, p: Tensor) -> bool:
+        """Whether the state has what only these options make."""
+        return any(values.is_ours(key) for key in self.state.get(p, ()))
+
+    def _first_value(self, group: Group, key: str) -> float | None:
+        """What a state that a constructor has made starts from, in full precision; None: it says so itself."""
+        return None
+
+    def _convert(self, group: Group, index: int) -> None:
+        """Bring the state of a parameter into the form its options ask for, from any other."""
+        p = group["params"][index]
+        keeping = self._keeping(group, index)
+        own = Keeping("native", tuple((key, "native") for key in TABLES[self._op].places), 0)
+        wanted, entry = keeping or own, self.state[p]
+        converted: dict[str, Tensor] = {}
+        for key, precision in wanted.state:
+            if precision == "q8" and values.is_in_blocks(p, entry, key):
+                converted |= {name: entry[name] for name in (key + CODES, key + SCALE)}
+            elif (value := self._state_value(group, p, key)) is not None:
+                converted |= values.as_kept(p, key, value, precision)
+        converted |= self._companions(group, index, wanted)
+        for key in entry.keys() - converted.keys():
+            if values.is_ours(key) or key + CODES in converted:
+                del entry[key]
+        entry.update(converted)
+
+    def _state_value(self, group: Group, p: Tensor, key: str) -> Tensor | None:
+        """A state as it is, whatever it is kept in."""
+        entry = self.state[p]
+        value = values.state_value(p, entry, key)
+        if value is None:
+            return None
+        first, step = self._first_value(group, key), entry.get("step")
+        if first is not None and step is not None and float(step) == 0.0 and value.dtype is not torch.float32:
+            return torch.full_like(value, first, dtype=torch.float32)
+        return value
+
+    def _companions(self, group: Group, index: int, keeping: Keeping) -> dict[str, Tensor]:
+        p, made = group["params"][index], {}
+        entry = self.state[p]
+        if keeping.param in TWINS:
+            key = TWINS[keeping.param][0]
+            found = entry.get(key)
+            if isinstance(found, Tensor) and values.is_twin(p, keeping.param, found):
+                made[key] = codecs.like(p, found)
+            else:
+                made[key] = values.twin_of(p, keeping.param, values.param_value(p, entry))
+        if keeping.by_chance:
+            found = entry.get(ROUNDING_KEY)
+            if isinstance(found, Tensor) and found.dtype is torch.int64 and found.shape == (3,):
+                key_and_draws = found.tolist()[:2]
+            else:
+                key_and_draws = [self._new_rounding_key(group, index), 0]
+            if not (isinstance(found, Tensor) and found.tolist() == [*key_and_draws, keeping.by_chance]):
+                found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=p.device)
+            made[ROUNDING_KEY] = found
+        return made
+
+    def _new_rounding_key(self, group: Group, index: int) -> int:
+        names = group.get("param_names")
+        before = sum(len(other["params"]) for other in self.param_groups[: self._number_of(group)])
+        return options.rounding_key(group.get("rounding_seed", 0), names[index] if names else before + index)
+
+    def _undo_casts(self, saved: dict[str, Any]) -> None:
+        """What torch has cast to the parameter's dtype is put back, and brought into the form the options ask for: those
+        of this optimizer, as they are no part of what was learned."""
+        super()._undo_casts(saved)
+        for group, own, its in zip(self.param_groups, self._options_kept, saved["param_groups"], strict=True):
+            for name in options.DEFAULTS:
+                group.pop(name, None)
+            group.update(own)
+            for index, (p, number) in enumerate(zip(group["params"], its["params"], strict=True)):
+                raw = saved["state"].get(number)
+                if not raw or not (self._keeps(group) or any(values.is_ours(key) for key in raw)):
+                    continue
+                entry = self.state[p]
+                for key, value in raw.items():
+                    kept = key in TABLES[self._op].places or values.is_ours(key)
+                    if kept and isinstance(value, Tensor):
+                        entry[key] = value.detach().to(p.device, copy=True)
+                self._convert(group, index)
+
+
+def _with_precision(cls: type) -> inspect.Signature:
+    """The signature of the constructor that a class has besides this layer's, and this layer's options."""
+    own = inspect.signature(KeptStep.__init__).parameters
+    constructor = next(
+        base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__ and base is not KeptStep
+    )
+    _, *others = inspect.signature(constructor).parameters.values()
+    kept = [parameter for parameter in others if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    return inspect.Signature([*kept, *(own[name] for name in options.DEFAULTS)])

@@ -1,0 +1,125 @@
+"""State that is kept in other ways comes back bit for bit, loads into any way from any other, and from torch's."""
+
+import copy
+import io
+
+import pytest
+import torch
+from kept import TAKING, WAYS, everything, make, name_of, same, train, value_of
+from lockstep import copy_of
+
+import optim_ext as optim
+
+ADAMW = next(spec for spec in TAKING if spec.name == "AdamW")
+
+
+@pytest.fixture(params=WAYS, ids=name_of)
+def way(request):
+    return request.param
+
+
+def through_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(saved, params, way, spec=ADAMW):
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = spec.ours(copies, **copy_of(spec.typical), **way)
+    optimizer.load_state_dict(saved)
+    return optimizer, copies
+
+
+@pytest.mark.parametrize("spec", TAKING, ids=lambda spec: spec.name)
+def test_a_run_that_was_saved_and_loaded_has_the_bits_of_one_that_was_not(spec, way):
+    optimizer, params = make(spec, way)
+    train(optimizer, params, 3)
+    saved = through_file(optimizer.state_dict())
+    other, others = resumed(saved, params, way, spec)
+    assert same(everything(optimizer), everything(other))
+    train(optimizer, params, 3, 3)
+    train(other, others, 3, 3)
+    assert same(everything(optimizer), everything(other))
+
+
+def test_loading_does_not_write_to_what_is_loaded(way):
+    optimizer, params = make(ADAMW, way)
+    train(optimizer, params, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(saved)
+    other, others = resumed(saved, params, way)
+    train(other, others, 2, 2)
+    for number, entry in before["state"].items():
+        for key, value in entry.items():
+            if key != "step":  # which torch shares as well
+                assert torch.equal(saved["state"][number][key], value), key
+
+
+@pytest.mark.parametrize("source", [{}, *WAYS], ids=lambda way: name_of(way) or "plain")
+def test_any_way_loads_into_any_other(source, way):
+    """The constructor says how state is kept; what was learned comes from the checkpoint."""
+    optimizer, params = make(ADAMW, source)
+    train(optimizer, params, 3)
+    saved = through_file(optimizer.state_dict())
+    other, others = resumed(saved, params, way)
+    fresh, fresh_params = make(ADAMW, way)
+    train(fresh, fresh_params, 1)
+    for p, its in zip(others, fresh_params, strict=True):
+        assert {key: value.dtype for key, value in other.state[p].items()} == {
+            key: value.dtype for key, value in fresh.state[its].items()
+        }
+        assert float(other.state[p]["step"]) == 3.0
+    for group in other.param_groups:
+        assert {name: group.get(name, "native") for name in way} == way
+    for p, its in zip(params, others, strict=True):
+        assert torch.equal(p, its)
+        if {"param_precision": source.get("param_precision")}.items() <= way.items():
+            assert torch.equal(value_of(optimizer, p), value_of(other, its))
+    train(other, others, 1, 3)
+
+
+def test_a_checkpoint_of_torch_loads(way):
+    params = [torch.nn.Parameter(torch.randn(64, 100).bfloat16()) for _ in range(2)]
+    theirs = torch.optim.AdamW(params)
+    train(theirs, params, 3)
+    other, others = resumed(theirs.state_dict(), params, way)
+    for p, its in zip(params, others, strict=True):
+        if "exp_avg" in other.state[its] and other.state[its]["exp_avg"].dtype is torch.float32:
+            assert torch.equal(other.state[its]["exp_avg"], theirs.state[p]["exp_avg"].float())
+        assert torch.equal(value_of(other, its), p.float())
+    train(other, others, 1, 3)
+
+
+def test_what_is_kept_beside_parameters_loads_into_an_optimizer_that_keeps_nothing(way):
+    optimizer, params = make(ADAMW, way)
+    train(optimizer, params, 3)
+    other, others = resumed(optimizer.state_dict(), params, {})
+    for p in others:
+        assert set(other.state[p]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        assert other.state[p]["exp_avg"].dtype is torch.bfloat16
+    train(other, others, 1, 3)
+
+
+def test_an_option_changed_between_steps_converts_the_state(way):
+    optimizer, params = make(ADAMW, {})
+    train(optimizer, params, 2)
+    optimizer.param_groups[0].update(way)
+    train(optimizer, params, 2, 2)
+    fresh, fresh_params = make(ADAMW, way)
+    train(fresh, fresh_params, 1)
+    assert [set(optimizer.state[p]) for p in params] == [set(fresh.state[p]) for p in fresh_params]
+
+
+def test_state_of_a_channels_last_parameter_survives(way):
+    p = torch.nn.Parameter(torch.randn(64, 8, 3, 3).bfloat16().to(memory_format=torch.channels_last))
+    optimizer = optim.AdamW([p], **way)
+    train(optimizer, [p], 2)
+    saved = through_file(optimizer.state_dict())
+    q = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
+    other = optim.AdamW([q], **way)
+    other.load_state_dict(saved)
+    train(optimizer, [p], 2, 2)
+    train(other, [q], 2, 2)
+    assert same(everything(optimizer), everything(other))
