@@ -30,6 +30,8 @@ class ShardedStep(PlannedStep):
     def _step_anew(self) -> None:
         if self._viewing is not None or not self._in_plain_containers() or not self._has_dtensors():
             return super()._step_anew()
+        for group in self.param_groups:
+            self._check_precision(group)  # in a view no parameter looks sharded
         with self._local_view() as view:
             before = self._plan
             self._eager_step()
