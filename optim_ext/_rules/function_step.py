@@ -18,7 +18,7 @@ class FunctionStep(Optimizer):
     """What stands in for torch's own class of a rule."""
 
     _definition: ClassVar[Definition]
-    _make_state: Callable[[dict[str, Any], Tensor], dict[str, Any]]
+    _first_state: Callable[[dict[str, Any], Tensor], dict[str, Any]]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the loss if there is a closure. Every parameter is computed before the first one is written."""
@@ -41,7 +41,7 @@ class FunctionStep(Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         entry = self.state[p]
         if len(entry) == 0:
-            entry.update(self._make_state(group, p))
+            entry.update(self._first_state(group, p))
         # Copies, as autograd may keep what the function is given, and what it was made from is written.
         recorded = bool(group["differentiable"])
         states = {key: entry[key] for key in definition.states if key in entry}

@@ -119,14 +119,14 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             state = self.state[p]
             if len(state) == 0:
-                state.update(self._make_state(group, p))
+                state.update(self._first_state(group, p))
             params.append(p)
             grads.append(p.grad)
             for key, entries in zip(keys, lists, strict=True):
                 if key is not None and key in state:
                     entries.append(state[key])
 
-    def _make_state(self, group: Group, p: Tensor) -> dict[str, Any]:
+    def _first_state(self, group: Group, p: Tensor) -> dict[str, Any]:
         definition = self._definition
         # On the device where a step may be captured, or skipped.
         device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
