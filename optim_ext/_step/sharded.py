@@ -36,6 +36,7 @@ class ShardedStep(PlannedStep):
             before = self._plan
             self._eager_step()
             view.written = True
+            view.lent.clear()  # what clip_grad_norm had brought to the parameters' layout has been used
             view.has_made_state = self._plan is None or self._plan is not before
 
     def _step_as_told(self, controls: StepControls) -> None:

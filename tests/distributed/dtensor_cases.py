@@ -231,6 +231,42 @@ def several_groups_have_options_of_their_own():
     assert_same_state(optimizer, params, single, wholes)
 
 
+def a_group_that_is_left_to_torch_steps_beside_the_others():
+    """Its DTensors and their state are the optimizer's own all the while."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    wholes = [nn.Parameter(torch.randn(6, 2, generator=torch.Generator().manual_seed(i))) for i in range(2)]
+    params = [nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])) for whole in wholes]
+    single, optimizer = (
+        optim_ext.AdamW([{"params": [a]}, {"params": [b], "differentiable": True}], lr=0.1) for a, b in (wholes, params)
+    )
+    assert [report.native for report in optim_ext.explain(optimizer)] == [True, False]
+    for index in range(4):
+        for whole, p in zip(wholes, params, strict=True):
+            whole.grad = torch.full((6, 2), 1.0 + index)
+            p.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+        single.step()
+        optimizer.step()
+        for whole, p in zip(wholes, params, strict=True):
+            torch.testing.assert_close(full(p.detach()), whole.detach(), rtol=1e-6, atol=1e-6)
+    assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in params)
+    assert len(optimizer.state) == 2
+
+
+def nothing_brought_to_another_layout_is_kept():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Replicate()]))
+    optimizer = optim_ext.SGD([p], lr=0.1)
+    for _ in range(2):
+        p.grad = DTensor.from_local(torch.ones(6), mesh, [Partial()])
+        optimizer.clip_grad_norm(1.0)
+        kept = [weakref.ref(lent.part) for lent in optimizer._view.lent.values()]
+        assert len(kept) == 1
+        optimizer.step()
+        p.grad = None  # of one process it is the part itself
+        gc.collect()
+        assert [each() for each in kept] == [None]
+
+
 def local_tensors_may_be_replaced():
     """As FSDP does when a module is moved, loaded or made from meta."""
     wholes, params, single, optimizer = pair("AdamW", {"lr": 0.1})
@@ -996,6 +1032,7 @@ def tensor_parallelism_trains_as_with_torchs_class():
 CASES = [
     steps_have_the_bits_of_one_process, a_step_is_no_collective, small_steps_are_repeated,
     steps_of_some_parameters_have_the_bits_of_one_process, several_groups_have_options_of_their_own,
+    a_group_that_is_left_to_torch_steps_beside_the_others, nothing_brought_to_another_layout_is_kept,
     local_tensors_may_be_replaced, nothing_is_kept_alive_between_steps,
     gradients_of_other_layouts_are_brought_to_the_parameters, meshes_that_are_equal_are_one, a_gradient_that_is_being_communicated_is_waited_for,
     bad_input_is_refused_on_all_processes_alike, a_plain_gradient_of_a_dtensor_is_refused, a_partial_parameter_is_refused,
