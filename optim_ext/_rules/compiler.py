@@ -51,7 +51,9 @@ def _headers() -> str:
     """A hash of everything a rule is compiled with."""
     found = hashlib.sha256()
     root = Path(include_paths()[0])
-    for path in sorted([*root.glob("rules/*.h"), *root.glob("kernels/*.h"), *root.glob("kernels/cpu/*.h")]):
+    for path in sorted(
+        [*root.glob("rules/*.h"), *root.glob("storage/*.h"), *root.glob("kernels/*.h"), *root.glob("kernels/cpu/*.h")]
+    ):
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 

@@ -25,7 +25,8 @@ class KeptStep(OpStep):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "_op" in cls.__dict__:  # not of a user's subclass, which has a constructor of its own
+        # Not of a user's subclass, which has a constructor of its own, nor of a user's rule, which has said its signature.
+        if "_op" in cls.__dict__ and "__signature__" not in cls.__dict__:
             cls.__signature__ = _with_precision(cls)  # type: ignore[attr-defined]
 
     def __init__(

@@ -18,8 +18,8 @@ def running():
         processes.stop()
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", [name for name in cases_in(PROGRAM) if not name.startswith("then_")])
+@pytest.mark.parametrize("world", WORLDS)  # case after case on the same processes: they take seconds to start
 def test_on_several_processes(case, world, running, tmp_path_factory):
     if world not in running:
         for other in list(running):  # few are to wait while others work

@@ -4,7 +4,7 @@ include(plant.cmake)
 set(planted_tree ${CMAKE_BINARY_DIR}/planted/csrc)
 file(GLOB_RECURSE files RELATIVE ${CMAKE_SOURCE_DIR}/csrc CONFIGURE_DEPENDS
      ${CMAKE_SOURCE_DIR}/csrc/rules/*.h ${CMAKE_SOURCE_DIR}/csrc/device/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.h
-     ${CMAKE_SOURCE_DIR}/csrc/memory/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.cu)
+     ${CMAKE_SOURCE_DIR}/csrc/memory/*.h ${CMAKE_SOURCE_DIR}/csrc/storage/*.h ${CMAKE_SOURCE_DIR}/csrc/kernels/*.cu)
 read_sources(${files})
 
 # A few rules that have all there is to lose: scalar state, averages, a step count.
