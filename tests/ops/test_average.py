@@ -221,4 +221,4 @@ def test_a_skipped_step_leaves_the_average(row):
 def test_every_step_op_takes_averages():
     for row in SPECS:
         names = [argument.name for argument in op_of(row)._schema.arguments]
-        assert names[-2:] == ["averages", "average_weight"]
+        assert names[-3:] == ["averages", "average_weight", "companions"]

@@ -5,6 +5,7 @@ import torch
 from kept import everything, same
 
 import optim_ext as optim
+from optim_ext._load import _C
 from optim_ext._tables import TABLES
 
 
@@ -135,7 +136,8 @@ def test_the_op_refuses_what_does_not_fit():
 
 
 def test_which_ops_take_companions():
-    assert {op for op, table in TABLES.items() if not table.takes_companions} == {
+    # Rules written in Python have tables of their own, which other tests may have made.
+    assert {op for op in _C.step_ops() if not TABLES[op].takes_companions} == {
         "adafactor_",
         "lamb_",
         "lars_",
