@@ -35,6 +35,9 @@ class PlannedStep(ControlledStep):
         if not self._in_plain_containers():
             with self._plain_containers():
                 return self._eager_step()
+        self._step_in_plain_containers()
+
+    def _step_in_plain_containers(self) -> None:
         asked = self._asked()
         if asked.armed is None and asked.policy is None and asked.averaging is None:
             return self._controlled_step()

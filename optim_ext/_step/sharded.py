@@ -27,9 +27,9 @@ class ShardedStep(PlannedStep):
     _view: LocalView | None  # of the last step
     _viewing: LocalView | None = None  # while param_groups and state are those of a view
 
-    def _step_anew(self) -> None:
-        if self._viewing is not None or not self._in_plain_containers() or not self._has_dtensors():
-            return super()._step_anew()
+    def _step_in_plain_containers(self) -> None:
+        if self._viewing is not None or not self._has_dtensors():
+            return super()._step_in_plain_containers()
         for group in self.param_groups:
             self._check_precision(group)  # in a view no parameter looks sharded
         with self._local_view() as view:
