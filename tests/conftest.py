@@ -12,6 +12,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: a thread that waits for others must not keep one. Read where torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Two lists of a thousand tensors' bits differ at an index, which pytest says. Where these are set it compares the lists as
+# texts too, which takes longer than all the tests; verbosity_assertions in pyproject.toml is for -v.
+for name in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(name, None)
+
 # Rules written in Python are not compiled beside the tests; those about compiling say so.
 os.environ.setdefault("OPTIM_EXT_RULES", "interpreted")
 
