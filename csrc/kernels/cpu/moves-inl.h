@@ -78,22 +78,35 @@ struct Square {
   }
 };
 
-// to[r * to_step + c] = from[c * from_step + r] for all r below `rows` and c below `columns`. The squares come in the
-// order of the matrix with the longer step, whose cache lines would else be left before they are used up.
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// Asks for the lines of a square of elements, if it begins with them: the first of each row is element i * step.
 template <class T>
-OPTIM_EXT_INLINE void transpose(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
-                                int64_t columns) {
+OPTIM_EXT_INLINE void fetch_square(const T* from, int64_t step, int64_t place) {
+  if (place * static_cast<int64_t>(sizeof(T)) % kLine != 0) return;
+  for (int i = 0; i < Square<T>::kRows; ++i) __builtin_prefetch(from + i * step, 1);
+}
+
+// to[r * to_step + c] = from[c * from_step + r] for all r below `rows` and c below `columns`. The squares come in the
+// order of the matrix with the longer step, whose cache lines would else be left before they are used up. before(r, c)
+// is called ahead of each.
+template <class T, class Before>
+OPTIM_EXT_INLINE void transpose(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t columns,
+                                const Before& given) {
   constexpr int kSide = Square<T>::kRows;
   const int64_t whole_rows = rows - rows % kSide, whole_columns = columns - columns % kSide;
+  const Before before = given;
+  const auto turn = [=](int64_t r, int64_t c) __attribute__((always_inline)) {
+    before(r, c);
+    Square<T>::turn(from + c * from_step + r, from_step, to + r * to_step + c, to_step);
+  };
   if (from_step > to_step) {
     for (int64_t c = 0; c < whole_columns; c += kSide) {
-      for (int64_t r = 0; r < whole_rows; r += kSide)
-        Square<T>::turn(from + c * from_step + r, from_step, to + r * to_step + c, to_step);
+      for (int64_t r = 0; r < whole_rows; r += kSide) turn(r, c);
     }
   } else {
     for (int64_t r = 0; r < whole_rows; r += kSide) {
-      for (int64_t c = 0; c < whole_columns; c += kSide)
-        Square<T>::turn(from + c * from_step + r, from_step, to + r * to_step + c, to_step);
+      for (int64_t c = 0; c < whole_columns; c += kSide) turn(r, c);
     }
   }
   for (int64_t c = whole_columns; c < columns; ++c) {
@@ -102,6 +115,12 @@ OPTIM_EXT_INLINE void transpose(const T* from, int64_t from_step, T* to, int64_t
   for (int64_t r = whole_rows; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) to[r * to_step + c] = from[c * from_step + r];
   }
+}
+
+template <class T>
+OPTIM_EXT_INLINE void transpose(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
+                                int64_t columns) {
+  transpose(from, from_step, to, to_step, rows, columns, [](int64_t, int64_t) __attribute__((always_inline)) {});
 }
 
 // Whether runs lie side by side, element by element, as those of a transposed matrix do, and are enough to be turned.

@@ -70,7 +70,8 @@ OPTIM_EXT_INLINE void apply_to_runs(const Rule& given, V* const* tile, const int
       V scratch = V(0);
       rule(element<Rule, V, I>(in_run, e, scratch, grad_factor)...);
     }
-    ((((Rule::kUpdates >> I) & 1u) ? static_cast<void>(__builtin_memcpy(at[I], run[I], sizeof run[I])) : void()), ...);
+    for (int e = 0; e < kLength; ++e)
+      ((((Rule::kUpdates >> I) & 1u) ? static_cast<void>(at[I][e] = run[I][e]) : void()), ...);
     ((at[I] += ((Rule::kUsed >> I) & 1u) ? strides[I] : 0), ...);
   }
 }
@@ -145,17 +146,62 @@ OPTIM_EXT_INLINE void sweep_runs(const Rule& given, const Bundle& bundle, int64_
   }
 }
 
-// Asks for a block of an operand that is turned: pieces of memory that are too short for the hardware to fetch ahead.
-template <class V>
-OPTIM_EXT_INLINE void fetch_block(const V* from, int64_t stride, int64_t wide, int64_t high) {
-  for (int64_t c = 0; c < wide; ++c) {
-    for (int64_t r = 0; r < high; r += kLine / static_cast<int64_t>(sizeof(V)))
-      __builtin_prefetch(from + c * stride + r, 1);
-  }
-}
+// Blocks of the two fastest dimensions, one after the other: of whole rows of one plane, or of a part of one row where
+// the range begins or ends within it.
+class Blocks {
+ public:
+  int64_t wide, high;
 
-// Blocks of the two fastest dimensions. An operand that has the last one but one in a row is turned on its way into a
-// buffer and out of it; the others are taken where they are.
+  Blocks(const Layout& layout, int64_t begin, int64_t end, int64_t least)
+      : layout_(layout), columns_(layout.sizes[layout.ndim - 1]), rows_(layout.sizes[layout.ndim - 2]), end_(end) {
+    // As wide as few rows allow, and not so narrow that turning many rows leaves parts of cache lines behind.
+    const int64_t few = rows_ < kBlockWidth ? rows_ : kBlockWidth, room = kBlock / few - kBlock / few % kBlockWidth;
+    most_wide_ = columns_ < room ? columns_ : room;
+    most_high_ = kBlock / most_wide_ - kBlock / most_wide_ % least;
+    open(begin);
+  }
+
+  bool is_over() const { return start_ >= end_; }
+
+  void go_on() {
+    first_ += wide;
+    if (first_ < length_) {
+      narrow();
+    } else {
+      open(start_ + length_ * high);
+    }
+  }
+
+  // Where the block begins in an operand.
+  template <class V>
+  V* in(V* data, int k) const {
+    return data + layout_.offset(k, start_) + first_ * layout_.strides[k][layout_.ndim - 1];
+  }
+
+ private:
+  void open(int64_t start) {
+    start_ = start;
+    if (is_over()) return;
+    const int64_t column = start % columns_, row = start / columns_ % rows_, whole = (end_ - start) / columns_;
+    length_ = columns_ - column < end_ - start ? columns_ - column : end_ - start;
+    high = 1;
+    if (length_ == columns_) {
+      high = whole < rows_ - row ? whole : rows_ - row;
+      high = high < most_high_ ? high : most_high_;
+    }
+    first_ = 0;
+    narrow();
+  }
+  void narrow() { wide = length_ - first_ < most_wide_ ? length_ - first_ : most_wide_; }
+
+  const Layout& layout_;
+  int64_t columns_, rows_, end_, most_wide_, most_high_;
+  int64_t start_ = 0, length_ = 0, first_ = 0;  // of the rows' parts: the first's first element, elements, those done
+};
+
+// An operand that has the last dimension but one in a row is turned on its way into a buffer and out of it; the others
+// are taken where they are. What lies across is in pieces of memory that are too short for the hardware to fetch ahead,
+// so each block asks for the next one, a little with every square and row: all at once would have to be waited for.
 template <class Rule, class V>
 OPTIM_EXT_SHARED void sweep_blocks(const Rule& given, const Bundle& bundle, int64_t begin, int64_t end, V grad_factor) {
   constexpr typename MakeIndices<Rule::kOperands>::type kAll;
@@ -163,58 +209,58 @@ OPTIM_EXT_SHARED void sweep_blocks(const Rule& given, const Bundle& bundle, int6
   const Rule rule = given;
   const Layout& layout = *bundle.layout;
   const int last = layout.ndim - 1;
-  const int64_t columns = layout.sizes[last], rows = layout.sizes[last - 1];
-  // As wide as few rows allow, and not so narrow that turning many rows leaves parts of cache lines behind.
-  const int64_t few = rows < kBlockWidth ? rows : kBlockWidth, room = kBlock / few - kBlock / few % kBlockWidth;
-  const int64_t most_wide = columns < room ? columns : room;
-  const int64_t most_high = kBlock / most_wide - kBlock / most_wide % Square<V>::kRows;
   alignas(64) V buffer[Rule::kOperands][kBlock];
-  for (int64_t start = begin, n; start < end; start += n) {
-    // Whole rows of one plane, or a part of one row at either end.
-    const int64_t column = start % columns, row = start / columns % rows, whole = (end - start) / columns;
-    int64_t high = 1;
-    n = columns - column < end - start ? columns - column : end - start;
-    if (n == columns) {
-      high = whole < rows - row ? whole : rows - row;
-      high = high < most_high ? high : most_high;
-    }
-    V* from[Rule::kOperands] = {};
+  Blocks next(layout, begin, end, Square<V>::kRows);
+  V* next_at[Rule::kOperands] = {};
+  const auto find_next = [&] {
     for (int k = 0; k < Rule::kOperands; ++k) {
-      if ((Rule::kUsed >> k) & 1u) from[k] = static_cast<V*>(bundle.data[k]) + layout.offset(k, start);
+      if ((Rule::kUsed >> k) & 1u) next_at[k] = next.in(static_cast<V*>(bundle.data[k]), k);
     }
-    for (int64_t c = 0; c < n; c += most_wide) {
-      const int64_t wide = n - c < most_wide ? n - c : most_wide;
-      V *tile[Rule::kOperands] = {}, *in_memory[Rule::kOperands] = {};
-      int64_t steps[Rule::kOperands] = {};  // from row to row
-      bool in_one = true;                   // the rows of the block follow each other
-      for (int k = 0; k < Rule::kOperands; ++k) {
-        if (!((Rule::kUsed >> k) & 1u)) continue;
-        const int64_t stride = layout.strides[k][last];
-        tile[k] = in_memory[k] = from[k] + c * stride;
-        steps[k] = layout.strides[k][last - 1];
-        if (stride != 1) {
-          transpose(in_memory[k], stride, buffer[k], wide, high, wide);
-          tile[k] = buffer[k];
-          steps[k] = wide;
-        }
-        in_one = in_one && (steps[k] == wide || high == 1);
+  };
+  for (find_next(); !next.is_over();) {
+    const int64_t wide = next.wide, high = next.high;
+    V *tile[Rule::kOperands] = {}, *in_memory[Rule::kOperands] = {};
+    for (int k = 0; k < Rule::kOperands; ++k) tile[k] = in_memory[k] = next_at[k];
+    next.go_on();
+    if (!next.is_over()) find_next();
+    int64_t steps[Rule::kOperands] = {}, ahead[Rule::kOperands] = {};  // from row to row, and to the next block
+    bool in_one = true;                                                // the rows of the block follow each other
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      if (!((Rule::kUsed >> k) & 1u)) continue;
+      const int64_t stride = layout.strides[k][last];
+      steps[k] = layout.strides[k][last - 1];
+      ahead[k] = next_at[k] - in_memory[k];
+      if (stride != 1) {
+        const V* const from = in_memory[k] + ahead[k];
+        transpose(in_memory[k], stride, buffer[k], wide, high, wide,
+                  [=](int64_t r, int64_t c)
+                      __attribute__((always_inline)) { fetch_square(from + c * stride + r, stride, r); });
+        tile[k] = buffer[k];
+        steps[k] = wide;
+        ahead[k] = 0;
       }
-      for (int k = 0; k < Rule::kOperands; ++k) {
-        const int64_t stride = layout.strides[k][last], next = c + most_wide;
-        if (!((Rule::kUsed >> k) & 1u) || stride == 1 || next >= n) continue;
-        fetch_block(from[k] + next * stride, stride, n - next < most_wide ? n - next : most_wide, high);
-      }
-      const int64_t times = in_one ? 1 : high, elements = in_one ? high * wide : wide;
-      for (int64_t r = 0; r < times; ++r) {
-        apply<Rule, V>(rule, tile, elements, grad_factor, kNothing, kAll);
-        for (int k = 0; k < Rule::kOperands; ++k) tile[k] += (Rule::kUsed >> k) & 1u ? steps[k] : 0;
-      }
-      for (int k = 0; k < Rule::kOperands; ++k) {
-        const int64_t stride = layout.strides[k][last];
-        if (((Rule::kUpdates >> k) & 1u) && stride != 1) transpose(buffer[k], wide, in_memory[k], stride, wide, high);
-      }
+      in_one = in_one && (steps[k] == wide || high == 1);
     }
-    n *= high;
+    const int64_t times = in_one ? 1 : high, n = in_one ? high * wide : wide;
+    for (int64_t r = 0; r < times; ++r) {
+      for (int k = 0; k < Rule::kOperands; ++k) {
+        if (ahead[k] == 0 || in_one) continue;
+        for (int64_t i = 0; i < n; i += kLine / static_cast<int64_t>(sizeof(V)))
+          __builtin_prefetch(tile[k] + ahead[k] + i, 1);
+      }
+      apply<Rule, V>(rule, tile, n, grad_factor, kNothing, kAll);
+      for (int k = 0; k < Rule::kOperands; ++k) tile[k] += (Rule::kUsed >> k) & 1u ? steps[k] : 0;
+    }
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      const int64_t stride = layout.strides[k][last];
+      if (!((Rule::kUpdates >> k) & 1u) || stride == 1) continue;
+      transpose(buffer[k], wide, in_memory[k], stride, wide, high,
+                [=](int64_t r, int64_t c) __attribute__((always_inline)) {
+                  for (int d = 0; d < Rule::kOperands; ++d) {
+                    if (ahead[d] != 0 && in_one) fetch_square(in_memory[d] + ahead[d] + c * steps[d] + r, steps[d], r);
+                  }
+                });
+    }
   }
 }
 

@@ -7,8 +7,8 @@ namespace {
 // What every sweep calls and none needs a copy of: not inlined, but in the unnamed namespace.
 #define OPTIM_EXT_SHARED __attribute__((noinline))
 
-constexpr int64_t kLine = 64, kFetched = 32;  // bytes of a cache line, and how many are asked for ahead
-constexpr int64_t kLongestPiece = 1 << 15;    // elements
+constexpr int64_t kFetched = 32;            // cache lines that are asked for ahead
+constexpr int64_t kLongestPiece = 1 << 15;  // elements
 
 // The first element of a tile. What divisions find out about it is found once for all operands.
 struct Start {
