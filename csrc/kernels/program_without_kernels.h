@@ -1,7 +1,7 @@
-// at_step of a rule, for a program.
+// What a rule's program says of it, for whoever adds the kernels.
 #pragma once
 
-#include "../rules/rule.h"
+#include "program.h"
 
 namespace optim_ext {
 
@@ -13,6 +13,20 @@ void at_step_of(const void* given, double step, rules::Scalar* scalars, void* re
   } else {
     *static_cast<Rule*>(ready) = rule.at_step(step, scalars);
   }
+}
+
+template <class Rule>
+constexpr RuleProgram program_without_kernels() {
+  static_assert(sizeof(Rule) <= kMaxRuleBytes && Rule::kOperands <= kMaxOperands);
+  static_assert(rules::kScalarsOf<Rule> <= kMaxScalars);
+  return {sizeof(Rule),
+          Rule::kOperands,
+          Rule::kUsed,
+          Rule::kUpdates,
+          rules::kScalarsOf<Rule>,
+          rules::kStoresScalars<Rule>,
+          &at_step_of<Rule>,
+          {}};
 }
 
 }  // namespace optim_ext

@@ -2,8 +2,8 @@
 // says which, OPTIM_EXT_ONLY_BASELINE, _AVX2 or _AVX512; this header; the rule; OPTIM_EXT_EXPORT_RULE. (Such units are
 // written by optim_ext/_rules/native_text.py.)
 #include "../../rules/words.h"
-#include "../at_step.h"
 #include "../compiled_rule.h"
+#include "../program_without_kernels.h"
 #include "isa.h"
 
 #if defined(OPTIM_EXT_ONLY_AVX512)
@@ -40,15 +40,7 @@ constexpr Isa kOnlyIsa = Isa::baseline;
 
 template <class Rule>
 constexpr RuleProgram compiled_program() {
-  static_assert(sizeof(Rule) <= kMaxRuleBytes && Rule::kOperands <= kMaxOperands);
-  RuleProgram program{sizeof(Rule),
-                      Rule::kOperands,
-                      Rule::kUsed,
-                      Rule::kUpdates,
-                      rules::kScalarsOf<Rule>,
-                      rules::kStoresScalars<Rule>,
-                      &at_step_of<Rule>,
-                      {}};
+  RuleProgram program = program_without_kernels<Rule>();
   for (int k = 0; k < 2; ++k) program.sweep[static_cast<int>(kOnlyIsa)][k] = kSweeps<Rule>[k];
   return program;
 }
