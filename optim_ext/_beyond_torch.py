@@ -25,7 +25,7 @@ class BeyondTorch(FusedStep):
                     self.state[p]["step"] = _count(float(step))
 
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
-        keys = [key for key in self._state_keys(group) if key is not None]
+        keys = self._state_keys(group)
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -33,12 +33,16 @@ class BeyondTorch(FusedStep):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             state = self.state[p]
             if len(state) == 0:
-                for key in keys:
-                    state[key] = _count(0.0) if key == "step" else torch.zeros_like(p)
+                state.update(self._first_state(group, p))
             params.append(p)
             grads.append(p.grad)
             for key, entries in zip(keys, lists, strict=True):
-                entries.append(state[key])
+                if key is not None:
+                    entries.append(state[key])
+
+    def _first_state(self, group: Group, p: Tensor) -> dict[str, Any]:
+        keys = (key for key in self._state_keys(group) if key is not None)
+        return {key: _count(0.0) if key == "step" else torch.zeros_like(p) for key in keys}
 
 
 def _count(steps: float, device: torch.device | None = None) -> Tensor:

@@ -110,22 +110,6 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
     def _signature(self, group: Group) -> tuple[Any, ...]:
         return *super()._signature(group), self._variant(group).number
 
-    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
-        keys = self._state_keys(group)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            state = self.state[p]
-            if len(state) == 0:
-                state.update(self._first_state(group, p))
-            params.append(p)
-            grads.append(p.grad)
-            for key, entries in zip(keys, lists, strict=True):
-                if key is not None and key in state:
-                    entries.append(state[key])
-
     def _first_state(self, group: Group, p: Tensor) -> dict[str, Any]:
         definition = self._definition
         # On the device where a step may be captured, or skipped.

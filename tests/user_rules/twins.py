@@ -13,6 +13,23 @@ rule = optim_ext.rule
 FLT_MAX = 3.4028234663852886e38
 
 
+def with_l2(grad, param, weight_decay):
+    return grad + weight_decay * param if weight_decay != 0 else grad
+
+
+def decayed(param, grad, lr, weight_decay, decoupled):
+    """Parameter and gradient after the decay, of either kind."""
+    if decoupled:
+        param = (1 - lr * weight_decay) * param
+    else:
+        grad = with_l2(grad, param, weight_decay)
+    return param, grad
+
+
+def mean_square(average, grad, beta):
+    return beta * average + (1 - beta) * grad * grad
+
+
 @rule({"momentum_buffer": 0.0}, backend="interpreted")
 def SGD(
     param,
@@ -27,8 +44,7 @@ def SGD(
     nesterov=False,
     moves=False,
 ):
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    grad = with_l2(grad, param, weight_decay)
     update = grad
     if moves:
         kept = 0.0 if step == 1 else momentum
@@ -55,19 +71,14 @@ def Adam(
     decoupled_weight_decay=False,
 ):
     beta1, beta2 = betas
-    if decoupled_weight_decay:
-        decayed = (1 - lr * weight_decay) * param
-    else:
-        decayed = param
-        if weight_decay != 0:
-            grad = grad + weight_decay * param
+    param, grad = decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
     exp_avg = lerp(exp_avg, grad, 1 - beta1)
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    exp_avg_sq = mean_square(exp_avg_sq, grad, beta2)
     second_moment = exp_avg_sq
     if amsgrad:
         second_moment = max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     denom = sqrt(second_moment) * (1 / sqrt(1 - beta2**step)) + eps
-    return decayed - lr / (1 - beta1**step) * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
+    return param - lr / (1 - beta1**step) * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 @rule(("square_avg", "grad_avg", "momentum_buffer"), backend="interpreted")
@@ -86,9 +97,8 @@ def RMSprop(
     centered=False,
     moves=False,
 ):
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
-    square_avg = alpha * square_avg + (1 - alpha) * grad * grad
+    grad = with_l2(grad, param, weight_decay)
+    square_avg = mean_square(square_avg, grad, alpha)
     variance = square_avg
     if centered:
         grad_avg = lerp(grad_avg, grad, 1 - alpha)
@@ -103,26 +113,23 @@ def RMSprop(
 def Adagrad(
     param, grad, sum, *, step, lr=1e-2, lr_decay=0.0, weight_decay=0.0, initial_accumulator_value=0.0, eps=1e-10
 ):
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    grad = with_l2(grad, param, weight_decay)
     sum = sum + grad * grad
     return param - lr / (1 + (step - 1) * lr_decay) * (grad / (sqrt(sum) + eps)), sum
 
 
 @rule(("square_avg", "acc_delta"), backend="interpreted")
 def Adadelta(param, grad, square_avg, acc_delta, *, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0):
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
-    square_avg = rho * square_avg + (1 - rho) * grad * grad
+    grad = with_l2(grad, param, weight_decay)
+    square_avg = mean_square(square_avg, grad, rho)
     delta = sqrt(acc_delta + eps) / sqrt(square_avg + eps) * grad
-    acc_delta = rho * acc_delta + (1 - rho) * delta * delta
+    acc_delta = mean_square(acc_delta, delta, rho)
     return param - lr * delta, square_avg, acc_delta
 
 
 @rule(("exp_avg", "exp_inf"), backend="interpreted")
 def Adamax(param, grad, exp_avg, exp_inf, *, step, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    grad = with_l2(grad, param, weight_decay)
     exp_avg = lerp(exp_avg, grad, 1 - betas[0])
     exp_inf = maximum(betas[1] * exp_inf, abs(grad) + eps)
     return param - lr / (1 - betas[0] ** step) * (exp_avg / exp_inf), exp_avg, exp_inf
@@ -149,18 +156,13 @@ def NAdam(
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
     before, mu_product = mu_product, mu  # rounded to the precision in which the product is kept
     mu_product = before * mu_product
-    if decoupled_weight_decay:
-        decayed = (1 - lr * weight_decay) * param
-    else:
-        decayed = param
-        if weight_decay != 0:
-            grad = grad + weight_decay * param
+    param, grad = decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
     exp_avg = lerp(exp_avg, grad, 1 - beta1)
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    exp_avg_sq = mean_square(exp_avg_sq, grad, beta2)
     denom = sqrt(exp_avg_sq) / sqrt(1 - beta2**step) + eps
     from_grad = lr * (1 - mu) / (1 - mu_product) * (grad / denom)
     from_momentum = lr * mu_next / (1 - mu_product * mu_next) * (exp_avg / denom)
-    return decayed - from_grad - from_momentum, exp_avg, exp_avg_sq, mu_product
+    return param - from_grad - from_momentum, exp_avg, exp_avg_sq, mu_product
 
 
 @rule(("exp_avg", "exp_avg_sq"), backend="interpreted")
@@ -184,16 +186,11 @@ def RAdam(
     rectified = rho > 5
     rectification = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) if rectified else 0.0
     rate = lr / (1 - beta1**step) * (sqrt(1 - beta2_power) * rectification if rectified else 1.0)
-    if decoupled_weight_decay:
-        decayed = (1 - lr * weight_decay) * param
-    else:
-        decayed = param
-        if weight_decay != 0:
-            grad = grad + weight_decay * param
+    param, grad = decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
     exp_avg = lerp(exp_avg, grad, 1 - beta1)
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    exp_avg_sq = mean_square(exp_avg_sq, grad, beta2)
     denom = sqrt(exp_avg_sq) + eps if rectified else 1.0
-    return decayed - rate * (exp_avg / denom), exp_avg, exp_avg_sq
+    return param - rate * (exp_avg / denom), exp_avg, exp_avg_sq
 
 
 @rule({"prev": 0.0, "step_size": "lr"}, backend="interpreted")
@@ -209,8 +206,7 @@ def Rprop(param, grad, prev, step_size, *, lr=1e-2, etas=(0.5, 1.2), step_sizes=
 
 @rule({"ax": 0.0}, scalars={"eta": "lr", "mu": 1.0}, check={"alpha": None}, backend="interpreted")
 def ASGD(param, grad, ax, eta, mu, *, step, lr=1e-2, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0):
-    if weight_decay != 0:
-        grad = grad + weight_decay * param
+    grad = with_l2(grad, param, weight_decay)
     param = (1 - lambd * eta) * param - eta * grad
     ax = ax + (param - ax) * mu if mu != 1 else param
     eta = lr / (1 + lambd * lr * step) ** alpha
