@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 
 from optim_ext._rules.bytecode import GRAD, changed_operands, fields_of, masks_of
 from optim_ext._rules.language import Translation
@@ -44,7 +45,7 @@ class _Names:
         return name
 
 
-class _Writer:
+class _Writer(ABC):
     """Writes values of one kind as statements and expressions: what is used once and has no name is written where it is
     used."""
 
@@ -72,11 +73,13 @@ class _Writer:
                 text = name
             self.known[value.number] = text
 
+    @abstractmethod
     def expression(self, value: Value) -> str:
-        raise NotImplementedError
+        """A number, as C++."""
 
+    @abstractmethod
     def condition(self, value: Value) -> str:
-        raise NotImplementedError
+        """A truth value, as C++."""
 
     def formula(self, value: Value) -> str:
         args = value.args

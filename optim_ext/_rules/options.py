@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from optim_ext._rules.errors import Source
-from optim_ext._rules.language import Item
-from optim_ext._rules.values import Graph
+from optim_ext._rules.values import Graph, Item
 
 # What every optimizer of torch takes besides.
 FLAGS: dict[str, Any] = {

@@ -70,6 +70,9 @@ class Value:
         return self.kind != Kind.constant or (isinstance(self.payload, (int, float)) and not self.is_truth)
 
 
+Item = Value | tuple["Item", ...]  # what a name in a rule stands for: a value, or a tuple of such
+
+
 class Graph:
     """Makes values. The caller has seen to it that they may be combined."""
 
