@@ -14,8 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Two lists of a thousand tensors' bits differ at an index, which pytest says. Where these are set it compares the lists as
 # texts too, which takes longer than all the tests; verbosity_assertions in pyproject.toml is for -v.
-for name in ("CI", "BUILD_NUMBER"):
-    os.environ.pop(name, None)
+os.environ.pop("CI", None)
+os.environ.pop("BUILD_NUMBER", None)
 
 # Rules written in Python are not compiled beside the tests; those about compiling say so.
 os.environ.setdefault("OPTIM_EXT_RULES", "interpreted")
@@ -82,5 +82,9 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _like_the_first():
+    """A test's random numbers, and what torch compiles for it, do not depend on those before it: all classes share the
+    functions of a step, of which torch compiles eight kinds and then no more."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -229,7 +229,6 @@ def test_compiled_step_that_is_skipped():
     both.optimizers[0].step = torch.compile(both.optimizers[0].step, backend="eager")
     both.step(5, change=skip).check()
     assert both.averages[0].n_averaged == 3
-    torch._dynamo.reset()
 
 
 def test_a_buffer_that_changed_its_shape_is_found_before_the_step():
@@ -247,7 +246,6 @@ def test_compiled_step():
     eager = both.optimizers[0].step
     both.optimizers[0].step = torch.compile(eager, backend="eager")
     both.step(3).check()
-    torch._dynamo.reset()
 
 
 def test_an_error_leaves_everything_as_it_was():

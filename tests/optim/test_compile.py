@@ -14,11 +14,9 @@ SHAPES = ((3, 4), (5,), ())
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         yield
-    torch._dynamo.reset()
 
 
 def compiled(optimizer, backend="aot_eager"):
