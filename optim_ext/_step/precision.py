@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from optim_ext import _grad_control
 from optim_ext._precision import codecs, options, values
 from optim_ext._precision.options import CODES, ROUNDING_KEY, SCALE, TWINS, Keeping
-from optim_ext._step.base import Call, Group, OpStep
+from optim_ext._step.base import Group, OpStep
 from optim_ext._tables import TABLES
 
 # The state keys of one parameter in place of those of its group, and the keys of its companions; None: there are none.
@@ -195,10 +195,9 @@ class KeptStep(OpStep):
 
     # --- State ---
 
-    def _prepare(self, group: Group) -> list[Call]:
+    def _make_missing_state(self, group: Group) -> None:
         if self._make_kept_state(group) is None:
-            return super()._prepare(group)
-        return [(list(range(len(group["params"]))), self._hypers(group))]
+            super()._make_missing_state(group)
 
     @_disable_dynamo(recursive=True)
     def _make_kept_state(self, group: Group) -> set[int] | None:
