@@ -47,6 +47,7 @@ class KeptStep(OpStep):
         options.check(asked, type(self).__name__)
         self._asked_of_all = options.given(asked)
         super().__init__(*args, **kwargs)
+        self._keep_made_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # Torch's constructor has made the defaults by now, and adds the first groups by this method.
@@ -239,6 +240,14 @@ class KeptStep(OpStep):
                 entry[key] = torch.zeros_like(like, requires_grad=False)
         self.state[p] = entry
 
+    def _keep_made_state(self) -> None:
+        """State that a constructor makes (Adagrad's) is kept as asked from the beginning: what loads into the keys that are
+        there (torch.distributed.checkpoint) would lose masters and bits otherwise."""
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]) if self._keeps(group) else ():
+                if self.state.get(p):
+                    self._convert(group, index)
+
     def _is_strange(self, p: Tensor) -> bool:
         """Whether the state has what only these options make."""
         return any(values.is_ours(key) for key in self.state.get(p, ()))
@@ -293,7 +302,8 @@ class KeptStep(OpStep):
             else:
                 key_and_draws = [self._new_rounding_key(group, index), 0]
             if not (isinstance(found, Tensor) and found.tolist() == [*key_and_draws, keeping.by_chance]):
-                found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=p.device)
+                device = "cpu" if p.is_meta else p.device  # it has a value where parameters have none
+                found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=device)
             made[ROUNDING_KEY] = found
         return made
 
