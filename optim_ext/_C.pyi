@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim_ext._averaging.step import Besides
+
 class Plan:
     """What one optimizer hands to its op, gathered once; verified against the optimizer at every step."""
 
     signature: Any
-    besides: AveragePlan
+    besides: AveragePlan | Besides
     of_shards: bool
     may_skip: bool
     steps_as_before: int  # how many steps were taken without another look at what a tensor is

@@ -21,6 +21,7 @@ from optim_ext import utils as utils
 from optim_ext._explain import GroupReport, explain
 from optim_ext._grad_control import GradPolicy, GroupNorms, NonFinite
 from optim_ext._load import build_info
+from optim_ext._memory import GroupBytes, MemoryRow, MemoryTable, memory
 from optim_ext._rules import RuleError as RuleError
 from optim_ext._rules import rule as rule
 from optim_ext._rules.compiler import include_paths
@@ -58,9 +59,12 @@ __all__ = [
     "AdamW",
     "Adamax",
     "GradPolicy",
+    "GroupBytes",
     "GroupNorms",
     "GroupReport",
     "Lion",
+    "MemoryRow",
+    "MemoryTable",
     "Muon",
     "NAdam",
     "NonFinite",
@@ -74,6 +78,7 @@ __all__ = [
     "explain",
     "include_paths",
     "lr_scheduler",
+    "memory",
     "rule",
     "swa_utils",
 ]

@@ -4,6 +4,8 @@ The exit status is 1 where the self-test finds an optimizer that differs from to
 its formula.
 
 ``python -m optim_ext compile pkg.mod:Name [option=value ...]``: compiles a rule ahead.
+
+``python -m optim_ext memory FILE.py:factory [option=value ...]``: the bytes that a model and its optimizer will take.
 """
 
 import functools
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 import optim_ext
 from optim_ext._formulas import FORMULAS, ByFormula
 from optim_ext._load import _C
+from optim_ext._memory import memory_command
 from optim_ext._rules.command import compile_rules
 
 # Largest difference from torch.optim or the formula in float64, relative to the largest parameter, that STEPS roundings may explain.
@@ -36,6 +39,8 @@ OWN_SHAPES: dict[str, list[tuple[int, ...]]] = {
 def main() -> int:
     if sys.argv[1:2] == ["compile"]:
         return compile_rules(sys.argv[2:])
+    if sys.argv[1:2] == ["memory"]:
+        return memory_command(sys.argv[2:])
     print(f"optim_ext {optim_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"system    {platform.platform()}")
     for device in _devices():

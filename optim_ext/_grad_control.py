@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from optim_ext import _sharding
 from optim_ext._load import _C
+from optim_ext._precision import values
 
 if TYPE_CHECKING:
     from optim_ext._joint import Round, Sharing, Turn
@@ -411,16 +412,24 @@ def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
+def _measured(optimizer: Optimizer, p: Tensor) -> Tensor:
+    """What a step moves: this process's part of a parameter, together with what is kept beside it."""
+    entry = getattr(optimizer, "state", {}).get(p)
+    if isinstance(entry, Mapping) and values.has_twin(p, entry):
+        return values.param_value(p, entry)
+    return _sharding.local(p)
+
+
 @contextmanager
 def measure_step(optimizer: Optimizer) -> Iterator[list[GroupNorms]]:
     """Norms of gradient, parameter and update of each group, for the steps taken inside."""
     _refuse_flat_shards(optimizer)
-    before = [[_sharding.local(p).clone() for p in group["params"]] for group in optimizer.param_groups]
+    before = [[_measured(optimizer, p).clone() for p in group["params"]] for group in optimizer.param_groups]
     measured: list[GroupNorms] = []
     yield measured
-    for group, values in zip(optimizer.param_groups, before, strict=True):
-        now = [_sharding.local(p) for p in group["params"]]
-        updates = [value - old for value, old in zip(now, values, strict=True)]
+    for group, old_values in zip(optimizer.param_groups, before, strict=True):
+        now = [_measured(optimizer, p) for p in group["params"]]
+        updates = [value - old for value, old in zip(now, old_values, strict=True)]
         grads = _sharding.local_grads(group["params"])
         norm: Callable[[Sequence[Tensor | None]], Tensor] = _norm
         if _sharding.holds_dtensors([group]):

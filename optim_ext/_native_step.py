@@ -83,7 +83,8 @@ class NativeStep(Optimizer):
                 optimizer.step()
             print(norms[0].update / norms[0].param)
 
-        Keeps a copy of all parameters meanwhile.
+        Keeps a copy of all parameters meanwhile. Where ``param_precision`` keeps a master, remainder or compensation, the
+        norms are of what it and the parameter are together, in float32.
         """
         return _grad_control.measure_step(self)
 

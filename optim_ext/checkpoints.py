@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from optim_ext._peers.apex import from_apex as from_apex
+from optim_ext._peers.bitsandbytes import from_bitsandbytes as from_bitsandbytes
+from optim_ext._peers.deepspeed import from_deepspeed as from_deepspeed
+from optim_ext._peers.torchao import from_torchao as from_torchao
 from optim_ext._precision import options, values
 from optim_ext._step import FusedStep
 from optim_ext._tables import TABLES
 
-__all__ = ["master_state_dict", "to_torch_state_dict"]
+__all__ = [
+    "from_apex",
+    "from_bitsandbytes",
+    "from_deepspeed",
+    "from_torchao",
+    "master_state_dict",
+    "to_torch_state_dict",
+]
 
 
 def to_torch_state_dict(optimizer: FusedStep) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class SGD(FusedStep, torch.optim.SGD):
         later = [index for index in range(len(group["params"])) if index not in first]
         return [(sorted(first), self._hypers(group, is_first_step=True)), (later, self._hypers(group))]
 
+    def _make_missing_state(self, group: Group) -> None:
+        self._make_buffers(group)
+
     @staticmethod
     def _starts_at_zero(group: Group) -> bool:
         """Whether a buffer of zeros gives torch's first step: undampened, and with a momentum that leaves zeros."""
@@ -65,7 +68,7 @@ class SGD(FusedStep, torch.optim.SGD):
         made = self._make_kept_state(group)
         if made is not None:
             return made if group["momentum"] != 0 else set()
-        super()._prepare(group)
+        super()._make_missing_state(group)
         if group["momentum"] == 0:
             return set()
         first = set()

@@ -108,7 +108,7 @@ def keeping_of(p: Tensor, group: Mapping[str, Any], places: Mapping[str, int], d
             by_chance |= 1 << place | has_no_sign(key) << (place + 8)
     if param == "native" and all(precision == "native" for _, precision in state):
         return None
-    if p.device.type != "cpu":
+    if p.device.type not in ("cpu", "meta"):
         raise ValueError(
             f"{described}: param_precision and state_precision are for parameters on the CPU so far, and it is on "
             f"{p.device}; use 'native' for both"

@@ -41,6 +41,11 @@ def param_value(p: Tensor, entry: Mapping[str, Any]) -> Tensor:
     return value + lost.float() if isinstance(lost, Tensor) else value
 
 
+def has_twin(p: Tensor, entry: Mapping[str, Any]) -> bool:
+    """Whether a parameter is kept in something besides itself."""
+    return any(is_twin(p, precision, entry.get(key)) for precision, (key, _) in TWINS.items())
+
+
 def is_twin(p: Tensor, precision: str, found: Any) -> bool:
     """Whether this is what a parameter is kept in besides itself; what is not is made anew."""
     return isinstance(found, Tensor) and found.dtype is (TWINS[precision][1] or p.dtype) and found.shape == p.shape

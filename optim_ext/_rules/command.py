@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import os
 import sys
-from typing import Any
 
+from optim_ext import _command_line
 from optim_ext._rules import cache
 from optim_ext._rules.compiler import CannotCompile
 from optim_ext._rules.errors import RuleError
@@ -22,8 +19,7 @@ def compile_rules(arguments: list[str]) -> int:
     if not targets:
         print(_USAGE, file=sys.stderr)
         return 2
-    options = dict(_option(argument) for argument in arguments if "=" in argument)
-    sys.path.insert(0, os.getcwd())  # as python -m does for what it runs
+    options = dict(_command_line.option(argument) for argument in arguments if "=" in argument)
     status = 0
     for target in targets:
         try:
@@ -31,7 +27,7 @@ def compile_rules(arguments: list[str]) -> int:
         except (CannotCompile, RuleError, TypeError, ValueError) as error:
             print(f"{target}: {error}", file=sys.stderr)
             status = max(status, 1)
-        except (ImportError, AttributeError, LookupError) as error:
+        except (ImportError, AttributeError, LookupError, OSError) as error:
             print(f"{target}: {error}\n{_USAGE}", file=sys.stderr)
             status = 2
         else:
@@ -39,19 +35,9 @@ def compile_rules(arguments: list[str]) -> int:
     return status
 
 
-def _option(argument: str) -> tuple[str, Any]:
-    name, _, text = argument.partition("=")
-    try:
-        return name, ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return name, text
-
-
 def _find(target: str) -> type[RuleOptimizer]:
-    module, colon, name = target.partition(":")
-    if not colon:
-        raise LookupError(f"{target!r} names no rule")
-    found = getattr(importlib.import_module(module), name)
+    found = _command_line.find(target)
     if not (isinstance(found, type) and issubclass(found, RuleOptimizer)):
+        module, _, name = target.rpartition(":")
         raise LookupError(f"{name} of {module} is no rule")
     return found

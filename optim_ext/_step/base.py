@@ -64,9 +64,13 @@ class OpStep(NativeStep):
         return found
 
     def _prepare(self, group: Group) -> list[Call]:
-        """Let torch create missing state, and return the op calls for the step that is being prepared."""
-        self._init_group(group, *([] for _ in range(2 + len(self._state_keys(group)))))
+        """Make missing state, and return the op calls for the step that is being prepared."""
+        self._make_missing_state(group)
         return [(list(range(len(group["params"]))), self._hypers(group))]
+
+    def _make_missing_state(self, group: Group) -> None:
+        """Let torch create the state that a step of the parameters with a gradient needs and that is not there."""
+        self._init_group(group, *([] for _ in range(2 + len(self._state_keys(group)))))
 
     def _described(self, group: Group, index: int) -> str:
         """A parameter as every message names it: by its name, or by its place."""

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from optim_ext import _grad_control, _joint
 from optim_ext._averaging.step import step_averaging
 from optim_ext._grad_control import GradPolicy, Verdict
+from optim_ext._precision.options import TWINS
+from optim_ext._step.base import Group
 from optim_ext._step.torch_path import TorchPath
 from optim_ext.swa_utils import AveragedModel
 
@@ -38,7 +40,9 @@ class ControlledStep(TorchPath):
     _step_supports_amp_scaling = _AskedByScaler()  # torch's constructors set the attribute where it is fused
     _plan: Any  # of the last step: what is asked of the next one may need another
 
-    def average_into(self, averaged: AveragedModel | None, model: Module | None = None) -> None:
+    def average_into(
+        self, averaged: AveragedModel | None, model: Module | None = None, *, masters: bool = False
+    ) -> None:
         """Let every step also update an average of the model: ``step()`` then does what ``step()`` followed by
         ``averaged.update_parameters(model)`` does, bit for bit, with one pass over the parameters.
 
@@ -52,6 +56,9 @@ class ControlledStep(TorchPath):
             averaged: an :class:`optim_ext.swa_utils.AveragedModel` that averages natively (the mean, or this package's
                 EMA functions), on the parameters' devices; None: average no more.
             model: the model to average, by default the one ``averaged`` was made from or updated with last.
+            masters: average the float32 values of parameters that ``param_precision`` keeps a master, remainder or
+                compensation of, not what they are rounded to. These take a pass of their own after the step, with
+                temporary memory for the values of a few of them. Use an average of ``dtype=torch.float32``.
 
         Raises:
             TypeError: ``averaged`` is not such a model.
@@ -59,7 +66,15 @@ class ControlledStep(TorchPath):
                 to another optimizer, or its model is not known.
         """
         self._plan = None
-        self._ask().averaging = None if averaged is None else step_averaging(averaged, model, self)
+        self._ask().averaging = None if averaged is None else step_averaging(averaged, model, self, masters)
+
+    def _kept_how(self, group: Group) -> list[str]:
+        lines, averaging = super()._kept_how(group), self._asked().averaging
+        keepings = [self._keeping(group, index) for index in range(len(group["params"]))] if lines else []
+        beside = sum(keeping is not None and keeping.param in TWINS for keeping in keepings)
+        if averaging is not None and averaging.masters and beside:
+            lines.append(f"averages take the float32 values of {beside} parameters, after the step")
+        return lines
 
     def clip_grad_norm(
         self,

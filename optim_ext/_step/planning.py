@@ -98,7 +98,7 @@ class PlannedStep(ControlledStep):
         pairing = None
         if averaging is not None:
             pairing = averaging.pairing()
-            signature.append(pairing)
+            signature += [pairing, averaging.masters]
             controls = controls._replace(average_weight=averaging.weight(controls.found_inf))
         arguments = signature, controls, averaging, pairing
         last = self.__dict__.get("_plan")
@@ -135,7 +135,7 @@ class PlannedStep(ControlledStep):
                 raise
             return False  # what a plan is refused may be torch's by now
         if averaging is not None and pairing is not None:
-            averaging.finish(pairing, controls.average_weight, plan.besides, controls.found_inf)
+            averaging.finish(pairing, controls.average_weight, plan.besides, controls.found_inf, self.state)
         return True
 
     def _plans_of_others(self) -> dict[tuple[int, ...], _C.Plan]:
@@ -207,7 +207,7 @@ class PlannedStep(ControlledStep):
             if len(by_torch) == len(self.param_groups) > 0:
                 self._torch_step(by_torch)
                 if averaging is not None:
-                    averaging.update(controls.found_inf)
+                    averaging.update(controls.found_inf, self.state)
                 return
             reusable = True
             calls, hypers = [], []
@@ -226,7 +226,7 @@ class PlannedStep(ControlledStep):
             averages: dict[Tensor, Tensor] = {}
             if averaging is not None and not by_torch:
                 averages = averaging.in_step(
-                    (p for group in self.param_groups for p in group["params"]), self._stand_ins()
+                    (p for group in self.param_groups for p in group["params"]), self._stand_ins(), self.state
                 )
             kinds = set(TABLES[self._op].partial_state), set(self._number_state)
             arguments = (self.state, self.param_groups, hypers, controls)
@@ -237,15 +237,16 @@ class PlannedStep(ControlledStep):
                 # Torch's step may have made state, which a plan made before it takes for a change of its own.
                 plan = _C.Plan(self._op, self.param_groups, self.state, calls, averages, *kinds)
             elif averaging is not None:
-                plan.besides = averaging.besides(averages, self._stand_ins())
+                plan.besides = averaging.besides(averages, self._stand_ins(), self.state)
                 if controls.average_weight is not None:
                     plan.besides.run(controls.average_weight, controls.found_inf, check_only=True)
             if not plan.step(*arguments):
                 raise RuntimeError(self._what_is_missing())
             if averaging is not None and by_torch:
-                averaging.update(controls.found_inf)
+                averaging.update(controls.found_inf, self.state)
             elif averaging is not None:
-                averaging.finish(averaging.pairing(), controls.average_weight, plan.besides, controls.found_inf)
+                weight, found_inf = controls.average_weight, controls.found_inf
+                averaging.finish(averaging.pairing(), weight, plan.besides, found_inf, self.state)
         except BaseException:
             _restore(self.state, before)
             raise

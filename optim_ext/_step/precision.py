@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from optim_ext import _grad_control
 from optim_ext._precision import codecs, options, values
 from optim_ext._precision.options import CODES, ROUNDING_KEY, SCALE, TWINS, Keeping
-from optim_ext._step.base import Call, Group, OpStep
+from optim_ext._step.base import Group, OpStep
 from optim_ext._tables import TABLES
 
 # The state keys of one parameter in place of those of its group, and the keys of its companions; None: there are none.
@@ -47,6 +47,7 @@ class KeptStep(OpStep):
         options.check(asked, type(self).__name__)
         self._asked_of_all = options.given(asked)
         super().__init__(*args, **kwargs)
+        self._keep_made_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # Torch's constructor has made the defaults by now, and adds the first groups by this method.
@@ -195,10 +196,9 @@ class KeptStep(OpStep):
 
     # --- State ---
 
-    def _prepare(self, group: Group) -> list[Call]:
+    def _make_missing_state(self, group: Group) -> None:
         if self._make_kept_state(group) is None:
-            return super()._prepare(group)
-        return [(list(range(len(group["params"]))), self._hypers(group))]
+            super()._make_missing_state(group)
 
     @_disable_dynamo(recursive=True)
     def _make_kept_state(self, group: Group) -> set[int] | None:
@@ -239,6 +239,14 @@ class KeptStep(OpStep):
             if key in TABLES[self._op].places and entry.get(key) is None:
                 entry[key] = torch.zeros_like(like, requires_grad=False)
         self.state[p] = entry
+
+    def _keep_made_state(self) -> None:
+        """State that a constructor makes (Adagrad's) is kept as asked from the beginning: what loads into the keys that are
+        there (torch.distributed.checkpoint) would lose masters and bits otherwise."""
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]) if self._keeps(group) else ():
+                if self.state.get(p):
+                    self._convert(group, index)
 
     def _is_strange(self, p: Tensor) -> bool:
         """Whether the state has what only these options make."""
@@ -294,7 +302,8 @@ class KeptStep(OpStep):
             else:
                 key_and_draws = [self._new_rounding_key(group, index), 0]
             if not (isinstance(found, Tensor) and found.tolist() == [*key_and_draws, keeping.by_chance]):
-                found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=p.device)
+                device = "cpu" if p.is_meta else p.device  # it has a value where parameters have none
+                found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=device)
             made[ROUNDING_KEY] = found
         return made
 

@@ -152,8 +152,8 @@ class ShardedStep(PlannedStep):
 
     zero_grad.__doc__ = PlannedStep.zero_grad.__doc__
 
-    def average_into(self, averaged: Any, model: Any = None) -> None:
+    def average_into(self, averaged: Any, model: Any = None, *, masters: bool = False) -> None:
         self.__dict__.pop("_view", None)  # its plan may be another
-        super().average_into(averaged, model)
+        super().average_into(averaged, model, masters=masters)
 
     average_into.__doc__ = PlannedStep.average_into.__doc__

@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from kept import WAYS, everything, give_grads, same
 from ranks import serve
 from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -209,6 +215,38 @@ def fsdp2_checkpoints():
             torch.testing.assert_close(values(other), values(model), rtol=2e-5, atol=2e-5)
 
 
+def checkpoints_of_kept_state():
+    """Ordinary parameters that all processes have, in every way to keep them: by torch.distributed.checkpoint, nested and
+    flattened, bit for bit, into an optimizer that has not stepped."""
+    for number, way in enumerate(WAYS):
+        for flat in (False, True):
+            path, options = FOLDER / f"kept-{number}-{flat}", StateDictOptions(flatten_optimizer_state_dict=flat)
+            model, other = kept_network(), kept_network()
+            optimizer, resumed = (optim_ext.AdamW(m.parameters(), amsgrad=True, **way) for m in (model, other))
+            train_alike(model, optimizer, range(3))
+            weights, state = get_state_dict(model, optimizer, options=options)
+            checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+            weights, state = get_state_dict(other, resumed, options=options)
+            checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
+            assert same(everything(optimizer), everything(resumed)), way
+            train_alike(model, optimizer, range(3, 5))
+            train_alike(other, resumed, range(3, 5))
+            assert same(everything(optimizer), everything(resumed)), way
+
+
+def kept_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(100, 64), nn.LayerNorm(64), nn.Linear(64, 3)).bfloat16()
+
+
+def train_alike(model, optimizer, steps):
+    """With the gradients that all processes would have after a reduction."""
+    for index in steps:
+        give_grads(list(model.parameters()), index)
+        optimizer.step()
+
+
 def fsdp2_compiled():
     def run(cls, options):
         model, optimizer = sharded(cls, options)
@@ -342,7 +380,7 @@ def a_step_that_only_makes_state():
 
 CASES = [
     ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_is_clipped_by_the_norm_of_a_group,
-    fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, fsdp2_compiled,
+    fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, checkpoints_of_kept_state, fsdp2_compiled,
     fsdp2_finds_what_is_not_finite, fsdp2_averages, averages_of_parts_alone, averages_of_parts_that_are_replaced,
     averages_of_another_layout, a_step_that_only_makes_state,
 ]  # fmt: skip

@@ -7,6 +7,8 @@ import pytest
 import torch
 from kept import TAKING, WAYS, everything, make, name_of, same, train, value_of
 from lockstep import copy_of
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import optim_ext as optim
 
@@ -42,6 +44,34 @@ def test_a_run_that_was_saved_and_loaded_has_the_bits_of_one_that_was_not(spec, 
     train(optimizer, params, 3, 3)
     train(other, others, 3, 3)
     assert same(everything(optimizer), everything(other))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("spec", TAKING, ids=lambda spec: spec.name)
+def test_distributed_checkpoints_of_one_process(spec, way, flat, tmp_path):
+    """Into an optimizer that has stepped and into one that has not, which torch makes the state of by a step."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = network(spec, way)
+    train(optimizer, list(model.parameters()), 3)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    for steps in (0, 1):
+        other, resumed = network(spec, way)
+        train(resumed, list(other.parameters()), steps, 7)
+        weights, state = get_state_dict(other, resumed, options=options)
+        checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+        set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
+        assert same(everything(optimizer), everything(resumed))
+    train(optimizer, list(model.parameters()), 2, 3)
+    train(resumed, list(other.parameters()), 2, 3)
+    assert same(everything(optimizer), everything(resumed))
+
+
+def network(spec, way):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(100, 64), torch.nn.Linear(64, 3)).bfloat16()
+    groups = [{"params": list(layer.parameters())} for layer in model]
+    return model, spec.ours(groups, **copy_of(spec.typical), **way)
 
 
 def test_loading_does_not_write_to_what_is_loaded(way):

@@ -182,7 +182,7 @@ compile_now(o._variant(o.param_groups[0])); print(o._variant(o.param_groups[0]).
     ("arguments", "status", "words"),
     [
         ([], 2, "usage: python -m optim_ext compile pkg.mod:Name"),
-        (["mine"], 2, "'mine' names no rule"),
+        (["mine"], 2, "'mine' is neither pkg.mod:name nor FILE.py:name"),
         (["mine:Nothing"], 2, "has no attribute 'Nothing'"),
         (["mine:optim_ext"], 2, "optim_ext of mine is no rule"),
         (["nothing:X"], 2, "No module named 'nothing'"),

@@ -1,0 +1,1 @@
+"""State of other programs' optimizers, in the form that ours load."""
