@@ -213,12 +213,14 @@ def native_build():
             write_build_info(switches, Path(self.get_ext_fullpath("optim_ext._C")).parent)
 
     files = [path for path in sources(".cpp", ".cu") if switches["cuda"] or not re.search(r"_cuda\.cpp$|/cuda/", path)]
+    # The largest unit alone takes minutes for all of torch's architectures, and others are done by then.
+    threads = ["--threads=2"] if ";" in (switches["cuda_archs"] or "") else []
     module = (CUDAExtension if switches["cuda"] else CppExtension)(
         "optim_ext._C",
         files,
         depends=[*sources(".h", ".cuh"), "csrc/compile_flags.txt", "setup.py"],
         define_macros=[("OPTIM_EXT_WITH_CUDA", None)] if switches["cuda"] else [],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + threads},
     )
     commands = {"build_py": BuildPython, "build_ext": Build}
     return {"ext_modules": [module], "cmdclass": commands, "options": {"build": {"build_base": base}}}
