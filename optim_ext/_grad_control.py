@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 NORM_TYPES = (1.0, 2.0, math.inf)
 
 
+def _zero() -> Tensor:
+    """A count, on the CPU whatever the default device is: it moves to where it counts."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 @dataclass
 class GradPolicy:
     """What every step of an optimizer does about the norm of its gradients; made by ``set_grad_policy``, or
@@ -51,7 +56,7 @@ class GradPolicy:
     skip_nonfinite: bool = False
     skip_above: float | None = None
     last_norm: Tensor | None = field(default=None, init=False, repr=False)
-    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), init=False, repr=False)
+    skipped_steps: Tensor = field(default_factory=_zero, init=False, repr=False)
     _last_skip: Tensor | None = field(default=None, init=False, repr=False)
     _sharing: Sharing | None = field(default=None, init=False, repr=False, compare=False)
 

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from optim_ext import _grad_control, _joint
+from optim_ext import _constructor, _grad_control, _joint
 from optim_ext._averaging.step import StepAveraging
 from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite
 from optim_ext._load import _C
@@ -45,14 +45,41 @@ class NativeStep(Optimizer):
     A subclass says with ``adds`` what help() is to tell of it after torch's own text, or ours.
     """
 
+    __signature__: ClassVar[inspect.Signature | None]  # None: what the constructor itself says
     _controls: Controls
     # Why a norm cannot be taken of its gradients and other optimizers' together; None if it can.
     _no_joint_norm: ClassVar[str | None] = None
 
     def __init_subclass__(cls, adds: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if adds is not None and cls.__doc__ is not None:
+        if adds is None:
+            if "__init__" in cls.__dict__:  # a constructor of its own, which says its arguments itself
+                cls.__signature__ = None
+            return
+        signature = cls.__dict__.get("__signature__") or _constructor.signature_of(cls)
+        cls.__signature__ = signature
+        if cls.__doc__ is not None:
+            adds = _constructor.documented(cls, signature) + adds
             cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n.. rubric:: What optim_ext adds\n\n{adds}"
+
+    def __init__(
+        self,
+        *args: Any,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        skip_above: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """What ``set_grad_policy`` is given, from the first step on; of all parameter groups together."""
+        policy = self._policy_of(max_norm, norm_type, skip_nonfinite, skip_above)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError:
+            _constructor.refuse_unknown(type(self), kwargs)
+            raise
+        if policy is not None:
+            self._replace_policy(policy)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +119,19 @@ class NativeStep(Optimizer):
     def grad_policy(self) -> GradPolicy | None:
         """What ``set_grad_policy`` made, or None."""
         return self._asked().policy
+
+    def _policy_of(
+        self, max_norm: float | None, norm_type: float, skip_nonfinite: bool, skip_above: float | None
+    ) -> GradPolicy | None:
+        """The policy that these make, or None where nothing is asked for.
+
+        Raises:
+            ValueError: a limit is negative or NaN, or another ``norm_type``.
+        """
+        norm_type = _grad_control.checked_norm_type(norm_type)
+        if max_norm is None and not skip_nonfinite and skip_above is None:
+            return None
+        return GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above)
 
     def _replace_policy(self, policy: GradPolicy | None) -> None:
         controls = self._ask()

@@ -59,6 +59,23 @@ def every_class() -> list[optim.Optimizer]:
     ]
 
 
+def options_of_every_class() -> list[optim.Optimizer]:
+    """Those that come with each constructor, as a type checker sees them: wrong ones are errors."""
+    params = list(model.parameters())
+    optim.AdamW(params, max_norm="1.0")  # type: ignore[arg-type]
+    optim.AdamW(params, lr="fast")  # type: ignore[arg-type]
+    optim.Lion(params, skip_nonfinit=True)  # type: ignore[call-arg]
+    optim.LBFGS(params, param_precision="master")  # type: ignore[call-arg]
+    return [
+        optim.AdamW(params, 1e-3, max_norm=1.0, norm_type=math.inf, skip_nonfinite=True, skip_above=None),
+        optim.SGD(params, lr=0.1, max_norm=None, param_precision="remainder"),
+        optim.Adam(params, state_precision={"exp_avg": "q8"}, rounding_seed=1, min_q8_size=64),
+        optim.LAMB(params, lr=1e-3, max_norm=1.0),
+        optim.Muon(params, skip_above=10.0),
+        optim.LBFGS(params, lr=1, skip_nonfinite=True),
+    ]
+
+
 def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.SparseAdam) -> None:
     """What FusedStep gives to each class."""
     assert_type(optimizer.step(), None)
