@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NORM_TYPES = (1.0, 2.0, math.inf)
 
 
-def _zero() -> Tensor:
+def zero() -> Tensor:
     """A count, on the CPU whatever the default device is: it moves to where it counts."""
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
@@ -56,7 +56,7 @@ class GradPolicy:
     skip_nonfinite: bool = False
     skip_above: float | None = None
     last_norm: Tensor | None = field(default=None, init=False, repr=False)
-    skipped_steps: Tensor = field(default_factory=_zero, init=False, repr=False)
+    skipped_steps: Tensor = field(default_factory=zero, init=False, repr=False)
     _last_skip: Tensor | None = field(default=None, init=False, repr=False)
     _sharing: Sharing | None = field(default=None, init=False, repr=False, compare=False)
 

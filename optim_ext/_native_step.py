@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from optim_ext import _constructor, _grad_control, _joint
 from optim_ext._averaging.step import StepAveraging
-from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite
+from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite, Verdict
 from optim_ext._load import _C
 
 # What help() says of every class after its own lines.
@@ -36,7 +37,28 @@ class Controls:
     turn: _joint.Turn | None = None  # told by the first of those that share the policy, for the next step
     policy: GradPolicy | None = None
     averaging: StepAveraging | None = None
+    last_norm: Tensor | None = None  # of the gradients that clip_grad_norm had clipped last, where there is no policy
+    last_skip: bool | Tensor | None = None  # of the last step, by GradScaler's word; None: it said nothing
+    skips: int | Tensor = 0  # how many there were, where there is no policy
     groups: int = 0  # how many parameter groups the optimizer had when it was last asked for one of these
+
+    def note(self, verdict: Verdict) -> None:
+        """What became of a step that has been taken."""
+        self.armed, self.by_scaler, self.last_skip = None, False, None
+        if verdict.policy is not None:
+            return
+        if verdict.armed is not None:
+            self.last_norm = verdict.armed.returned
+        found_inf = verdict.found_inf
+        if found_inf is None:
+            return
+        if found_inf.device.type == "cpu":
+            self.last_skip = found_inf.item() == 1
+        else:  # the device knows, and counts
+            self.last_skip = found_inf.reshape(()) == 1
+            if not isinstance(self.skips, Tensor) or self.skips.device != found_inf.device:
+                self.skips = torch.full_like(self.last_skip, int(self.skips), dtype=torch.int64)
+        self.skips += self.last_skip
 
 
 class NativeStep(Optimizer):
@@ -119,6 +141,30 @@ class NativeStep(Optimizer):
     def grad_policy(self) -> GradPolicy | None:
         """What ``set_grad_policy`` made, or None."""
         return self._asked().policy
+
+    @property
+    def last_norm(self) -> Tensor | None:
+        """The norm of the gradients at the last step that took one, for its policy or for ``clip_grad_norm``: shape (), on
+        their device. None before."""
+        asked = self._asked()
+        return asked.last_norm if asked.policy is None else asked.policy.last_norm
+
+    @property
+    def last_step_skipped(self) -> Tensor | None:
+        """Whether the last step was skipped, by its policy or by a GradScaler that left the decision to the step
+        (``fused=True``): bool, shape (), on the device of the decision. None where nothing could skip it, and before the
+        first step. Reading it waits for the device, a step does not."""
+        asked = self._asked()
+        if asked.policy is not None:
+            return asked.policy.last_step_skipped
+        return None if asked.last_skip is None else torch.as_tensor(asked.last_skip)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped since the policy was set; without one, how many steps of this object GradScaler's word
+        has skipped (``fused=True``): int64, shape (). Steps that GradScaler does not take at all are not among them."""
+        asked = self._asked()
+        return torch.as_tensor(asked.skips).clone() if asked.policy is None else asked.policy.skipped_steps
 
     def _policy_of(
         self, max_norm: float | None, norm_type: float, skip_nonfinite: bool, skip_above: float | None

@@ -95,6 +95,9 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
     if optimizer.grad_policy is not None:
         assert_type(optimizer.grad_policy.max_norm, float | None)
 
+    assert_type(optimizer.last_norm, Tensor | None)
+    assert_type(optimizer.last_step_skipped, Tensor | None)
+    assert_type(optimizer.skipped_steps, Tensor)
     assert_type(optimizer.find_nonfinite(), list[NonFinite])
     for found in optimizer.find_nonfinite():
         print(f"{found.parameter}: {found.grad + found.value}")
