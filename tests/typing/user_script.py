@@ -176,6 +176,13 @@ def clip() -> None:
     assert_type(optim_ext.utils.clip_grad_value_(model.parameters(), 1.0), None)
 
 
+def patched() -> None:
+    assert_type(optim_ext.patch_torch(allow_existing=True), optim_ext.TorchPatch)
+    with optim_ext.patch_torch() as patch:
+        assert_type(patch, optim_ext.TorchPatch)
+    assert_type(patch.undo(), None)
+
+
 def clip_together(muon: optim.Muon, adamw: optim.AdamW) -> None:
     assert_type(utils.clip_optimizers([muon, adamw], 1.0, norm_type=math.inf), Tensor)
     assert_type(utils.share_grad_policy([muon, adamw], max_norm=1.0, skip_nonfinite=True), GradPolicy)
