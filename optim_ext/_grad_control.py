@@ -82,6 +82,7 @@ class ArmedClip(NamedTuple):
     joint: Round | None = None  # with other optimizers
     own: Tensor | None = None  # this optimizer's part of that
     process_group: Any = None  # of processes whose gradients belong to the norm
+    of_more: bool = False  # the norm is of parameters, too, that have been dropped since
 
 
 class StepControls(NamedTuple):
@@ -268,7 +269,7 @@ def judge(
         if writes is None:
             armed = None
         else:
-            again = changed(writes, grad_scale is not None) or optimizer._asked().by_scaler
+            again = changed(writes, grad_scale is not None) or optimizer._asked().by_scaler or armed.of_more
             if armed.joint is not None:
                 armed.joint.check(optimizer, writes, armed.own, grad_scale is not None)
                 again = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from optim_ext import _constructor, _grad_control, _joint
+from optim_ext import _constructor, _drop, _grad_control, _joint
 from optim_ext._averaging.step import StepAveraging
+from optim_ext._drop import Dropped
 from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite, Verdict
 from optim_ext._load import _C
 
@@ -23,6 +24,7 @@ from optim_ext._load import _C
 ADDED_TO_ALL = """\
 * ``average_into(averaged)``: every step also updates an :class:`optim_ext.swa_utils.AveragedModel`.
 * ``find_nonfinite()`` names the parameters that are not finite, ``measure_step()`` gives norms of a step.
+* ``drop(params)`` removes parameters with their state.
 * :func:`optim_ext.explain` says which parameter groups step natively, and why others do not.
 """
 
@@ -203,6 +205,33 @@ class NativeStep(Optimizer):
         self._ask()
 
     add_param_group.__doc__ = Optimizer.add_param_group.__doc__
+
+    def drop(self, params: Dropped | Iterable[Dropped]) -> None:
+        """Remove parameters, with their names and their state: the counterpart of ``add_param_group``.
+
+        The tensors stay as they are. A group that is left without parameters stays, as schedulers count groups. A clip that
+        was asked of the next step is of the gradients that are left. Averages (``average_into``) are of the model, and go on
+        with it.
+
+        Args:
+            params: one or any number of this optimizer's parameters, as tensors, as names where it was given names, or as
+                pairs of name and tensor (``module.named_parameters()``).
+
+        Raises:
+            ValueError: one of them is no parameter of this optimizer. Nothing has been removed then.
+            TypeError: one of them is neither a tensor nor a name.
+            RuntimeError: other optimizers have yet to step by a norm that these gradients are part of.
+        """
+        _drop.drop(self, params)
+
+    def _keep_members(self, group: dict[str, Any], kept: list[int]) -> None:
+        """Leave these of a group's parameters, a list, and what else the group has for each of them."""
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [group[key][index] for index in kept]
+
+    def _forget_params(self) -> None:
+        """Let go of everything that was noted of the parameters as they have been."""
 
     def __repr__(self) -> str:
         """Torch's, and the policy."""

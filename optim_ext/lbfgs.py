@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from optim_ext import _grad_control
 from optim_ext._averaging.step import step_averaging
+from optim_ext._drop import Dropped
 from optim_ext._grad_control import GradPolicy
 from optim_ext._lbfgs.step import Step
 from optim_ext._lbfgs.workspace import Bound, Method, Workspace, span_of, working_dtype
@@ -206,6 +207,31 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
         if max_norm is not None:
             raise RuntimeError(_NOT_CLIPPED)
         return super()._policy_of(max_norm, norm_type, skip_nonfinite, skip_above)
+
+    def drop(self, params: Dropped | Iterable[Dropped]) -> None:
+        """Remove parameters. The others start anew: the history is one of all parameters together, of which no part is left.
+
+        Args:
+            params: as of every optimizer here.
+
+        Raises:
+            ValueError, TypeError: as of every optimizer here. Nothing has been removed then.
+        """
+        super().drop(params)
+
+    def _keep_members(self, group: Group, kept: list[int]) -> None:
+        super()._keep_members(group, kept)
+        if group.get("bounds") is not None:
+            group["bounds"] = tuple(
+                [side[index] for index in kept] if isinstance(side, Sequence) else side for side in group["bounds"]
+            )
+
+    def _forget_params(self) -> None:
+        self.__dict__.pop("_workspace", None)
+        self.state.clear()
+        self._params = self.param_groups[0]["params"]
+        self._numel_cache = None
+        super()._forget_params()
 
     def _is_to_skip(self) -> bool:
         """What the policy makes of the gradients that are there. Waits for the device."""

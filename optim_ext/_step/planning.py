@@ -142,6 +142,11 @@ class PlannedStep(ControlledStep):
         plans: dict[tuple[int, ...], _C.Plan] = self.__dict__.setdefault("_plans", {})
         return plans
 
+    def _forget_params(self) -> None:
+        self._plan = None
+        self.__dict__.pop("_plans", None)
+        super()._forget_params()
+
     def _key_of_groups(self) -> tuple[int, ...]:
         """A set of groups by its first parameters. That it is the same set is for the plan to say."""
         return tuple(id(group["params"][0]) if group["params"] else 0 for group in self.param_groups)

@@ -109,6 +109,10 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
 
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.add_param_group({"params": [inputs], "lr": 1e-2})
+    optimizer.drop(inputs)
+    optimizer.drop(model.parameters())
+    optimizer.drop(["0.weight"])
+    optimizer.drop(model.named_parameters())
     optimizer.param_groups[0]["lr"] = 0.5
 
 
