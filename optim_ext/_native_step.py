@@ -16,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from optim_ext import _constructor, _drop, _grad_control, _joint
 from optim_ext._averaging.step import StepAveraging
+from optim_ext._copies import Copies
 from optim_ext._drop import Dropped
 from optim_ext._grad_control import ArmedClip, GradPolicy, GroupNorms, NonFinite, Verdict
 from optim_ext._load import _C
@@ -252,7 +253,7 @@ class NativeStep(Optimizer):
             if policy._sharing is not None:
                 policy._sharing.join(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, copy: bool = False) -> None:
         """Load what :meth:`state_dict` of this class, or of torch's class of the same name, returned.
 
         As in torch, state takes the dtype and device of its parameter, with one difference: numbers in tensors, such as
@@ -260,7 +261,9 @@ class NativeStep(Optimizer):
         was never interrupted.
 
         Args:
-            state_dict: the options and state; it is not written to.
+            state_dict: the options and state; it is not written to by loading.
+            copy: copy every tensor. Without it state that has the right dtype and device is not copied, as in torch:
+                the optimizer then has, and writes to, the tensors of ``state_dict``.
 
         Raises:
             ValueError: the parameter groups are not those of this optimizer.
@@ -268,13 +271,20 @@ class NativeStep(Optimizer):
         given: list[dict[str, Any]] = []
         handles = (
             self.register_load_state_dict_pre_hook(lambda _, seen: given.append(seen)),  # after hooks that replace it
-            self.register_load_state_dict_post_hook(lambda _: self._undo_casts(given[-1]), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._finish_load(given[-1], copy), prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _finish_load(self, saved: dict[str, Any], copy: bool) -> None:
+        self._undo_casts(saved)
+        if copy:
+            copies = Copies(saved["state"])
+            for owner, entry in self.state.items():
+                self.state[owner] = copies.of(entry)
 
     @property
     def _native_how(self) -> str:

@@ -56,10 +56,10 @@ class KeptStep(OpStep):
 
     add_param_group.__doc__ = torch.optim.Optimizer.add_param_group.__doc__
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, copy: bool = False) -> None:
         self._options_kept = [options.given(group) for group in self.param_groups]
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict, copy=copy)
         finally:
             del self._options_kept
 

@@ -107,6 +107,7 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
     assert_type(norms[0].update / norms[0].param, Tensor)
     assert_type(norms[0].grad, Tensor)
 
+    optimizer.load_state_dict(optimizer.state_dict(), copy=True)
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.add_param_group({"params": [inputs], "lr": 1e-2})
     optimizer.drop(inputs)
