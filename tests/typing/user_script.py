@@ -126,7 +126,7 @@ def schedule(optimizer: optim.AdamW) -> None:
 def average(optimizer: optim.Adam) -> None:
     decay = swa_utils.get_warmup_decay(0.9999)
     ema = swa_utils.AveragedModel(
-        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay), dtype=torch.float32, update_every=2
+        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay), dtype=torch.float32, update_every=2, match="name"
     )
     optimizer.average_into(ema)
     optimizer.average_into(ema, model)
