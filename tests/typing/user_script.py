@@ -80,6 +80,11 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
     """What FusedStep gives to each class."""
     assert_type(optimizer.step(), None)
     assert_type(optimizer.step(evaluate), float)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    assert_type(optimizer.step(grads=gradients), None)
+    optimizer.step(grads={"0.weight": inputs, "0.bias": None})
+    optimizer.step(grads={inputs: inputs})
+    optimizer.step(grads=torch.autograd.grad(loss_of_model(), list(model.parameters())))
     assert_type(optimizer.clip_grad_norm(1.0), Tensor)
     assert_type(optimizer.clip_grad_norm(1.0, norm_type=math.inf, error_if_nonfinite=True), Tensor)
     optimizer.zero_grad()
