@@ -22,6 +22,7 @@ from optim_ext._explain import GroupReport, explain
 from optim_ext._grad_control import GradPolicy, GroupNorms, NonFinite
 from optim_ext._load import build_info
 from optim_ext._memory import GroupBytes, MemoryRow, MemoryTable, memory
+from optim_ext._patch import TorchPatch, patch_torch
 from optim_ext._rules import RuleError as RuleError
 from optim_ext._rules import rule as rule
 from optim_ext._rules.compiler import include_paths
@@ -74,11 +75,13 @@ __all__ = [
     "Rprop",
     "RuleError",
     "SparseAdam",
+    "TorchPatch",
     "build_info",
     "explain",
     "include_paths",
     "lr_scheduler",
     "memory",
+    "patch_torch",
     "rule",
     "swa_utils",
 ]

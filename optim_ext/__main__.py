@@ -6,6 +6,8 @@ its formula.
 ``python -m optim_ext compile pkg.mod:Name [option=value ...]``: compiles a rule ahead.
 
 ``python -m optim_ext memory FILE.py:factory [option=value ...]``: the bytes that a model and its optimizer will take.
+
+``python -m optim_ext run script.py [arguments]`` or ``run -m module``: runs a program whose ``torch.optim`` is this package.
 """
 
 import functools
@@ -24,6 +26,7 @@ from optim_ext._formulas import FORMULAS, ByFormula
 from optim_ext._load import _C
 from optim_ext._memory import memory_command
 from optim_ext._rules.command import compile_rules
+from optim_ext._run import run
 
 # Largest difference from torch.optim or the formula in float64, relative to the largest parameter, that STEPS roundings may explain.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -41,6 +44,8 @@ def main() -> int:
         return compile_rules(sys.argv[2:])
     if sys.argv[1:2] == ["memory"]:
         return memory_command(sys.argv[2:])
+    if sys.argv[1:2] == ["run"]:
+        return run(sys.argv[2:])
     print(f"optim_ext {optim_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"system    {platform.platform()}")
     for device in _devices():

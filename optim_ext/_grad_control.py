@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 NORM_TYPES = (1.0, 2.0, math.inf)
 
 
+def zero() -> Tensor:
+    """A count, on the CPU whatever the default device is: it moves to where it counts."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 @dataclass
 class GradPolicy:
     """What every step of an optimizer does about the norm of its gradients; made by ``set_grad_policy``, or
@@ -51,7 +56,7 @@ class GradPolicy:
     skip_nonfinite: bool = False
     skip_above: float | None = None
     last_norm: Tensor | None = field(default=None, init=False, repr=False)
-    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), init=False, repr=False)
+    skipped_steps: Tensor = field(default_factory=zero, init=False, repr=False)
     _last_skip: Tensor | None = field(default=None, init=False, repr=False)
     _sharing: Sharing | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -77,6 +82,7 @@ class ArmedClip(NamedTuple):
     joint: Round | None = None  # with other optimizers
     own: Tensor | None = None  # this optimizer's part of that
     process_group: Any = None  # of processes whose gradients belong to the norm
+    of_more: bool = False  # the norm is of parameters, too, that have been dropped since
 
 
 class StepControls(NamedTuple):
@@ -263,7 +269,7 @@ def judge(
         if writes is None:
             armed = None
         else:
-            again = changed(writes, grad_scale is not None) or optimizer._asked().by_scaler
+            again = changed(writes, grad_scale is not None) or optimizer._asked().by_scaler or armed.of_more
             if armed.joint is not None:
                 armed.joint.check(optimizer, writes, armed.own, grad_scale is not None)
                 again = False

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from optim_ext._step import FusedStep, Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from optim_ext._constructor import AddedOptions
 
 
 class Adafactor(FusedStep, torch.optim.Adafactor):
@@ -14,6 +21,22 @@ class Adafactor(FusedStep, torch.optim.Adafactor):
 
     _op = "adafactor_"
     _about_whole_tensors = True
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = ...,
+            beta2_decay: float = ...,
+            eps: tuple[float | None, float] = ...,
+            d: float = ...,
+            weight_decay: float = ...,
+            *,
+            foreach: bool | None = ...,
+            maximize: bool = ...,
+            **added: Unpack[AddedOptions],
+        ) -> None: ...
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         eps1, eps2 = self._values(group, "eps", 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,35 @@ from torch.optim.adagrad import adagrad as adagrad
 
 from optim_ext._step import FusedStep, Group
 
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from optim_ext._constructor import AddedOptions
+
 
 class Adagrad(FusedStep, torch.optim.Adagrad):
     __doc__ = torch.optim.Adagrad.__doc__
 
     _op = "adagrad_"
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = ...,
+            lr_decay: float = ...,
+            weight_decay: float = ...,
+            initial_accumulator_value: float = ...,
+            eps: float = ...,
+            foreach: bool | None = ...,
+            *,
+            maximize: bool = ...,
+            differentiable: bool = ...,
+            fused: bool | None = ...,
+            **added: Unpack[AddedOptions],
+        ) -> None: ...
 
     def _init_group(self, group: Group, *lists: list[Tensor]) -> Any:
         """As torch's, which before 2.14 refuses fused=True on a GPU for want of a kernel."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from optim_ext._beyond_torch import BeyondTorch, check_betas, check_not_negative, check_one_element
+from optim_ext._constructor import AddedOptions
 
 
 class LAMB(BeyondTorch):
@@ -51,10 +51,10 @@ class LAMB(BeyondTorch):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        **precision: Any,
+        **added: Unpack[AddedOptions],
     ) -> None:
         check_one_element(lr)
         check_not_negative(learning_rate=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, **precision)
+        super().__init__(params, defaults, **added)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from optim_ext._beyond_torch import BeyondTorch, check_not_negative, check_one_element
+from optim_ext._constructor import AddedOptions
 
 
 class LARS(BeyondTorch):
@@ -56,7 +56,7 @@ class LARS(BeyondTorch):
         *,
         nesterov: bool = False,
         maximize: bool = False,
-        **precision: Any,
+        **added: Unpack[AddedOptions],
     ) -> None:
         check_one_element(lr)
         check_not_negative(
@@ -73,4 +73,4 @@ class LARS(BeyondTorch):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, **precision)
+        super().__init__(params, defaults, **added)

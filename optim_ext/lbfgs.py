@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import Module
 
 from optim_ext import _grad_control
 from optim_ext._averaging.step import step_averaging
+from optim_ext._drop import Dropped
 from optim_ext._grad_control import GradPolicy
 from optim_ext._lbfgs.step import Step
 from optim_ext._lbfgs.workspace import Bound, Method, Workspace, span_of, working_dtype
@@ -22,6 +22,12 @@ from optim_ext._native_step import ADDED_TO_ALL, NativeStep
 from optim_ext._step.base import Group, Loss
 from optim_ext._step.torch_path import is_plain
 from optim_ext.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from optim_ext._constructor import PolicyOptions
 
 _OWN_OPTIONS = ("strict_max_eval", "recover", "damping", "history_dtype", "bounds")
 # Options that describe the method, not a parameter: every group has the same. torch has `maximize` since 2.14.
@@ -71,33 +77,57 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
 
     _no_joint_norm = "LBFGS evaluates gradients within its step and does not clip"
 
-    def __init__(
-        self,
-        params: Any,
-        *args: Any,
-        strict_max_eval: bool = False,
-        recover: bool = False,
-        damping: float | None = None,
-        history_dtype: torch.dtype | None = None,
-        bounds: tuple[Bound, Bound] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        further: list[Group] = []
-        super().__init__(params if isinstance(params, Tensor) else _first_group(params, further), *args, **kwargs)
-        own = {
-            "strict_max_eval": bool(strict_max_eval),
-            "recover": bool(recover),
-            "damping": damping,
-            "history_dtype": history_dtype,
-            "bounds": bounds,
-        }
-        # Only what was asked for: without these a state_dict has torch's own keys.
-        self.defaults.update({name: value for name, value in own.items() if _is_on(value)})
-        for group in self.param_groups:
-            self._fill_in(group)
-        for group in further:
-            self.add_param_group(group)
-        self._method()
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = ...,
+            max_iter: int = ...,
+            max_eval: int | None = ...,
+            tolerance_grad: float = ...,
+            tolerance_change: float = ...,
+            history_size: int = ...,
+            line_search_fn: str | None = ...,
+            *,
+            maximize: bool = ...,
+            strict_max_eval: bool = ...,
+            recover: bool = ...,
+            damping: float | None = ...,
+            history_dtype: torch.dtype | None = ...,
+            bounds: tuple[Bound, Bound] | None = ...,
+            **added: Unpack[PolicyOptions],
+        ) -> None: ...
+
+    else:
+
+        def __init__(
+            self,
+            params: Any,
+            *args: Any,
+            strict_max_eval: bool = False,
+            recover: bool = False,
+            damping: float | None = None,
+            history_dtype: torch.dtype | None = None,
+            bounds: tuple[Bound, Bound] | None = None,
+            **kwargs: Any,
+        ) -> None:
+            further: list[Group] = []
+            super().__init__(params if isinstance(params, Tensor) else _first_group(params, further), *args, **kwargs)
+            own = {
+                "strict_max_eval": bool(strict_max_eval),
+                "recover": bool(recover),
+                "damping": damping,
+                "history_dtype": history_dtype,
+                "bounds": bounds,
+            }
+            # Only what was asked for: without these a state_dict has torch's own keys.
+            self.defaults.update({name: value for name, value in own.items() if _is_on(value)})
+            for group in self.param_groups:
+                self._fill_in(group)
+            for group in further:
+                self.add_param_group(group)
+            self._method()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -168,11 +198,40 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
             RuntimeError: ``max_norm`` was given.
             ValueError: ``skip_above`` is negative or NaN, or another ``norm_type``.
         """
+        self._replace_policy(self._policy_of(max_norm, norm_type, skip_nonfinite, skip_above))
+        return self.grad_policy
+
+    def _policy_of(
+        self, max_norm: float | None, norm_type: float, skip_nonfinite: bool, skip_above: float | None
+    ) -> GradPolicy | None:
         if max_norm is not None:
             raise RuntimeError(_NOT_CLIPPED)
-        asked = skip_nonfinite or skip_above is not None
-        self._replace_policy(GradPolicy(None, norm_type, skip_nonfinite, skip_above) if asked else None)
-        return self.grad_policy
+        return super()._policy_of(max_norm, norm_type, skip_nonfinite, skip_above)
+
+    def drop(self, params: Dropped | Iterable[Dropped]) -> None:
+        """Remove parameters. The others start anew: the history is one of all parameters together, of which no part is left.
+
+        Args:
+            params: as of every optimizer here.
+
+        Raises:
+            ValueError, TypeError: as of every optimizer here. Nothing has been removed then.
+        """
+        super().drop(params)
+
+    def _keep_members(self, group: Group, kept: list[int]) -> None:
+        super()._keep_members(group, kept)
+        if group.get("bounds") is not None:
+            group["bounds"] = tuple(
+                [side[index] for index in kept] if isinstance(side, Sequence) else side for side in group["bounds"]
+            )
+
+    def _forget_params(self) -> None:
+        self.__dict__.pop("_workspace", None)
+        self.state.clear()
+        self._params = self.param_groups[0]["params"]
+        self._numel_cache = None
+        super()._forget_params()
 
     def _is_to_skip(self) -> bool:
         """What the policy makes of the gradients that are there. Waits for the device."""
@@ -350,14 +409,3 @@ def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
         return [_cast(entry, device, dtype) for entry in value]
     return value.to(device, dtype) if isinstance(value, Tensor) else value
-
-
-def _signature() -> inspect.Signature:
-    """torch's, with the options of this class behind it."""
-    theirs = inspect.signature(torch.optim.LBFGS.__init__).parameters
-    ours = inspect.signature(LBFGS.__init__).parameters
-    own = [parameter for name, parameter in ours.items() if name in _OWN_OPTIONS]
-    return inspect.Signature([*theirs.values(), *own], return_annotation=None)
-
-
-LBFGS.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,35 @@ from torch.optim.sgd import sgd as sgd
 
 from optim_ext._step import Call, FusedStep, Group
 
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from optim_ext._constructor import AddedOptions
+
 
 class SGD(FusedStep, torch.optim.SGD):
     __doc__ = torch.optim.SGD.__doc__
 
     _op = "sgd_"
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = ...,
+            momentum: float = ...,
+            dampening: float = ...,
+            weight_decay: float | Tensor = ...,
+            nesterov: bool = ...,
+            *,
+            maximize: bool = ...,
+            foreach: bool | None = ...,
+            differentiable: bool = ...,
+            fused: bool | None = ...,
+            **added: Unpack[AddedOptions],
+        ) -> None: ...
 
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)

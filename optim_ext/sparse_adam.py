@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from optim_ext._step import FusedStep, Group
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from optim_ext._constructor import AddedOptions
 
 
 class SparseAdam(FusedStep, torch.optim.SparseAdam):
@@ -16,6 +22,18 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
     _op = "sparse_adam_"
     _number_state = frozenset({"step"})
     _takes_dense = False
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = ...,
+            betas: tuple[float, float] = ...,
+            eps: float = ...,
+            maximize: bool = ...,
+            **added: Unpack[AddedOptions],
+        ) -> None: ...
 
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *_: list[Tensor]) -> None:
         """Check gradients and make missing state, as torch's step does."""

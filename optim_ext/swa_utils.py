@@ -21,7 +21,7 @@ from torch.optim import swa_utils
 from torch.optim.swa_utils import SWALR as SWALR
 from torch.optim.swa_utils import update_bn as update_bn
 
-from optim_ext._averaging.pairing import Pairing, copy_tensors, match_tensors
+from optim_ext._averaging.pairing import Match, Pairing, copy_tensors, match_tensors
 from optim_ext._averaging.rules import (
     AveragingRule,
     AvgFn,
@@ -127,13 +127,17 @@ class AveragedModel(swa_utils.AveragedModel):
         dtype: storage of the average where the model's parameters are floating point or complex (then the complex type
             of that precision), for instance ``torch.float32`` for a bfloat16 model. Default: as in the model.
         update_every: average at the first call of ``update_parameters`` and at every ``update_every``-th call after it.
+        match: which of the model's tensors an average is of: ``"order"``, as torch has it, or ``"name"``, that of its name,
+            so that a model may define its parameters in another order. What has no partner of its name is refused.
 
     Raises:
-        ValueError: ``dtype`` is not floating point or ``update_every`` not a positive whole number.
+        ValueError: ``dtype`` is not floating point or ``update_every`` not a positive whole number, or
+            ``match`` is neither of the two.
         AssertionError: both ``avg_fn`` and ``multi_avg_fn`` are given.
     """
 
     _calls = 0  # of update_parameters
+    match: Match = "order"
 
     def __init__(
         self,
@@ -145,15 +149,18 @@ class AveragedModel(swa_utils.AveragedModel):
         *,
         dtype: torch.dtype | None = None,
         update_every: int = 1,
+        match: Match = "order",
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating point type, got {dtype}")
         if not isinstance(update_every, int) or update_every < 1:
             raise ValueError(f"update_every must be a positive whole number, got {update_every}")
+        if match not in ("order", "name"):
+            raise ValueError(f"match must be 'order' or 'name', got {match!r}")
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         if dtype is not None:
             self.module._apply(lambda tensor: _as_dtype(tensor, dtype))  # type: ignore[no-untyped-call]
-        self.update_every = update_every
+        self.update_every, self.match = update_every, match
         self._remember(model)
 
     @torch.no_grad()
@@ -182,7 +189,7 @@ class AveragedModel(swa_utils.AveragedModel):
         Raises:
             ValueError: the model's tensors do not match the average's in number, shape or kind. Nothing is written then.
         """
-        matched = [*match_tensors(self.module, model, "parameters"), *match_tensors(self.module, model, "buffers")]
+        matched = [*self._matched(model, "parameters"), *self._matched(model, "buffers")]
         copy_tensors([current for _, _, current in matched], [average for _, average, _ in matched])
 
     @contextmanager
@@ -216,12 +223,20 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def _pairing(self, model: Module) -> Pairing:
         pairing: Pairing | None = self.__dict__.get("_paired")
-        if pairing is None or pairing.use_buffers != self.use_buffers or not pairing.is_current(self.module, model):
+        if pairing is None or not self._is_current(pairing, model):
             self.__dict__["_paired"] = None  # its hold on another model's tensors ends here
-            pairing = Pairing(self.module, model, self.use_buffers)
+            pairing = Pairing(self.module, model, self.use_buffers, self.match)
             self._remember(model)
             self.__dict__["_paired"] = pairing
         return pairing
+
+    def _is_current(self, pairing: Pairing, model: Module) -> bool:
+        asked = pairing.use_buffers == self.use_buffers and pairing.match == self.match
+        return asked and pairing.is_current(self.module, model)
+
+    def _matched(self, model: Module, kind: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, average, current) for all parameters or buffers; every mismatch is an error."""
+        return match_tensors(self.module, model, kind, self.match)
 
     def _remember(self, model: Module) -> None:
         """Know the model averaged last, for ``average_into``, without keeping it or its tensors alive."""
@@ -236,10 +251,10 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def _update_by_function(self, model: Module) -> None:
         """torch's own update, with the parameters in the average's dtype and every mismatch found first."""
-        matched = list(match_tensors(self.module, model, "parameters"))
+        matched = list(self._matched(model, "parameters"))
         if self.use_buffers:
-            matched += match_tensors(self.module, model, "buffers")
-        copied = [] if self.use_buffers else list(match_tensors(self.module, model, "buffers"))
+            matched += self._matched(model, "buffers")
+        copied = [] if self.use_buffers else list(self._matched(model, "buffers"))
         pairs = [(avg.detach(), current.detach().to(avg.device, avg.dtype)) for _, avg, current in matched]
         if self.n_averaged == 0:
             for average, current in pairs:

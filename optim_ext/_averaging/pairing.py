@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from optim_ext._averaging.rules import AveragingRule
 
 
+Match = Literal["order", "name"]  # which tensor of a model an average is of
+
+
 class Pairing:
     """The tensors of an average and of the model it follows, matched once and verified at every update."""
 
-    def __init__(self, module: Module, model: Module, use_buffers: bool):
-        self.use_buffers = use_buffers
-        matched = list(match_tensors(module, model, "parameters"))
-        copied = list(match_tensors(module, model, "buffers"))
+    def __init__(self, module: Module, model: Module, use_buffers: bool, match: Match = "order"):
+        self.use_buffers, self.match = use_buffers, match
+        matched = list(match_tensors(module, model, "parameters", match))
+        copied = list(match_tensors(module, model, "buffers", match))
         if use_buffers:
             matched, copied = matched + copied, []
         native = list(native_of(matched))
@@ -86,17 +89,13 @@ def average_plan(matched: Sequence[tuple[str, Tensor, Tensor]], trees: Sequence[
     return _C.AveragePlan(list(trees), names, averages, currents)
 
 
-def match_tensors(module: Module, model: Module, kind: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, average, current) for all parameters or buffers, in torch's order; every mismatch is an error."""
-    averages, currents = (list(getattr(m, f"named_{kind}")()) for m in (module, model))
-    if len(averages) != len(currents):
-        longer, owner = (averages, "average") if len(averages) > len(currents) else (currents, "model")
-        raise ValueError(
-            f"the average has {len(averages)} {kind} and the model {len(currents)}; '{longer[-1][0]}' of the {owner} "
-            "has no counterpart"
-        )
+def match_tensors(
+    module: Module, model: Module, kind: str, match: Match = "order"
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, average, current) for all parameters or buffers, in the model's order; every mismatch is an error."""
     what = kind.removesuffix("s")
-    for (_, average), (name, current) in zip(averages, currents, strict=True):
+    pairs = _by_name(module, model, kind) if match == "name" else _in_order(module, model, kind)
+    for name, average, current in pairs:
         if average.shape != current.shape:
             raise ValueError(
                 f"{what} '{name}' of the model has shape {tuple(current.shape)}, its average {tuple(average.shape)}"
@@ -106,6 +105,39 @@ def match_tensors(module: Module, model: Module, kind: str) -> Iterator[tuple[st
         if current.is_meta != average.is_meta:
             raise ValueError(f"{what} '{name}': the model's is on {current.device}, its average on {average.device}")
         yield name, average, current
+
+
+def _in_order(module: Module, model: Module, kind: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """As torch does."""
+    averages, currents = (list(getattr(m, f"named_{kind}")()) for m in (module, model))
+    if len(averages) != len(currents):
+        longer, owner = (averages, "average") if len(averages) > len(currents) else (currents, "model")
+        raise ValueError(
+            f"the average has {len(averages)} {kind} and the model {len(currents)}; '{longer[-1][0]}' of the {owner} "
+            "has no counterpart"
+        )
+    for (_, average), (name, current) in zip(averages, currents, strict=True):
+        yield name, average, current
+
+
+def _by_name(module: Module, model: Module, kind: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """A tensor that is there under several names has its average under any of them."""
+    what = kind.removesuffix("s")
+    averages = dict(getattr(module, f"named_{kind}")(remove_duplicate=False))
+    names: dict[int, str] = {}  # of the model's tensors, by the identity of their averages
+    for name, current in getattr(model, f"named_{kind}")():
+        if name not in averages:
+            raise ValueError(f"{what} '{name}' of the model has no average of this name")
+        average = averages[name]
+        if id(average) in names:
+            raise ValueError(
+                f"{what} '{name}' and '{names[id(average)]}' have one average together, but are two in the model"
+            )
+        names[id(average)] = name
+        yield name, average, current
+    for name, average in averages.items():
+        if id(average) not in names:
+            raise ValueError(f"the average of {what} '{name}' has no {what} of this name in the model")
 
 
 def _kind(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim import swa_utils
 
-from optim_ext._averaging.pairing import Pairing, average_plan, match_tensors, native_of
+from optim_ext._averaging.pairing import Pairing, average_plan, native_of
 from optim_ext._averaging.rules import AveragingRule, weight_of
 from optim_ext._load import _C
 from optim_ext._precision import values
@@ -73,7 +73,7 @@ class StepAveraging:
     def native(self) -> list[tuple[str, Tensor, Tensor]]:
         """What a kernel averages. Looked up where it is needed: nothing here keeps replaced tensors alive."""
         kinds = ("parameters", "buffers") if self.averaged.use_buffers else ("parameters",)
-        matched = itertools.chain.from_iterable(match_tensors(self.averaged.module, self.model, kind) for kind in kinds)
+        matched = itertools.chain.from_iterable(self.averaged._matched(self.model, kind) for kind in kinds)
         return list(native_of(matched))
 
     def weight(self, found_inf: Tensor | None) -> float | Tensor | None:

@@ -100,7 +100,7 @@ def rule(
                 "__module__": function.__module__,
                 "__qualname__": function.__qualname__,
                 "__doc__": function.__doc__ or f"{function.__name__}, an optimizer made by optim_ext.rule.",
-                "__signature__": definition.options.signature(),
+                "__signature__": definition.signature,
                 "_op": definition.op,
                 "_definition": definition,
                 "reference": staticmethod(function),

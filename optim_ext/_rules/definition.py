@@ -62,6 +62,7 @@ class Definition:
         self.name = function.__name__
         self.source = Source(function, source)
         self.options = Options(self.source, check)
+        self.signature = self.options.signature()
         self.operands = self._operands()
         self._lock = threading.RLock()
         self._variants: dict[tuple[Any, ...], list[Variant]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim_ext._beyond_torch import BeyondTorch, _count
+from optim_ext._constructor import refuse_unknown
 from optim_ext._grad_control import Verdict
 from optim_ext._load import _C
 from optim_ext._rules.compiler import compile_now, compile_soon
@@ -24,6 +24,7 @@ from optim_ext._rules.definition import (
 )
 from optim_ext._rules.function_step import FunctionStep
 from optim_ext._rules.native_text import unit_of
+from optim_ext._rules.options import POLICY
 from optim_ext._step import Group
 
 
@@ -47,21 +48,22 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
     """Base of the classes that :func:`optim_ext.rule` makes."""
 
     _definition: ClassVar[Definition]
-    __signature__: ClassVar[inspect.Signature]
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         try:
-            bound = self.__signature__.bind(params, *args, **kwargs)
+            bound = self._definition.signature.bind(params, *args, **kwargs)
         except TypeError as error:
+            refuse_unknown(type(self), kwargs)
             raise TypeError(f"{type(self).__name__}() {error}") from None
         bound.apply_defaults()
         options = {name: value for name, value in bound.arguments.items() if name != "params"}
+        policy = {name: options.pop(name) for name in POLICY}
         if options["fused"] and options["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._definition.options.validate(options)
-        super().__init__(params, options)
+        super().__init__(params, options, **policy)
         if options["fused"]:
             self._step_supports_amp_scaling = True
 

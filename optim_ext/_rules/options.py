@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from optim_ext._constructor import keywords_of
+from optim_ext._native_step import NativeStep
 from optim_ext._rules.errors import Source
 from optim_ext._rules.values import Graph, Item
 
@@ -23,7 +25,9 @@ FLAGS: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
 }
-_TAKEN = {*FLAGS, "params", "self", "defaults"}
+# What every optimizer of this package takes besides.
+POLICY = {each.name: each.replace(annotation=inspect.Parameter.empty) for each in keywords_of(NativeStep.__init__)}
+_TAKEN = {*FLAGS, *POLICY, "params", "self", "defaults"}
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 _BELOW_ONE = ("beta*", "rho", "alpha")
 
@@ -108,7 +112,7 @@ class Options:
         shown += [inspect.Parameter(option.name, kind, default=option.default) for option in self.all]
         for name, default in FLAGS.items():
             shown.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
-        return inspect.Signature(shown)
+        return inspect.Signature([*shown, *POLICY.values()])
 
     def constants_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What of a group's options is compiled in."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from optim_ext._native_step import ADDED_TO_ALL
 from optim_ext._step.base import Call, Group, Loss
+from optim_ext._step.given_grads import Grads, in_place_of_own
 from optim_ext._step.tracing import TracedStep
 
 __all__ = ["Call", "FusedStep", "Group"]
@@ -79,17 +80,20 @@ class FusedStep(TracedStep):
         cls._options_say_all = all(ours)
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, grads: Grads | None = None) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @_grad_mode_of_defaults
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grads: Grads | None = None) -> Any:
         """Perform one optimization step.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+            grads: gradients to step by instead of ``p.grad``, which nobody looks at, writes to or sees changed: one tensor
+                of the parameter's shape and dtype, or None, for each parameter of all groups, in order; or a mapping from
+                names or parameters to these, in which those that are missing have none. Not with a closure.
 
         Returns:
             What the closure returned, or None without one.
@@ -97,11 +101,17 @@ class FusedStep(TracedStep):
         Raises:
             RuntimeError: a gradient or state tensor has the wrong dtype, device, layout or shape, or tensors overlap; or
                 ``param_groups`` holds some of the groups only, and ``clip_grad_norm``, ``set_grad_policy`` or
-                ``average_into`` was asked for when there were more.
+                ``average_into`` was asked for when there were more; or ``grads`` has another shape or dtype, or the step was
+                asked for something that is about ``p.grad``: by ``clip_grad_norm``, ``share_grad_policy``, or a GradScaler
+                that has not unscaled.
+            TypeError: ``grads`` and a closure were given, or a gradient is no tensor.
             ValueError: a hyper-parameter is NaN, or an option of several values (``betas``) holds another number of them.
+                Or ``grads`` has another number of entries, or one of no parameter here.
 
         Nothing has been written when one of these is raised.
         """
+        if grads is not None:
+            return self._step_with(closure, grads)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -116,3 +126,14 @@ class FusedStep(TracedStep):
                 _HEALTH_CHECK(self)
             self._eager_step()
         return loss
+
+    def _step_with(self, closure: Any, grads: Grads) -> None:
+        """The same step, within which the parameters have these gradients."""
+        if closure is not None:
+            raise TypeError("step takes a closure or grads, not both: a closure would write its gradients to p.grad")
+        with in_place_of_own(self, grads):
+            _BARE_STEP(self)
+
+
+# Without hooks, and in the grad mode that it finds.
+_BARE_STEP: Callable[[FusedStep], None] = inspect.unwrap(FusedStep.step)

@@ -183,8 +183,7 @@ class ControlledStep(TorchPath):
         ``SparseAdam``, which counts in Python numbers, cannot skip on a GPU. The state that a first step makes is there
         also if a GPU skips it: zeros and counts of zero, from which the next step starts as from none.
         """
-        asked = max_norm is not None or skip_nonfinite or skip_above is not None
-        self._replace_policy(GradPolicy(max_norm, norm_type, skip_nonfinite, skip_above) if asked else None)
+        self._replace_policy(self._policy_of(max_norm, norm_type, skip_nonfinite, skip_above))
         return self.grad_policy
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -66,7 +66,7 @@ class PlannedStep(ControlledStep):
             return False
         if not plan.repeat(self.state, self.param_groups):
             return False
-        asked.by_scaler = False
+        asked.by_scaler, asked.last_skip = False, None
         return True
 
     def _only_makes_state(self) -> bool:
@@ -89,8 +89,7 @@ class PlannedStep(ControlledStep):
             verdict.take_back()
             raise
         verdict.record()
-        controls = self._asked()
-        controls.armed, controls.by_scaler = None, False
+        self._asked().note(verdict)
 
     def _step_as_told(self, controls: StepControls) -> None:
         signature: list[Any] = [self._signature(group) for group in self.param_groups]
@@ -142,6 +141,11 @@ class PlannedStep(ControlledStep):
         """The last plan of each set of groups that was stepped, where they are stepped some at a time."""
         plans: dict[tuple[int, ...], _C.Plan] = self.__dict__.setdefault("_plans", {})
         return plans
+
+    def _forget_params(self) -> None:
+        self._plan = None
+        self.__dict__.pop("_plans", None)
+        super()._forget_params()
 
     def _key_of_groups(self) -> tuple[int, ...]:
         """A set of groups by its first parameters. That it is the same set is for the plan to say."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,12 +22,6 @@ Way = tuple[tuple[str | None, ...], tuple[str, ...]] | None
 class KeptStep(OpStep):
     """The layer that knows how parameters and state are kept. What the ops are given of it: `csrc/kernels/operand.h`."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Not of a user's subclass, which has a constructor of its own, nor of a user's rule, which has said its signature.
-        if "_op" in cls.__dict__ and "__signature__" not in cls.__dict__:
-            cls.__signature__ = _with_precision(cls)  # type: ignore[attr-defined]
-
     def __init__(
         self,
         *args: Any,
@@ -38,6 +31,7 @@ class KeptStep(OpStep):
         min_q8_size: int = 4096,
         **kwargs: Any,
     ) -> None:
+        """In what parameters and state are kept (docs/precision.md); also keys of a parameter group."""
         asked = {
             "param_precision": param_precision,
             "state_precision": state_precision,
@@ -62,10 +56,10 @@ class KeptStep(OpStep):
 
     add_param_group.__doc__ = torch.optim.Optimizer.add_param_group.__doc__
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, copy: bool = False) -> None:
         self._options_kept = [options.given(group) for group in self.param_groups]
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict, copy=copy)
         finally:
             del self._options_kept
 
@@ -330,14 +324,3 @@ class KeptStep(OpStep):
                     if kept and isinstance(value, Tensor):
                         entry[key] = value.detach().to(p.device, copy=True)
                 self._convert(group, index)
-
-
-def _with_precision(cls: type) -> inspect.Signature:
-    """The signature of the constructor that a class has besides this layer's, and this layer's options."""
-    own = inspect.signature(KeptStep.__init__).parameters
-    constructor = next(
-        base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__ and base is not KeptStep
-    )
-    _, *others = inspect.signature(constructor).parameters.values()
-    kept = [parameter for parameter in others if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    return inspect.Signature([*kept, *(own[name] for name in options.DEFAULTS)])

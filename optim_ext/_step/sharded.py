@@ -152,6 +152,10 @@ class ShardedStep(PlannedStep):
 
     zero_grad.__doc__ = PlannedStep.zero_grad.__doc__
 
+    def _forget_params(self) -> None:
+        self.__dict__.pop("_view", None)
+        super()._forget_params()
+
     def average_into(self, averaged: Any, model: Any = None, *, masters: bool = False) -> None:
         self.__dict__.pop("_view", None)  # its plan may be another
         super().average_into(averaged, model, masters=masters)

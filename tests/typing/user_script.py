@@ -59,10 +59,32 @@ def every_class() -> list[optim.Optimizer]:
     ]
 
 
+def options_of_every_class() -> list[optim.Optimizer]:
+    """Those that come with each constructor, as a type checker sees them: wrong ones are errors."""
+    params = list(model.parameters())
+    optim.AdamW(params, max_norm="1.0")  # type: ignore[arg-type]
+    optim.AdamW(params, lr="fast")  # type: ignore[arg-type]
+    optim.Lion(params, skip_nonfinit=True)  # type: ignore[call-arg]
+    optim.LBFGS(params, param_precision="master")  # type: ignore[call-arg]
+    return [
+        optim.AdamW(params, 1e-3, max_norm=1.0, norm_type=math.inf, skip_nonfinite=True, skip_above=None),
+        optim.SGD(params, lr=0.1, max_norm=None, param_precision="remainder"),
+        optim.Adam(params, state_precision={"exp_avg": "q8"}, rounding_seed=1, min_q8_size=64),
+        optim.LAMB(params, lr=1e-3, max_norm=1.0),
+        optim.Muon(params, skip_above=10.0),
+        optim.LBFGS(params, lr=1, skip_nonfinite=True),
+    ]
+
+
 def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.SparseAdam) -> None:
     """What FusedStep gives to each class."""
     assert_type(optimizer.step(), None)
     assert_type(optimizer.step(evaluate), float)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    assert_type(optimizer.step(grads=gradients), None)
+    optimizer.step(grads={"0.weight": inputs, "0.bias": None})
+    optimizer.step(grads={inputs: inputs})
+    optimizer.step(grads=torch.autograd.grad(loss_of_model(), list(model.parameters())))
     assert_type(optimizer.clip_grad_norm(1.0), Tensor)
     assert_type(optimizer.clip_grad_norm(1.0, norm_type=math.inf, error_if_nonfinite=True), Tensor)
     optimizer.zero_grad()
@@ -78,6 +100,9 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
     if optimizer.grad_policy is not None:
         assert_type(optimizer.grad_policy.max_norm, float | None)
 
+    assert_type(optimizer.last_norm, Tensor | None)
+    assert_type(optimizer.last_step_skipped, Tensor | None)
+    assert_type(optimizer.skipped_steps, Tensor)
     assert_type(optimizer.find_nonfinite(), list[NonFinite])
     for found in optimizer.find_nonfinite():
         print(f"{found.parameter}: {found.grad + found.value}")
@@ -87,8 +112,13 @@ def train(optimizer: optim.AdamW | optim.SGD | optim.Lion | optim.Muon | optim.S
     assert_type(norms[0].update / norms[0].param, Tensor)
     assert_type(norms[0].grad, Tensor)
 
+    optimizer.load_state_dict(optimizer.state_dict(), copy=True)
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.add_param_group({"params": [inputs], "lr": 1e-2})
+    optimizer.drop(inputs)
+    optimizer.drop(model.parameters())
+    optimizer.drop(["0.weight"])
+    optimizer.drop(model.named_parameters())
     optimizer.param_groups[0]["lr"] = 0.5
 
 
@@ -101,7 +131,7 @@ def schedule(optimizer: optim.AdamW) -> None:
 def average(optimizer: optim.Adam) -> None:
     decay = swa_utils.get_warmup_decay(0.9999)
     ema = swa_utils.AveragedModel(
-        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay), dtype=torch.float32, update_every=2
+        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay), dtype=torch.float32, update_every=2, match="name"
     )
     optimizer.average_into(ema)
     optimizer.average_into(ema, model)
@@ -154,6 +184,13 @@ def clip() -> None:
     assert_type(utils.get_total_norm(grads, 2.0), Tensor)
     assert_type(utils.clip_grad_norm_(model.parameters(), 1.0), Tensor)
     assert_type(optim_ext.utils.clip_grad_value_(model.parameters(), 1.0), None)
+
+
+def patched() -> None:
+    assert_type(optim_ext.patch_torch(allow_existing=True), optim_ext.TorchPatch)
+    with optim_ext.patch_torch() as patch:
+        assert_type(patch, optim_ext.TorchPatch)
+    assert_type(patch.undo(), None)
 
 
 def clip_together(muon: optim.Muon, adamw: optim.AdamW) -> None:
