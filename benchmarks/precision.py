@@ -2,15 +2,25 @@
 fused float32 step, and where a constant gradient and weight decay alone take a parameter.
 
     python benchmarks/precision.py --threads 1
+    python benchmarks/precision.py --codecs
 
 All ways step in turns in one process; the time is the median of the ratios to torch in the same round.
+
+``--codecs`` is a test of what state in few bits does to an update, beside bitsandbytes and torchao where these are
+installed (benchmarks/requirements.txt). Float32 parameters take steps of AdamW with gradients whose sizes are spread evenly
+in their logarithms, neighbours in memory mixed. For each spread (the largest size over the smallest) the table has how much
+further than with float32 state the tenth of elements with the smallest gradients moves on average, and in brackets by how
+much each of them is off on average; and the time of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,13 +85,87 @@ def measure(rows: int, rounds: int) -> dict[str, tuple[float, float]]:
     return {way: (bytes_held(ours[way]), statistics.median(ratios[way])) for way in ours}
 
 
+Maker = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+SPREADS = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
+CODEC_STEPS = 200
+
+
+def codecs() -> dict[str, Maker]:
+    """Optimizers that keep state in few bits: ours, and those of packages that are here."""
+    found: dict[str, Maker] = {
+        "optim_ext q8": lambda p: optim_ext.AdamW(p, weight_decay=0.0, state_precision="q8"),
+        "optim_ext bf16": lambda p: optim_ext.AdamW(p, weight_decay=0.0, state_precision="bf16"),
+    }
+    others = [
+        ("bitsandbytes", "bitsandbytes.optim", ["AdamW8bit"]),
+        ("torchao", "torchao.optim", ["AdamW8bit", "AdamW4bit", "AdamWFp8"]),
+    ]
+    for package, module, names in others:
+        try:
+            classes = importlib.import_module(module)
+        except ImportError as error:
+            print(f"without {package}: {error}")
+            continue
+        for name in names:
+            found[f"{package} {name}"] = functools.partial(getattr(classes, name), weight_decay=0.0)
+    return found
+
+
+def gradients(spread: float, rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """How large each element's gradients are, and the gradients of some steps, of one sign but for noise."""
+    draws = torch.Generator().manual_seed(0)
+    sizes = spread ** -torch.rand(rows, 1024, generator=draws)
+    return sizes, [sizes * (1 + torch.randn(rows, 1024, generator=draws)) for _ in range(8)]
+
+
+def ways(makers: dict[str, Maker], grads: list[torch.Tensor]) -> dict[str, tuple[torch.Tensor, list[float]]]:
+    """How far the steps of each optimizer take each element, and the times of its steps. They step in turns."""
+    params = {name: torch.nn.Parameter(torch.zeros_like(grads[0])) for name in makers}
+    optimizers = {name: make([params[name]]) for name, make in makers.items()}
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for index in range(CODEC_STEPS):
+        for name, optimizer in optimizers.items():
+            params[name].grad = grads[index % len(grads)]
+            start = time.perf_counter()
+            optimizer.step()
+            times[name].append(time.perf_counter() - start)
+    return {name: (params[name].detach(), times[name]) for name in makers}
+
+
+def print_codecs(rows: int) -> None:
+    usual = "torch"
+    makers = {usual: lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True), **codecs()}
+    cells: dict[str, list[str]] = {name: [] for name in makers}
+    ratios: dict[str, list[float]] = {name: [] for name in makers}
+    for spread in SPREADS:
+        sizes, grads = gradients(spread, rows)
+        small = sizes <= sizes.flatten().kthvalue(sizes.numel() // 10).values
+        found = ways(makers, grads)
+        right, base = found[usual]
+        for name, (moved, times) in found.items():
+            further = moved[small].mean() / right[small].mean() - 1
+            each = ((moved - right) / right)[small].abs().mean()
+            cells[name].append(f"{100 * further.item():+.1f} % ({100 * each.item():.1f} %)")
+            ratios[name] += [mine / other for mine, other in zip(times, base, strict=True)]
+    print(f"AdamW, {rows * 1024:,} float32 parameters, {CODEC_STEPS} steps, torch {torch.__version__}")
+    print("| state | " + " | ".join(f"{spread:g}" for spread in SPREADS) + " | time / torch fused float32 |")
+    print("|---" * (len(SPREADS) + 2) + "|")
+    for name, row in cells.items():
+        if name != usual:
+            print(f"| {name} | {' | '.join(row)} | {statistics.median(ratios[name]):.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, default=16_384, help="of 1024 parameters each")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--codecs", action="store_true", help="what state in few bits does, beside other packages")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.codecs:
+        return print_codecs(min(arguments.rows, 1024))
     found = measure(arguments.rows, arguments.rounds)
     print(f"AdamW, {arguments.rows * 1024:,} parameters, {arguments.threads} threads, torch {torch.__version__}")
     print("| way | bytes | time / torch fused float32 | 1.0 moves to 0.9 | decay alone gives 0.90483 |")

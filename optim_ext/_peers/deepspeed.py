@@ -17,7 +17,7 @@ from optim_ext._step import FusedStep
 _MASTER, _STEP = "fp32", "step"
 _LAYOUTS = (
     "the folder of a universal checkpoint (python -m deepspeed.checkpoint.ds_to_universal makes it of any stage), or the "
-    "contents of all zero_pp_rank_*_optim_states.pt files of stage 1 or 2, in the order of the ranks"
+    "contents of all *zero_pp_rank_*_optim_states.pt files of stage 1 or 2, in the order of the ranks"
 )
 
 
@@ -31,7 +31,7 @@ def from_deepspeed(
 
     Args:
         source: the folder of a universal checkpoint (it holds ``zero/``); or, of stage 1 and 2, what ``torch.load`` makes
-            of each process's ``zero_pp_rank_*_optim_states.pt``, in the order of the ranks (reading those needs DeepSpeed).
+            of each process's ``*zero_pp_rank_*_optim_states.pt``, in the order of the ranks (reading those needs DeepSpeed).
         optimizer: this package's optimizer of the same rule, made of ``model.named_parameters()``; it is not written to.
             Its options stay its own.
         step: how many steps there were, where the checkpoint does not say it (universal ones of older versions).

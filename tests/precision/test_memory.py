@@ -73,6 +73,17 @@ def test_muon_and_other_classes_that_keep_state_as_it_is():
     assert numbers(table.rows[0]) == held_after_a_step(optim.Muon, parameters(shapes=shapes))
 
 
+@optim.rule(("velocity", "slow"), backend="interpreted", state_dtype=torch.float32)
+def Drift(param, grad, velocity, slow, *, step, lr=1e-3):
+    velocity = 0.9 * velocity + grad
+    return param - lr * velocity, velocity, slow + param
+
+
+def test_a_rule_of_ones_own():
+    (row,) = optim.memory(parameters(), Drift).rows
+    assert numbers(row) == held_after_a_step(Drift, parameters())
+
+
 @pytest.mark.parametrize("size", [0, 1, 6400, 6401])
 def test_how_large_a_tensor_must_be_for_8_bits(size):
     asked = {"state_precision": "q8", "min_q8_size": size}

@@ -3,6 +3,9 @@
 import copy
 import importlib.util
 import io
+import socket
+import subprocess
+import sys
 
 import peers
 import pytest
@@ -423,3 +426,66 @@ def test_the_real_bitsandbytes(name, cls, keys):
                 )
             assert torch.equal(ours.state[q][key], value), key
     train_others(ours, others)
+
+
+# Two processes, as two parts of one flat tensor are what has to be put together. What DeepSpeed compiles for processes of
+# one machine it can do without.
+DEEPSPEED = """
+import os, sys
+rank, port, folder = sys.argv[1:]
+os.environ.update(DS_ACCELERATOR="cpu", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+import torch, deepspeed, deepspeed.comm.torch
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(10, 7), torch.nn.Linear(7, 3))
+config = dict(train_batch_size=4, train_micro_batch_size_per_gpu=2, bf16={"enabled": True},
+              zero_optimization={"stage": 2}, zero_allow_untested_optimizer=True)
+engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01), config=config)
+for step in range(3):
+    torch.manual_seed(2 * step + int(rank))
+    engine.backward(engine(torch.randn(2, 10).bfloat16()).float().square().mean())
+    engine.step()
+engine.save_checkpoint(folder, tag="saved")
+right = {
+    name: {"param": p.detach(), "fp32": safe_get_full_fp32_param(p)}
+    | {key: safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
+    for name, p in engine.module.named_parameters()
+}
+if rank == "0":
+    torch.save(right, f"{folder}/right.pt")
+    from deepspeed.checkpoint import ds_to_universal
+    sys.argv[1:] = ["--input_folder", f"{folder}/saved", "--output_folder", f"{folder}/universal", "--inject_missing_state",
+                    "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+"""
+
+
+@pytest.mark.only_where(has("deepspeed"), reason="DeepSpeed is installed")
+def test_the_real_deepspeed(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    commands = [[sys.executable, "-c", DEEPSPEED, str(rank), port, str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for line in commands]
+    try:
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    files = sorted((tmp_path / "saved").glob("*zero_pp_rank_*_optim_states.pt"))
+    right = torch.load(tmp_path / "right.pt")
+    model = torch.nn.Sequential(torch.nn.Linear(10, 7), torch.nn.Linear(7, 3)).bfloat16()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(right[name]["param"])
+    for source in ([torch.load(file, weights_only=False) for file in files], tmp_path / "universal"):
+        optimizer = optim.AdamW(model.named_parameters(), param_precision="master")
+        optimizer.load_state_dict(checkpoints.from_deepspeed(source, optimizer))
+        for name, p in model.named_parameters():
+            found = optimizer.state[p]
+            assert float(found["step"]) == 3.0
+            for key, own in (("fp32", "master_param"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+                assert torch.equal(found[own], right[name][key].view_as(p)), (name, key)
