@@ -1,8 +1,9 @@
 """Loads the native module, or says in one sentence why it cannot be loaded and which command mends that."""
 
 import importlib
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -43,12 +44,28 @@ def _check_build(info: dict[str, Any]) -> None:
         )
 
 
-_check_build(build_info())
+def _fail(error: ImportError) -> NoReturn:
+    """Raise it, or have ``python -m optim_ext doctor`` say it, which has to work where nothing else does."""
+    words = sys.orig_argv
+    for place, word in enumerate(words):
+        if word.startswith("-") and word.endswith("m") and words[place + 1 : place + 3] == ["optim_ext", "doctor"]:
+            from optim_ext import _doctor
+
+            sys.exit(_doctor.main(words[place + 3 :], error))
+    raise error
+
+
+try:
+    _check_build(build_info())
+except ImportError as error:
+    _fail(error)
 try:
     from optim_ext import _C as _C  # the same name once more: others take it from here
 except ImportError as error:
     info = build_info()
-    raise ImportError(
+    cannot = ImportError(
         f"optim_ext's native module, built for torch {info['torch']} and Python {info['python']}, cannot be loaded "
         f"with torch {torch.__version__} ({error}); to rebuild, {_BUILD}"
-    ) from error
+    )
+    cannot.__cause__ = error
+    _fail(cannot)

@@ -33,18 +33,9 @@ def folder() -> Path:
     """Where compiled rules are kept: the first of ``$OPTIM_EXT_CACHE``, ``$XDG_CACHE_HOME/optim_ext`` and
     ``~/.cache/optim_ext`` that this user alone can write to, else a temporary folder of this process."""
     global _private
-    candidates = []
-    if os.environ.get("OPTIM_EXT_CACHE"):
-        candidates.append(Path(os.environ["OPTIM_EXT_CACHE"]))
-    if os.environ.get("XDG_CACHE_HOME"):
-        candidates.append(Path(os.environ["XDG_CACHE_HOME"], "optim_ext"))
-    candidates.append(Path(os.path.expanduser("~"), ".cache", "optim_ext"))
-    problems = []
-    for candidate in candidates:
-        problem = _problem_with(candidate)
-        if problem is None:
-            return candidate
-        problems.append(f"{candidate} {problem}")
+    found, problems = chosen()
+    if found is not None:
+        return found
     if _private is None or not _private.is_dir():
         _private = Path(tempfile.mkdtemp(prefix="optim_ext-"))
         warnings.warn(
@@ -53,6 +44,23 @@ def folder() -> Path:
             stacklevel=2,
         )
     return _private
+
+
+def chosen() -> tuple[Path | None, list[str]]:
+    """The first folder that will do, if there is one, and what is wrong with those that would come before."""
+    candidates = []
+    if os.environ.get("OPTIM_EXT_CACHE"):
+        candidates.append(Path(os.environ["OPTIM_EXT_CACHE"]))
+    if os.environ.get("XDG_CACHE_HOME"):
+        candidates.append(Path(os.environ["XDG_CACHE_HOME"], "optim_ext"))
+    candidates.append(Path(os.path.expanduser("~"), ".cache", "optim_ext"))
+    problems: list[str] = []
+    for candidate in candidates:
+        problem = _problem_with(candidate)
+        if problem is None:
+            return candidate, problems
+        problems.append(f"{candidate} {problem}")
+    return None, problems
 
 
 def _problem_with(candidate: Path) -> str | None:

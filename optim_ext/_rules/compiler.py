@@ -58,7 +58,7 @@ def _headers() -> str:
     return found.hexdigest()
 
 
-def _compiler() -> tuple[list[str], str]:
+def find_compiler() -> tuple[list[str], str]:
     """The command of the compiler, and what identifies it."""
     asked = os.environ.get("CXX")
     for words in [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]:
@@ -131,7 +131,7 @@ def compile_now(variant: Variant, politely: bool = False) -> None:
         return
     isa = _C.isa()
     unit = unit_of(variant.struct, isa)
-    command, identity = _compiler()
+    command, identity = find_compiler()
     nice = shutil.which("nice") if politely else None
     command = [*([nice, "-n", "10"] if nice else []), *command, *_flags(), *(f"-I{path}" for path in include_paths())]
 

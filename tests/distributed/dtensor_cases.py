@@ -1029,6 +1029,35 @@ def tensor_parallelism_trains_as_with_torchs_class():
     assert_native(optimizer)
 
 
+def what_is_asked_of_an_optimizer_beside_its_options_knows_parts():
+    """A policy from the constructor, gradients that a step is given, parameters that are dropped, state that is copied."""
+    wholes, params, single, optimizer = pair("AdamW", {"lr": 0.1, "max_norm": 0.5, "skip_nonfinite": True})
+    rows = layouts()
+    for index in range(6):
+        generator = torch.Generator().manual_seed(index)
+        grads = {name: torch.randn(whole.shape, generator=generator) for name, whole in wholes.items()}
+        if index == 2:
+            grads["even"][0, 0] = float("inf")
+        if index == 3:
+            single.drop([wholes["even"], wholes["plain"]])
+            optimizer.drop([params["even"], "plain"])
+            assert params["even"] not in optimizer.state and len(optimizer.state) == len(wholes) - 2
+        if index == 4:
+            saved = optimizer.state_dict()
+            kept = {name: full(optimizer.state[params[name]]["exp_avg"]).clone() for name in ("uneven", "copies")}
+            optimizer.load_state_dict(saved, copy=True)
+        parts = {name: spread(grad.clone(), *rows[name][:2]) if name in rows else grad for name, grad in grads.items()}
+        names = optimizer.param_groups[0]["param_names"]
+        single.step(grads=[grads[name] for name in names])
+        optimizer.step(grads={name: parts[name] for name in names})
+        assert all(p.grad is None for p in params.values())
+        assert_same(params, wholes, f"value {index}")
+        torch.testing.assert_close(optimizer.grad_policy.last_norm, single.grad_policy.last_norm, rtol=1e-6, atol=0)
+    assert optimizer.grad_policy.skipped_steps == single.grad_policy.skipped_steps == 1
+    for name, value in kept.items():  # of which nothing has been written to
+        assert torch.equal(full(saved["state"][names.index(name)]["exp_avg"]), value)
+
+
 CASES = [
     steps_have_the_bits_of_one_process, a_step_is_no_collective, small_steps_are_repeated,
     steps_of_some_parameters_have_the_bits_of_one_process, several_groups_have_options_of_their_own,
@@ -1045,7 +1074,7 @@ CASES = [
     gradients_of_other_layouts_are_brought_once, gradscalers_decision_is_that_of_all_processes,
     steps_are_measured_as_on_one_process, functions_of_utils_know_parts, optimizers_are_clipped_by_one_norm,
     averages_follow_in_the_step, gradscaler_trains_as_with_torchs_class, mixed_precision_trains_as_with_torchs_class,
-    tensor_parallelism_trains_as_with_torchs_class,
+    tensor_parallelism_trains_as_with_torchs_class, what_is_asked_of_an_optimizer_beside_its_options_knows_parts,
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -264,3 +264,10 @@ def test_hooks_and_schedulers_see_one_step():
 def test_lbfgs_takes_a_closure_only():
     with pytest.raises(TypeError, match="grads"):
         LBFGS([nn.Parameter(torch.ones(2))]).step(lambda: 1.0, grads=[torch.ones(2)])
+
+
+def test_a_compiled_step_is_refused(monkeypatch):
+    optimizer = optim_ext.SGD(make_params(((3,),)))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match=r"step\(grads=\) cannot be compiled"):
+        optimizer.step(grads=[torch.ones(3)])

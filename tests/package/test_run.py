@@ -30,7 +30,6 @@ def folder(tmp_path):
         "program/__main__.py": "from program import part\n" + LOOK,
         "program/part.py": LOOK,
         "leaves.py": "import sys\nsys.exit(int(sys.argv[1]))",
-        "says.py": "raise SystemExit('enough')",
         "fails.py": "def broken():\n    raise KeyError('no such key')\n\nbroken()",
         "latin.py": b"# -*- coding: latin-1 -*-\nprint(ascii('\xe4'))",
         "wrong.py": "def (",
