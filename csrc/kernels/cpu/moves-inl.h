@@ -80,11 +80,12 @@ struct Square {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Asks for the lines of a square of elements, if it begins with them: the first of each row is element i * step.
+// Asks for the lines of a square of elements, if it begins with them: the first of each row is element i * step. They
+// go to the second cache: the first one is full of what the present block needs.
 template <class T>
 OPTIM_EXT_INLINE void fetch_square(const T* from, int64_t step, int64_t place) {
   if (place * static_cast<int64_t>(sizeof(T)) % kLine != 0) return;
-  for (int i = 0; i < Square<T>::kRows; ++i) __builtin_prefetch(from + i * step, 1);
+  for (int i = 0; i < Square<T>::kRows; ++i) __builtin_prefetch(from + i * step, 1, 2);
 }
 
 // to[r * to_step + c] = from[c * from_step + r] for all r below `rows` and c below `columns`. The squares come in the

@@ -246,7 +246,7 @@ OPTIM_EXT_SHARED void sweep_blocks(const Rule& given, const Bundle& bundle, int6
       for (int k = 0; k < Rule::kOperands; ++k) {
         if (ahead[k] == 0 || in_one) continue;
         for (int64_t i = 0; i < n; i += kLine / static_cast<int64_t>(sizeof(V)))
-          __builtin_prefetch(tile[k] + ahead[k] + i, 1);
+          __builtin_prefetch(tile[k] + ahead[k] + i, 1, 2);
       }
       apply<Rule, V>(rule, tile, n, grad_factor, kNothing, kAll);
       for (int k = 0; k < Rule::kOperands; ++k) tile[k] += (Rule::kUsed >> k) & 1u ? steps[k] : 0;
