@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
-# Of tests/cuda, `make double` runs every so manieth test.
+# Of the tests on CUDA tensors, `make double` runs every so manieth.
 EVERY ?= 1
 
 VENV := .venv
@@ -31,7 +31,7 @@ help:
 	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
-	@echo 'make double      tests/cuda on a double of the CUDA runtime, without a GPU (EVERY=12: of every 12 tests one)'
+	@echo 'make double      tests on CUDA tensors, on a double of the CUDA runtime without a GPU (EVERY=12: one of 12 tests)'
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_digits.py $(DEMO_ARGS)
@@ -108,10 +108,13 @@ double-build: .venv-cuda/double.stamp
 
 double: export OPTIM_EXT_SHARD = 0/$(EVERY)
 double: double-build
-	$(ON_DOUBLE) tests/cuda_double
+	OPTIM_EXT_SHARD=0/1 $(ON_DOUBLE) tests/cuda_double
 	$(ON_DOUBLE) tests/cuda
+	OPTIM_EXT_TEST_DEVICE=cuda:0 $(ON_DOUBLE) $(FOR_ANY_DEVICE)
 	CUDA_DOUBLE=lazy,closed $(ON_DOUBLE) $(ABOUT_STREAMS)
 	CUDA_DOUBLE=guard $(ON_DOUBLE) $(ABOUT_MEMORY)
+# What of them speaks of the CPU is marked so. The double has no compiler for Triton's kernels.
+FOR_ANY_DEVICE := tests/optim --ignore=tests/optim/test_compile.py
 ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py)
 ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py -k 'lbfgs or layouts or frozen or mixed'
 

@@ -24,7 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from device import ON_CPU, put_test_tensors_there
 from specs import CASES, SPECS, VARIANTS, Spec
+
+put_test_tensors_there()
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
@@ -61,9 +64,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Left out, not skipped: complex numbers for optimizers that do not take them, tests marked `only_where` elsewhere."""
+    """Left out, not skipped: complex numbers for optimizers that do not take them, tests marked `only_where` elsewhere,
+    tests marked `about_the_cpu` on another device. Of the rest, OPTIM_EXT_SHARD=i/n takes every n-th test, beginning with
+    test i, so that n processes run them all."""
+    index, count = map(int, os.environ.get("OPTIM_EXT_SHARD", "0/1").split("/"))
 
     def fits(item):
+        if not ON_CPU and item.get_closest_marker("about_the_cpu"):
+            return False
         if not all(mark.args[0] for mark in item.iter_markers("only_where")):
             return False
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -71,8 +79,10 @@ def pytest_collection_modifyitems(config, items):
         dtypes = [value for value in params.values() if isinstance(value, torch.dtype)]
         return all(row.takes(dtype) for row in rows for dtype in dtypes)
 
-    items[:], left_out = [i for i in items if fits(i)], [i for i in items if not fits(i)]
-    config.hook.pytest_deselected(items=left_out)
+    chosen = [item for item in items if fits(item)][index::count]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
 
 
 def pytest_collection_finish():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from device import DEVICE
 from specs import Options, Spec, Tolerance
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random(shape: Sequence[int], dtype: torch.dtype, seed: int, device: Device = "cpu") -> Tensor:
+def random(shape: Sequence[int], dtype: torch.dtype, seed: int, device: Device = DEVICE) -> Tensor:
     """Normal numbers, the same on every device, and for every dtype of one kind but for rounding."""
     wide = torch.complex128 if dtype.is_complex else torch.float64
     return torch.randn(tuple(shape), dtype=wide, generator=seeded(seed)).to(dtype).to(device)
@@ -30,7 +31,7 @@ def make_params(
     shapes: Iterable[Sequence[int]] = SHAPES,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    device: Device = "cpu",
+    device: Device = DEVICE,
 ) -> list:
     return [torch.nn.Parameter(random(shape, dtype, seed + i, device)) for i, shape in enumerate(shapes)]
 
@@ -89,9 +90,11 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance, what: str =
     )
 
 
-def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: Tolerance) -> None:
+def assert_same_state(
+    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: Tolerance, one_was_loaded: bool = False
+) -> None:
     """State of both, in state_dict's form: the same keys everywhere, values within the tolerance, steps exactly. Loading
-    keeps the precision of numbers that torch casts to the parameter's."""
+    keeps the precision of numbers that torch casts to the parameter's; it moves them to its device, as torch does."""
     mine, other = ours.state_dict(), theirs.state_dict()
     assert mine.keys() == other.keys()
     assert mine["param_groups"] == other["param_groups"]
@@ -108,6 +111,8 @@ def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer
             native = getattr(ours, "_op", None)  # state may also be compared between two optimizers of torch or of ours
             if native is not None and key in TABLES[native].scalar_state - {"step"}:
                 found = found.to(value.dtype)
+            if one_was_loaded and key != "step":
+                found = found.to(value.device)
             assert (found.dtype, found.device, found.shape) == (value.dtype, value.device, value.shape), (index, key)
             assert_close(found, value, Tolerance(0, 0) if key == "step" else tolerance, f"state {index} {key}")
 
@@ -147,7 +152,7 @@ class Lockstep:
         params: list[Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         groups: Callable[[list[Tensor]], Any] = lambda params: params,
-        device: Device = "cpu",
+        device: Device = DEVICE,
     ) -> None:
         self.spec = spec
         options = spec.typical if options is None else options
@@ -184,7 +189,7 @@ class Lockstep:
         return self
 
 
-def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, device: Device = "cpu") -> None:
+def check_in_half_precision(spec: Spec, options: Options, dtype: torch.dtype, device: Device = DEVICE) -> None:
     """Torch rounds to 16 bits after each of its operations, ours once a step: the two are no farther apart than torch's
     largest error against double allows, parameters and state alike."""
     options = spec.for_dtype(options, dtype)

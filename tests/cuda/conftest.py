@@ -1,6 +1,5 @@
 """What needs a GPU. Without one, or in a build without CUDA kernels, every module of this folder is skipped and says why."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -29,15 +28,6 @@ def pytest_generate_tests(metafunc):
     if "cuda_case" in metafunc.fixturenames:
         cases = [Case(spec, options) for spec in SPECS for options in spec.options_on("cuda")]
         metafunc.parametrize("cuda_case", cases, ids=[case.id for case in cases])
-
-
-def pytest_collection_modifyitems(config, items):
-    """Of OPTIM_EXT_SHARD=i/n, n processes run every n-th test each, the first of them beginning with the first one."""
-    if "OPTIM_EXT_SHARD" in os.environ:
-        index, count = map(int, os.environ["OPTIM_EXT_SHARD"].split("/"))
-        kept = set(range(index, len(items), count))
-        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in kept])
-        items[:] = [item for i, item in enumerate(items) if i in kept]
 
 
 @pytest.fixture

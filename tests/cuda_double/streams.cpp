@@ -97,12 +97,16 @@ void run_until(CUstream_st* stream, uint64_t count);
 void run_one(CUstream_st* stream) {
   Item item = std::move(stream->items.front());
   stream->items.pop_front();
+  // Done as well is what ends with an exception, as operations of torch do that refuse their arguments.
+  struct Done {
+    ~Done() { ++stream->done; }
+    CUstream_st* const stream;
+  } const done{stream};
   if (item.other) run_until(item.other, item.count);
   if (item.work.run) {
     const Opened opened(item.work.devices);
     item.work.run();
   }
-  ++stream->done;
 }
 
 void run_until(CUstream_st* stream, uint64_t count) {

@@ -49,6 +49,32 @@ print(int(seen))
     prints(run_on_double, code.replace("WAITS", "False"), "0", how="lazy")
 
 
+def test_an_operation_that_refuses_its_arguments_leaves_the_stream_as_it_was(run_on_double):
+    code = """
+whole = torch.ones(3, dtype=torch.int64, device="cuda")
+try:
+    torch._foreach_addcdiv_([whole], [whole.clone()], [whole.clone()])
+except RuntimeError as error:
+    print("Integer division" in str(error))
+for _ in range(3):
+    whole.add_(1)
+torch.cuda.synchronize()
+print(int(whole.sum()))
+"""
+    prints(run_on_double, code, "True 12")
+
+
+def test_autograd_sees_what_lists_write(run_on_double):
+    code = """
+one = torch.ones(3, device="cuda")
+for write in (lambda: one.mul_(2), lambda: torch._foreach_mul_([one], 2.0)):
+    before = one._version
+    write()
+    print(one._version - before)
+"""
+    prints(run_on_double, code, "1 1")
+
+
 def test_a_graph_runs_when_it_is_replayed(run_on_double):
     code = """
 value = torch.zeros((), device="cuda")

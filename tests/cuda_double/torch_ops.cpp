@@ -54,9 +54,19 @@ const std::unordered_set<std::string> kTorchsOwn = {
 };
 
 // Operations of sparse tensors that optimizers need.
-constexpr const char* kSparse[] = {
-    "_coalesce", "_to_dense", "add.Tensor", "mul.Tensor", "clone", "neg", "zero_", "sum", "norm.ScalarOpt_dim_dtype",
-    "isnan",     "abs"};
+constexpr const char* kSparse[] = {"_coalesce",
+                                   "_to_dense",
+                                   "add.Tensor",
+                                   "add_.Tensor",
+                                   "add.out",
+                                   "mul.Tensor",
+                                   "clone",
+                                   "neg",
+                                   "zero_",
+                                   "sum",
+                                   "norm.ScalarOpt_dim_dtype",
+                                   "isnan",
+                                   "abs"};
 
 // Those whose result's size is only known on the device, so that torch's own kernels wait, too.
 const std::unordered_set<std::string> kWaiting = {"aten::nonzero",    "aten::masked_select", "aten::_unique2",
@@ -224,6 +234,18 @@ bool only_changes_arguments(const c10::FunctionSchema& schema) {
   return changes;
 }
 
+// Torch's kernels for lists tell autograd of their writes themselves, where nobody else does.
+void raise_versions(const c10::FunctionSchema& schema, const Stack& arguments) {
+  if (schema.name().rfind("aten::_foreach_", 0) != 0) return;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const c10::AliasInfo* const info = schema.arguments()[i].alias_info();
+    if (!info || !info->isWrite() || !arguments[i].isTensorList()) continue;
+    for (const at::Tensor& tensor : arguments[i].toTensorVector()) {
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+}
+
 // The arguments that the operation returns.
 Stack returned_arguments(const c10::FunctionSchema& schema, const Stack& arguments) {
   Stack returned;
@@ -280,6 +302,7 @@ void on_double(const c10::OperatorHandle& op, Stack* stack) {
       run_on_cpu(op, copy);
     };
     cuda_double::enqueue(stream, Kind::kernel, schema.name(), work, devices);
+    raise_versions(schema, Stack(given.begin(), given.end()));
   } else {
     const bool capturing = cuda_double::capturing(stream);
     if (kWaiting.count(schema.name())) tell_that_it_waits();

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE
 from lockstep import Lockstep, copy_of, give_grads, make_params, snapshot, twin
 from specs import SPECS, VARIANTS
 
@@ -153,7 +154,7 @@ def test_grad_scaler(spec, clip):
     """Four iterations, one of them skipped, equal the same without a scaler."""
     reference, _ = train(spec.torch, spec.typical, None, clip=clip)
     for flags in spec.flags:
-        scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=3)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=128.0, growth_interval=3)
         model, optimizer = train(spec.ours, {**spec.typical, **flags}, scaler, clip=clip)
         for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
@@ -171,7 +172,7 @@ def test_inf_after_unscale_reaches_the_parameters(spec):
     for flags in spec.flags:
         params = make_params(((3,),))
         optimizer = spec.ours(params, lr=1.0, **flags)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0)
         scaler.scale(params[0].sum()).backward()
         scaler.unscale_(optimizer)
         params[0].grad[0] = float("nan")
@@ -185,7 +186,7 @@ def test_two_optimizers_one_scaler(fused_spec):
     first, second = make_params(((4,),)), make_params(((4,),), seed=5)
     optimizers = [fused_spec.ours(p, **fused_spec.typical, fused=True) for p in (first, second)]
     kept = [p[0].detach().clone() for p in (first, second)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     scaler.scale(first[0].sum() + second[0].sum()).backward()
     first[0].grad[1] = float("inf")
     for optimizer in optimizers:

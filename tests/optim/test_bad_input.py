@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from device import DEVICE
 from lockstep import copy_of, give_grads, make_params, snapshot
 from specs import SPECS, TENSOR_LRS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,7 +163,7 @@ def test_state_on_another_device(spec, place, named, steps):
     scene = Scene(spec, place, named, steps=max(steps, 1))
     right = scene.state[scene.state_key]
     scene.state[scene.state_key] = right.to("meta")
-    scene.refused("meta", "cpu")
+    scene.refused("meta", DEVICE.type)
     scene.state[scene.state_key] = right
     scene.works()
 
@@ -201,7 +202,7 @@ BAD_COUNTERS += [(s, name, c) for s in COUNTING if not s.in_torch for name, c in
 def test_bad_counters(counting_spec, counter):
     scene = Scene(counting_spec)
     right = scene.state["step"]
-    scene.state["step"] = counter.clone()
+    scene.state["step"] = counter.cpu().clone()
     scene.refused("step")
     scene.state["step"] = right
     scene.works()
@@ -373,7 +374,7 @@ def test_nan_hyper_parameters(lr_spec, group_index):
     group = scene.optimizer.param_groups[group_index]
     for key in (k for k in HYPERS if k in group):
         right = group[key]
-        for wrong in (math.nan, torch.tensor(math.nan)):
+        for wrong in (math.nan, torch.tensor(math.nan, device="cpu")):
             group[key] = (wrong, 1e-3) if isinstance(right, tuple) else wrong
             before = snapshot(scene.optimizer)
             with pytest.raises(ValueError, match=f"^group {group_index}: .*{key}.*NaN"):

@@ -176,6 +176,7 @@ def test_meta_parameters_take_torchs_path(spec):
 
 
 @pytest.mark.only_for(lambda spec: spec.accepts("capturable"), reason="torch's class does not have the flag")
+@pytest.mark.about_the_cpu("where torch refuses the flag")
 def test_capturable_on_cpu_is_torchs_error(spec):
     params = make_params(((3,),))
     messages = []

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from device import DEVICE
 from lockstep import bits, give_grads, make_params, random, snapshot
 
 import optim_ext
@@ -91,7 +92,7 @@ def scaled_run(how, unscale, clip, iterations=5):
     optimizers = [
         optim_ext.AdamW(model[i].parameters(), lr=0.01, fused=fused) for i, fused in zip((0, 2), how, strict=True)
     ]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, growth_interval=2)
     arm = clip(optimizers, 0.1, 2.0) if clip else lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     norms = []
     for i in range(iterations):

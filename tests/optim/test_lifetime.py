@@ -11,6 +11,7 @@ from itertools import cycle, islice
 import pytest
 import torch
 from lockstep import assert_close, give_grads, make_params, twin
+from on_double import repetitions
 from specs import SPECS, Tolerance
 
 from optim_ext import _C
@@ -98,9 +99,9 @@ def test_memory_does_not_grow(spec, happens):
             between(training)
             training.optimizer.step()
 
-    steps(1000)
+    steps(repetitions(1000))
     memory = Memory()
-    steps(10_000)
+    steps(repetitions(10_000))
     memory.assert_same()
 
 
@@ -307,6 +308,7 @@ def test_step_releases_the_interpreter():
 
 
 @pytest.mark.only_where(hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.about_the_cpu("a forked process cannot go on with CUDA")
 def test_fork(spec):
     """A child steps on after its parent has used threads, with the same result, and does not hang."""
     before = torch.get_num_threads()

@@ -242,6 +242,7 @@ def added_up(grad, dtype):
     return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True, check_invariants=False)
 
 
+@pytest.mark.about_the_cpu("on a GPU torch's coalesce() adds them up")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "sparse_dim"), [((37, 5, 7), 1), ((37, 5, 7), 2), ((185,), 1), ((9, 300), 1)], ids=str
