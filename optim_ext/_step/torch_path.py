@@ -14,6 +14,7 @@ from optim_ext import _grad_control
 from optim_ext._load import _C
 from optim_ext._step.base import Group
 from optim_ext._step.precision import KeptStep
+from optim_ext._tables import TABLES
 
 # Why a differentiable step takes torch's code.
 RECORDED = "differentiable=True: the step itself is recorded by autograd"
@@ -35,6 +36,8 @@ class TorchPath(KeptStep):
         """
         if group.get("differentiable"):
             return RECORDED
+        counted: set[int] = set()
+        numbers = () if torch.compiler.is_compiling() else TABLES[self._op].scalar_state  # tracing knows no addresses
         for index, p in enumerate(group["params"]):
             if p.grad is None and not (ahead and p.requires_grad):
                 continue
@@ -51,6 +54,11 @@ class TorchPath(KeptStep):
             counter = entry.get("step")
             if self._has_torch_step() and isinstance(counter, Tensor) and counter.dtype not in _COUNTED_IN:
                 return f"{self._described(group, index)}: its step counter is of {counter.dtype}"
+            for key in numbers:
+                if isinstance(number := entry.get(key), Tensor) and number.device.type not in ("cpu", "meta"):
+                    if number.data_ptr() in counted:  # of which each parameter in turn has another value
+                        return f"{self._described(group, index)}: its state {key!r} is that of another parameter, too"
+                    counted.add(number.data_ptr())
             if group.get("capturable"):
                 if p.device.type == "cpu":
                     return (
