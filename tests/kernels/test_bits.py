@@ -169,6 +169,16 @@ for case in CASES:
         for tensor in [p.detach() for p in params] + [v for p in params for _, v in sorted(optimizer.state.get(p, {}).items())]:
             digest.update(bits(tensor)[2])
         digests[case.id + str(dtype)] = digest.hexdigest()
+for name, options in (("SparseAdam", {"lr": 0.1}), ("SGD", {"lr": 0.1}), ("Adagrad", {"lr": 0.1})):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        table = torch.nn.Parameter(tensors(1, dtype)[4].clone())
+        optimizer = getattr(optim_ext, name)([table], **options)
+        for step in range(3):
+            rows = numpy.random.default_rng(step).integers(0, 40, 300)  # of which many are there more than once
+            table.grad = torch.sparse_coo_tensor(torch.from_numpy(rows)[None], tensors(10 + step, dtype)[4], table.shape)
+            optimizer.step()
+        digest = hashlib.sha256(bits(table.detach())[2])
+        digests[f"sparse {name} {dtype}"] = digest.hexdigest()
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64):
     for norm_type in (1.0, 2.0, float("inf")):
         grads = tensors(1, dtype) + [tensors(2, dtype)[4].t()[::2]]

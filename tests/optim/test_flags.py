@@ -360,6 +360,28 @@ class Tagged(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+NOT_NATIVE = {
+    "sparse": (lambda p: p, lambda g: g.to_sparse(1)),
+    "negative": (torch._neg_view, lambda g: g),
+    "subclass": (lambda p: p.as_subclass(Tagged), lambda g: g),
+}
+
+
+@pytest.mark.parametrize("own_spec", [s for s in SPECS if not s.in_torch], ids=name)
+@pytest.mark.parametrize("kind", NOT_NATIVE)
+def test_what_torch_has_no_code_for_is_refused(own_spec, kind):
+    parameter, gradient = NOT_NATIVE[kind]
+    param = parameter(torch.ones(6, 3))
+    param.grad = gradient(torch.ones(6, 3))
+    before = param.detach().clone()
+    optimizer = own_spec.ours([param])
+    with pytest.raises(
+        RuntimeError, match="runs natively only, and torch has no code for it: .*parameter 0 of group 0"
+    ):
+        optimizer.step()
+    assert torch.equal(param, before) and not optimizer.state.get(param)
+
+
 @pytest.mark.torchs
 def test_tensor_subclass_takes_torchs_path(spec):
     param = torch.randn(4).as_subclass(Tagged)

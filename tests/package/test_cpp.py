@@ -1,4 +1,4 @@
-"""The C++ tests, and what the objects of the torch-free rooms are allowed to contain."""
+"""The C++ tests, what the objects of the torch-free rooms are allowed to contain, and which files a rule recompiles."""
 
 import os
 import platform
@@ -130,3 +130,31 @@ def test_nothing_is_contracted(functions):
     sweeps of L-BFGS may have them, for products that are exact."""
     contracted = {function.name for function in functions if function.contracted}
     assert {name for name in contracted if not re.search("history_(dots|combine)", name)} == set()
+
+
+def included(path):
+    """A file, and all that it includes of the project."""
+    found, left = set(), [path.resolve()]
+    while left:
+        file = left.pop()
+        if file not in found and file.is_file():
+            found.add(file)
+            left += [(file.parent / name).resolve() for name in re.findall(r'#include "([^"]+)"', file.read_text())]
+    return found
+
+
+# Headers that others include, too: the rule of all rules, and what is a part of other kernels.
+SHARED = {"rule", "adafactor", "average", "norm", "lbfgs", "clip"}
+
+
+def test_a_rule_is_included_by_its_own_files():
+    """Touching it recompiles these and no others; the list of names has all rules."""
+    csrc = ROOT / "csrc"
+    units = {path: included(path) for path in [*csrc.rglob("*.cpp"), *csrc.rglob("*.cu")]}
+    rules = {path.stem for path in (csrc / "rules").glob("*.h") if (csrc / f"ops/{path.stem}_op.cpp").exists()} - SHARED
+    assert {"lion", "adam", "sgd", "lamb"} <= rules
+    for rule in sorted(rules):
+        header = csrc / f"rules/{rule}.h"
+        recompiled = {str(path.relative_to(csrc)) for path, headers in units.items() if header in headers}
+        own = {f"ops/{rule}_op.cpp", f"kernels/cpu/{rule}.cpp", f"kernels/cuda/{rule}.cu"}
+        assert recompiled == own | {"kernels/cpu/rule_names.cpp"}, rule
