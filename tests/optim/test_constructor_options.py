@@ -81,6 +81,7 @@ def through_torch_save(optimizer):
     return torch.load(buffer, weights_only=False)
 
 
+ON_CPU_ALONE = pytest.mark.about_the_cpu("rules have kernels for it alone, and elsewhere take no policy")
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda o: pickle.loads(pickle.dumps(o)),
@@ -89,7 +90,11 @@ COPIES = {
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-@pytest.mark.parametrize("make", [optim_ext.AdamW, optim_ext.LAMB, Momentum], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [optim_ext.AdamW, optim_ext.LAMB, pytest.param(Momentum, marks=ON_CPU_ALONE)],
+    ids=lambda made: made.__name__,
+)
 def test_copies_keep_it(make, copied):
     params = make_params()
     optimizer = make(params, **POLICY)
@@ -133,6 +138,7 @@ def test_subclasses():
         Halved(make_params(), 0.2, skip_nonfinit=True)
 
 
+@ON_CPU_ALONE
 def test_rules_of_a_user():
     class Slow(Momentum):
         def __init__(self, params, **others):
@@ -172,6 +178,7 @@ def test_lbfgs_skips_and_does_not_clip():
     assert LBFGS([param], max_norm=None).grad_policy is None  # as configurations have it
 
 
+@pytest.mark.about_the_cpu("SparseAdam cannot skip on a GPU")
 def test_sparse_adam():
     tables = [torch.nn.Parameter(torch.ones(10, 4)) for _ in range(2)]
     ours, later = optim_ext.SparseAdam(tables[:1], **POLICY), optim_ext.SparseAdam(tables[1:])
@@ -183,6 +190,7 @@ def test_sparse_adam():
     assert bits(tables[0]) == bits(tables[1]) and ours.grad_policy.skipped_steps == 1
 
 
+@pytest.mark.about_the_cpu("precision options are for parameters there")
 def test_together_with_precision_averages_and_a_scaler():
     """Each as it is on its own; a step that GradScaler skips is skipped once."""
     results = []

@@ -71,6 +71,7 @@ def test_shares_no_memory_and_has_the_same_bits(variant):
     ],
     ids=str,
 )
+@pytest.mark.about_the_cpu("precision options are for parameters there")
 def test_with_precision_options(options):
     def make():
         params = make_params(((64, 80), (7,)), torch.bfloat16)
@@ -79,6 +80,7 @@ def test_with_precision_options(options):
     check(make)
 
 
+@pytest.mark.about_the_cpu("rules have kernels for it alone")
 def test_a_rule_and_a_tensor_rate():
     def make():
         params = make_params()
