@@ -281,7 +281,7 @@ def memory_command(arguments: list[str]) -> int:
         with torch.device(asked.device):
             made = factory if isinstance(factory, Module) else factory()
         print(memory(made, cls, average=dtype, **dict(map(_command_line.option, asked.options))))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         hint = "" if asked.device != "meta" else "\n(made on the meta device; --device cpu makes it for real)"
         print(f"{asked.factory}: {error}{hint}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -287,9 +288,9 @@ class NativeStep(Optimizer):
                 self.state[owner] = copies.of(entry)
 
     @property
+    @abstractmethod
     def _native_how(self) -> str:
         """What a native step consists of, in a few words."""
-        raise NotImplementedError
 
     def _native_how_of(self, group: dict[str, Any]) -> str:
         """The same of one parameter group."""
@@ -303,13 +304,13 @@ class NativeStep(Optimizer):
         """How parameters and state are kept that are not kept as torch keeps them: one line for each way."""
         return []
 
+    @abstractmethod
     def _torch_reason(self, group: dict[str, Any], ahead: bool = False) -> str | None:
         """Why a group takes torch's own code, or None if it runs natively; ``ahead``: once there are gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch, which knows of parameters and step counts only, has cast to the dtype of a parameter."""
-        raise NotImplementedError
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
