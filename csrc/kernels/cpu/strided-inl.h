@@ -14,6 +14,8 @@ enum class Way {
 };
 constexpr int64_t kLeastRun = 8, kLeastRuns = 8;    // elements of a run, and runs, that are worth a loop of their own
 constexpr int kFew = 3, kFewShort = 2;              // operands, above which elements are not taken one by one
+constexpr int kManyGaps = 2;                        // operands with gaps between short runs: buffers cost more then
+constexpr int kSingly = 5;                          // elements of a run that are not worth a register
 constexpr int64_t kManyRuns = 64;                   // short ones taken together: their cache lines stay in L1 meanwhile
 constexpr int64_t kBlock = 4096, kBlockWidth = 64;  // elements of a block, and most of them in a row
 
@@ -28,10 +30,12 @@ OPTIM_EXT_INLINE Way way_to(const Bundle& bundle) {
   const bool squares = last > 0 && layout.sizes[last] >= Square<V>::kRows && layout.sizes[last - 1] >= Square<V>::kRows;
   bool pieces = last > 0 && layout.sizes[last] >= kLeastRun && layout.sizes[last - 1] >= kLeastRuns;
   bool blocks = squares, turned = false;
+  int gaps = 0;
   for (int k = 0; k < Rule::kOperands; ++k) {
     if (!((Rule::kUsed >> k) & 1u)) continue;
     if (bundle.storage[k] != kNative<V>) return Way::tiles;
     const int64_t stride = layout.strides[k][last], run_stride = last > 0 ? layout.strides[k][last - 1] : 0;
+    gaps += run_stride != layout.sizes[last] * stride;
     const bool is_turned = squares && stride > 1 && run_stride == 1;
     pieces = pieces && stride == 1;
     turned = turned || is_turned;
@@ -40,7 +44,14 @@ OPTIM_EXT_INLINE Way way_to(const Bundle& bundle) {
   if (pieces) return Way::runs;
   if (turned) return blocks ? Way::blocks : Way::tiles;
   const bool is_short = last > 0 && layout.sizes[last] < kLeastRun;
-  return count_of_used<Rule> <= (is_short ? kFewShort : kFew) ? Way::each : Way::tiles;
+  return count_of_used<Rule> <= (is_short && gaps < kManyGaps ? kFewShort : kFew) ? Way::each : Way::tiles;
+}
+
+// Where a rule moves more than it computes, elements that do not follow each other are not gathered into registers: the
+// order in which that asks for cache lines is not one the hardware foresees. Compilers do not look across an asm.
+template <class Rule>
+OPTIM_EXT_INLINE void keep_apart() {
+  if constexpr (count_of_used<Rule> <= kFewShort) asm volatile("");
 }
 
 template <class Rule, class V, int... I>
@@ -52,6 +63,7 @@ OPTIM_EXT_INLINE void apply_to_each(const Rule& rule, V* const* tile, const int6
     V scratch = V(0);
     V* const at[] = {(((Rule::kUsed >> I) & 1u) ? data[I] + i * strides[I] : &scratch)...};
     rule(element<Rule, V, I>(at, 0, scratch, grad_factor)...);
+    keep_apart<Rule>();
   }
 }
 
@@ -63,15 +75,11 @@ OPTIM_EXT_INLINE void apply_to_runs(const Rule& given, V* const* tile, const int
   const int64_t strides[] = {given_strides[I]...};
   V* at[] = {tile[I]...};
   for (int64_t r = 0; r < runs; ++r) {
-    V run[Rule::kOperands][kLength];
-    V* const in_run[] = {run[I]...};
-    ((((Rule::kUsed >> I) & 1u) ? static_cast<void>(__builtin_memcpy(run[I], at[I], sizeof run[I])) : void()), ...);
     for (int e = 0; e < kLength; ++e) {
       V scratch = V(0);
-      rule(element<Rule, V, I>(in_run, e, scratch, grad_factor)...);
+      rule(element<Rule, V, I>(at, e, scratch, grad_factor)...);
+      if constexpr (kLength <= kSingly) keep_apart<Rule>();
     }
-    for (int e = 0; e < kLength; ++e)
-      ((((Rule::kUpdates >> I) & 1u) ? static_cast<void>(at[I][e] = run[I][e]) : void()), ...);
     ((at[I] += ((Rule::kUsed >> I) & 1u) ? strides[I] : 0), ...);
   }
 }
@@ -81,7 +89,7 @@ template <class Rule, class V>
 OPTIM_EXT_INLINE bool apply_to_short_runs(const Rule& rule, V* const* tile, const int64_t* strides, int64_t length,
                                           int64_t runs, V grad_factor) {
   constexpr typename MakeIndices<Rule::kOperands>::type kAll;
-  if constexpr (count_of_used<Rule> > kFewShort) {
+  if constexpr (count_of_used<Rule> > kFew) {
     return false;
   }
   switch (length) {
