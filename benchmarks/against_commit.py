@@ -1,7 +1,8 @@
 """What a step costs on the host here, against another checkout of optim_ext: for changes that are to make it cheaper.
 
     git worktree add ../before COMMIT && (cd ../before && python setup.py build_ext --inplace)
-    python benchmarks/against_commit.py ../before
+    python benchmarks/against_commit.py ../before            # host time, a minute and a half
+    python benchmarks/against_commit.py ../before --bench    # every cell of step_time.py instead, some ten minutes
 
 Two builds cannot be loaded into one process, so two processes take turns, one case at a time: each round runs the case
 here, there, and where torch has a rival its fused step here, in an order that changes from round to round. What is
@@ -99,7 +100,45 @@ CASES: dict[str, tuple[Callable[..., Stepper], bool]] = {
 }
 
 
-def serve() -> None:
+def of_step_time(case_key: str, algorithm_key: str) -> Callable[..., Stepper]:
+    def make(package: Any) -> Stepper:
+        import step_time
+        import torch
+
+        algorithm = step_time.ALGORITHMS[algorithm_key]
+        tensors = step_time.Tensors(step_time.CASES[case_key], torch.device("cpu"))
+        optimizer = getattr(package, algorithm.class_name)(tensors.parameters(), **algorithm.options)
+        turn = 0
+
+        def step() -> None:
+            nonlocal turn
+            step_time.hand_out(tensors.gradients[turn % 2], optimizer)
+            turn += 1
+            optimizer.step()
+
+        return step
+
+    return make
+
+
+BENCH_CASES = ("gpt2", "matrices", "resnet50", "small-mixed", "small-vectors", "hidden-matrices", "embedding")
+
+
+def bench_cases() -> dict[str, tuple[Callable[..., Stepper], bool]]:
+    """The cells of step_time.py. Its table has the rivals."""
+    import step_time
+
+    return {
+        f"{step_time.CASES[case].title}: {step_time.ALGORITHMS[algorithm].title}": (
+            of_step_time(case, algorithm),
+            False,
+        )
+        for case in BENCH_CASES
+        for algorithm in step_time.CASES[case].required
+    }
+
+
+def serve(cases: dict[str, tuple[Callable[..., Stepper], bool]]) -> None:
     """Answer lines `case|who|seconds` with the seconds one step takes, for a parent that takes turns."""
     import torch
 
@@ -110,7 +149,7 @@ def serve() -> None:
         case, who, seconds = line.rstrip("\n").split("|")
         if (case, who) not in steps:
             steps.clear()  # one case at a time, so that the others' memory is no neighbour
-            make, _ = CASES[case]
+            make, _ = cases[case]
             steps[case, who] = make(torch.optim, fused=True) if who == "torch" else make(optim_ext)
             for _ in range(3):
                 steps[case, who]()
@@ -125,9 +164,9 @@ def serve() -> None:
 class Worker:
     """A process with the optim_ext of one checkout."""
 
-    def __init__(self, checkout: Path):
-        environment = {**os.environ, "PYTHONPATH": str(checkout)}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+    def __init__(self, checkout: Path, bench: bool):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", *(["--bench"] if bench else [])]
         self.process = subprocess.Popen(
             command, env=environment, cwd=checkout, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -144,19 +183,22 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output-dir", type=Path, default=Path("bench_results"))
+    parser.add_argument("--bench", action="store_true", help="the cells of step_time.py")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    cases = bench_cases() if arguments.bench else CASES
     if arguments.serve:
-        return serve()
+        return serve(cases)
     if arguments.before is None:
         parser.error("name the other checkout")
     before = arguments.before.resolve()
     results = {}
-    print(f"{'case':36} {'here':>10} {'before':>10} {'torch':>10} {'before/here':>12} {'torch/here':>11}")
-    for case, (_, has_rival) in CASES.items():
+    print(f"{'case':56} {'here':>10} {'before':>10} {'torch':>10} {'before/here':>12} {'torch/here':>11}")
+    for case, (_, has_rival) in cases.items():
         if arguments.only not in case:
             continue
-        workers = {"here": Worker(ROOT), "before": Worker(before)} | ({"torch": Worker(ROOT)} if has_rival else {})
+        checkouts = {"here": ROOT, "before": before} | ({"torch": ROOT} if has_rival else {})
+        workers = {who: Worker(checkout, arguments.bench) for who, checkout in checkouts.items()}
         times: dict[str, list[float]] = {who: [] for who in workers}
         order = list(workers)
         for _ in range(arguments.rounds):
@@ -172,7 +214,7 @@ def main() -> None:
         results[case] = {"seconds": median, "ratio to here": ratio}
         shown = [f"{1e6 * median[who]:8.1f}us" if who in median else " " * 10 for who in ("here", "before", "torch")]
         ratios = [f"{ratio['before']:12.2f}", f"{ratio['torch']:11.2f}" if "torch" in ratio else " " * 11]
-        print(case.ljust(36), *shown, *ratios, flush=True)
+        print(case.ljust(56), *shown, *ratios, flush=True)
     arguments.output_dir.mkdir(exist_ok=True)
     (arguments.output_dir / "against_commit.json").write_text(json.dumps(results, indent=1))
 
