@@ -21,13 +21,14 @@ BUILD_TOOLS := 'setuptools>=64' ninja numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format cpp-test sanitize cuda-check double double-build clean
+.PHONY: help demo test bench wheel sdist lint format cpp-test sanitize cuda-check double double-build clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        train a small network with torch.optim and with optim_ext and compare'
 	@echo 'make test        all tests (PYTEST_ARGS=...)'
 	@echo 'make bench       time of a step against torch.optim (BENCH_ARGS=...)'
+	@echo 'make wheel       dist/*.whl for this torch, Python and processor ;  make sdist: the sources, to be built elsewhere'
 	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
@@ -49,14 +50,18 @@ $(VENV)/torch.stamp .venv-cuda/torch.stamp: %/torch.stamp:
 	$*/bin/$(PIP) $(TORCH) $(BUILD_TOOLS)
 	touch $@
 
+define FOR_WHAT_IS_HERE
+if [ -z "$$OPTIM_EXT_CUDA" ] && $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
+  echo 'no GPU is visible: building for the CPU only (OPTIM_EXT_CUDA=1 builds the CUDA part all the same)'; \
+  export OPTIM_EXT_CUDA=0; \
+fi;
+endef
+
 # optim_ext built into that environment, with the requirements of one purpose (an extra of pyproject.toml). CUDA kernels
 # take minutes to compile and cannot be run without a GPU.
 PURPOSES := demo test bench lint
 $(PURPOSES:%=$(VENV)/%.stamp): $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
-	@if [ -z "$$OPTIM_EXT_CUDA" ] && $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
-	  echo 'no GPU is visible: building for the CPU only (OPTIM_EXT_CUDA=1 builds the CUDA part all the same)'; \
-	  export OPTIM_EXT_CUDA=0; \
-	fi; \
+	@$(FOR_WHAT_IS_HERE) \
 	$(BIN)/python .ci/quietly.py build/$*.log $(BIN)/$(PIP) --no-build-isolation --verbose -e '.[$*]'
 	touch $@
 
@@ -64,6 +69,15 @@ $(PURPOSES:%=$(VENV)/%.stamp): $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
 # `make bench` tries again.
 $(VENV)/peers.stamp: benchmarks/requirements.txt | $(VENV)/bench.stamp
 	$(BIN)/$(PIP) --no-build-isolation -r benchmarks/requirements.txt && touch $@ || true
+
+# A build in place leaves objects that a wheel of the same sources is linked from.
+wheel: $(VENV)/demo.stamp
+	@$(FOR_WHAT_IS_HERE) \
+	$(BIN)/python .ci/quietly.py build/wheel.log \
+	  $(BIN)/pip wheel --disable-pip-version-check --verbose --no-build-isolation --no-deps --wheel-dir dist .
+
+sdist: $(VENV)/torch.stamp
+	$(BIN)/python setup.py --quiet sdist
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
