@@ -29,6 +29,7 @@ class AddedOptions(PolicyOptions, total=False):
     state_precision: str | Mapping[str, str]
     rounding_seed: int
     min_q8_size: int
+    lazy_rows: bool
 
 
 Constructor = Callable[..., Any]

@@ -19,10 +19,10 @@ class OpTable:
         self.partial_state = frozenset(key for _, key, role in state if role == "partial")
         self.scalar_state = frozenset(key for _, key, role in state if role in ("scalar", "steps"))
         self.hypers: list[tuple[str, str]] = [(name, kind) for name, kind, _, _ in table["hypers"]]
-        self.takes_sparse: bool = table["takes_sparse"]
-        # Which operand of the rule a state of the parameter's shape is, and whether it may be kept in other ways.
+        # Whether gradients may have some rows only, and parameters and state may be kept in other ways.
+        self.is_element_wise: bool = table["is_element_wise"]
+        # Which operand of the rule a state of the parameter's shape is.
         self.places: dict[str, int] = table["places"]
-        self.takes_companions: bool = table["takes_companions"]
         # Options in order, each with how many hyper-parameters it holds; 0: it is one itself.
         holds: dict[str, int] = {}
         for _, _, option, index in table["hypers"]:

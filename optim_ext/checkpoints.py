@@ -14,6 +14,7 @@ from optim_ext._peers.deepspeed import from_deepspeed as from_deepspeed
 from optim_ext._peers.torchao import from_torchao as from_torchao
 from optim_ext._precision import options, values
 from optim_ext._step import FusedStep
+from optim_ext._step.lazy import LAZY_ROWS
 from optim_ext._tables import TABLES
 
 __all__ = [
@@ -53,7 +54,8 @@ def to_torch_state_dict(optimizer: FusedStep) -> dict[str, Any]:
                 plain[key] = value
         state[number] = plain
     groups = [
-        {key: value for key, value in group.items() if key not in options.DEFAULTS} for group in saved["param_groups"]
+        {key: value for key, value in group.items() if key not in options.DEFAULTS and key != LAZY_ROWS}
+        for group in saved["param_groups"]
     ]
     return {**saved, "state": state, "param_groups": groups}
 

@@ -23,8 +23,7 @@ py::dict table_of(const StepOp& op) {
   table["lists"] = lists;
   table["places"] = places;
   table["hypers"] = hypers;
-  table["takes_sparse"] = op.takes_sparse;
-  table["takes_companions"] = op.takes_companions;
+  table["is_element_wise"] = op.is_element_wise;
   return table;
 }
 

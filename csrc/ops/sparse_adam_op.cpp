@@ -4,14 +4,7 @@
 namespace optim_ext::ops {
 
 namespace {
-
-struct Row : StepRow<rules::SparseAdam> {
-  static constexpr bool kTakesSparse = true;
-  static bool takes_sparse(const Options&) { return true; }
-};
-
-const RegisteredStepOp<"sparse_adam_", Row> sparse_adam;
-
-}  // namespace
+const RegisteredStepOp<"sparse_adam_", StepRow<rules::SparseAdam>> sparse_adam;
+}
 
 }  // namespace optim_ext::ops

@@ -148,7 +148,7 @@ void check_derived(const Call& call, const Rule& given, const void* whole) {
 
 // Applies one rule element by element.
 template <class Driver, class Rule, class Options>
-void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse) {
+void run_rule(Rule rule, const StepArguments<Options>& given) {
   const auto steps = given.steps();
   if constexpr (requires { Rule::kCountsInDouble; }) {
     rule.*Rule::kCountsInDouble = steps && !steps->empty() && (*steps)[0].scalar_type() == at::kDouble;
@@ -159,7 +159,7 @@ void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse)
                         .operands = {given.operand(K)...},
                         .state_steps = steps,
                         .scalars = {given.scalar(S)...},
-                        .takes_sparse = takes_sparse,
+                        .takes_sparse = true,
                         .any_order = true,
                         .takes_companions = true};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates, Handover::current());
@@ -171,14 +171,11 @@ void run_rule(Rule rule, const StepArguments<Options>& given, bool takes_sparse)
   }(std::make_index_sequence<Rule::kOperands>{}, std::make_index_sequence<rules::kScalarsOf<Rule>>{});
 }
 
-// What an op is made from. An op whose rule has variants, or takes sparse gradients, or that does more than apply a
-// rule, says so in a row of its own that is derived from this one.
+// What an op is made from. An op whose rule has variants, or that does more than apply a rule, says so in a row of
+// its own that is derived from this one.
 template <class Rule>
 struct StepRow {
   using Options = Rule;
-  static constexpr bool kTakesSparse = false;
-  // Whether gradients may be sparse under these options.
-  static bool takes_sparse(const Options&) { return false; }
   // Calls use(rule) with the variant that these options ask for.
   template <class Use>
   static void choose(const Options&, const Use& use) {
@@ -191,7 +188,7 @@ void run_step(const StepArguments<Options>& given) {
   if constexpr (requires { Row::template run<Driver>(given); }) {
     Row::template run<Driver>(given);
   } else {
-    Row::choose(given.options, [&](auto rule) { run_rule<Driver>(rule, given, Row::takes_sparse(given.options)); });
+    Row::choose(given.options, [&](auto rule) { run_rule<Driver>(rule, given); });
   }
 }
 
@@ -244,7 +241,7 @@ class RegisteredStepOp final : public StepOp {
                                   std::make_index_sequence<std::size(Options::kFields)>>;
 
  public:
-  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), Row::kTakesSparse, !runs_itself<Row>) {
+  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), !runs_itself<Row>) {
     library(torch::Library::FRAGMENT, std::nullopt).def(schema());
     implement<CpuDriver>(c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU);
 #if defined(OPTIM_EXT_WITH_CUDA)
@@ -280,7 +277,7 @@ class RegisteredStepOp final : public StepOp {
   template <class Driver>
   void implement(c10::DispatchKey dense, c10::DispatchKey sparse) {
     library(torch::Library::IMPL, dense).impl(kName.text, &Functions::template call<Driver>);
-    if (Row::kTakesSparse) library(torch::Library::IMPL, sparse).impl(kName.text, &Functions::template call<Driver>);
+    if (!runs_itself<Row>) library(torch::Library::IMPL, sparse).impl(kName.text, &Functions::template call<Driver>);
   }
 
   std::deque<torch::Library> libraries_;

@@ -33,19 +33,14 @@ const char* type_of(HyperKind kind) {
 
 }  // namespace
 
-StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse,
-               bool takes_companions)
-    : name(name),
-      lists(std::move(lists)),
-      hypers(std::move(hypers)),
-      takes_sparse(takes_sparse),
-      takes_companions(takes_companions) {
+StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise)
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(is_element_wise) {
   registered().push_back(this);
   all_by_name().emplace(name, this);
 }
 
 StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), takes_sparse(false), takes_companions(false) {
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(false) {
   all_by_name().emplace(name, this);
 }
 

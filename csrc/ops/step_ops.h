@@ -55,8 +55,9 @@ class StepOp {
   const char* const name;
   const std::vector<rules::List> lists;
   const std::vector<HyperInfo> hypers;
-  const bool takes_sparse;
-  const bool takes_companions;  // parameters and state may be kept in other ways than the rule sees them
+  // Each element is stepped on its own, so gradients may have some rows only, and parameters and state may be kept in other
+  // ways than the rule sees them.
+  const bool is_element_wise;
 
   // Every op of this library that steps, by name.
   static std::vector<const StepOp*> all();
@@ -64,8 +65,7 @@ class StepOp {
   static const StepOp& named(const std::string& name);
 
  protected:
-  StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool takes_sparse,
-         bool takes_companions);
+  StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise);
   // One that is not of this library, but steps by an op of it.
   struct Unlisted {};
   StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers);

@@ -192,7 +192,7 @@ class PlannedStep(ControlledStep):
         """The options a plan is built for: where one changes, the plan is built anew."""
         get = group.get
         flags = get("differentiable"), get("capturable"), get("fused")
-        return self._state_keys(group), self._takes_sparse(group), *flags, options.given(group)
+        return self._state_keys(group), self._steps_rows(group), *flags, options.given(group)
 
     def _planning_step(self, signature: list[Any], controls: StepControls, averaging: StepAveraging | None) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""
@@ -223,7 +223,7 @@ class PlannedStep(ControlledStep):
                     self._count_on_device(group)
                 for members, values in prepared:
                     reusable &= len(members) == len(group["params"])
-                    takes = self._takes_sparse(group), self._takes_dense
+                    takes = self._steps_rows(group), self._takes_dense
                     ways = self._ways(group, members)
                     calls.append((index, members, self._state_keys(group), *takes, ways))
                     hypers.append(values)

@@ -81,7 +81,7 @@ class KeptStep(OpStep):
                 f"group {number}: state_precision names {min(unknown)!r}, which is no state of {type(self).__name__}; it "
                 f"has {', '.join(map(repr, TABLES[self._op].places))}"
             )
-        if not (TABLES[self._op].takes_companions and self._takes_dense):
+        if not (TABLES[self._op].is_element_wise and self._takes_dense):
             name = next(iter(options.given(group)))
             raise ValueError(
                 f"{type(self).__name__} keeps parameters and state as they are: it does not take {name} yet"
@@ -220,19 +220,23 @@ class KeptStep(OpStep):
         return made
 
     def _make_state(self, group: Group, p: Tensor) -> None:
-        """What torch would make for a float32 parameter, as conversions of float32 lose nothing of what it begins with."""
-        wide = p.dtype not in (torch.bfloat16, torch.float16)
-        like = p if wide else torch.empty_like(p, dtype=torch.float32, requires_grad=True)
-        if not wide:
-            like.grad = torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
+        """What torch would make for a float32 parameter, as conversions of float32 lose nothing of what it begins with, and
+        for a dense gradient."""
+        kept = self._keeps(group) or self._is_strange(p)
+        dtype = torch.float32 if kept and p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+        by_itself = dtype is p.dtype and not (p.grad is not None and p.grad.is_sparse)
+        like = p if by_itself else torch.empty_like(p, dtype=dtype, requires_grad=True)
+        if not by_itself:
+            like.grad = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
         keys = self._state_keys(group)
         self._init_group({**group, "params": [like]}, *([] for _ in range(2 + len(keys))))
-        companions = {} if wide else self.state.pop(p, {})
-        entry = self.state[p] if wide else self.state.pop(like, {}) | companions
+        companions = {} if by_itself else self.state.pop(p, {})
+        entry = self.state[p] if by_itself else self.state.pop(like, {}) | companions
         for key in keys:
             if key in TABLES[self._op].places and entry.get(key) is None:
                 entry[key] = torch.zeros_like(like, requires_grad=False)
-        self.state[p] = entry
+        if entry:
+            self.state[p] = entry
 
     def _keep_made_state(self) -> None:
         """State that a constructor makes (Adagrad's) is kept as asked from the beginning: what loads into the keys that are

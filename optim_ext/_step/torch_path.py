@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from optim_ext import _grad_control
 from optim_ext._load import _C
 from optim_ext._step.base import Group
-from optim_ext._step.precision import KeptStep
+from optim_ext._step.lazy import LazyStep
 from optim_ext._tables import TABLES
 
 # Why a differentiable step takes torch's code.
@@ -25,7 +25,7 @@ _COUNTED_IN = (torch.float32, torch.float64)  # step counters
 _PLAIN = (getattr(Tensor.__torch_function__, "__func__", None), torch.nn.Parameter.__torch_function__)
 
 
-class TorchPath(KeptStep):
+class TorchPath(LazyStep):
     _on_torchs_path: bool = False  # while torch's own step runs
     _bare_torch_step: ClassVar[Callable[..., Any]]  # torch's, without what our step() is wrapped in already
 
@@ -71,8 +71,7 @@ class TorchPath(KeptStep):
                         "refuses others"
                     )
             if p.grad is not None:
-                takes_sparse = self._takes_sparse(group) and not group.get("fused")  # with fused, torch refuses
-                problem = _C.unsupported_grad(p.grad, takes_sparse)
+                problem = _C.unsupported_grad(p.grad, self._steps_rows(group))
                 if problem is None and p.grad.is_sparse and not p.is_contiguous():
                     problem = "it is sparse, and its parameter is not contiguous"
                 if problem is not None:

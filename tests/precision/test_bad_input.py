@@ -137,7 +137,7 @@ def test_the_op_refuses_what_does_not_fit():
 
 def test_which_ops_take_companions():
     # Rules written in Python have tables of their own, which other tests may have made.
-    assert {op for op in _C.step_ops() if not TABLES[op].takes_companions} == {
+    assert {op for op in _C.step_ops() if not TABLES[op].is_element_wise} == {
         "adafactor_",
         "lamb_",
         "lars_",

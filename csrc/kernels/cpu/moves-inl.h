@@ -23,13 +23,17 @@ struct Block {
 };
 
 // Calls visit(place in the tile, offset in memory) for all of them, with the longer loop inside: rows of a few elements
-// would otherwise cost more to begin than to read.
+// would otherwise cost more to begin than to read. Elements that follow each other have a loop that knows it.
 template <class Visit>
 OPTIM_EXT_INLINE void over_block(const Block& given, const Visit& visit) {
   const Block block = given;
   if (block.runs > block.length) {
     for (int64_t e = 0; e < block.length; ++e) {
       OPTIM_EXT_FOR(r, block.runs) visit(r * block.length + e, r * block.run_stride + e * block.stride);
+    }
+  } else if (block.stride == 1) {
+    for (int64_t r = 0; r < block.runs; ++r) {
+      OPTIM_EXT_FOR(e, block.length) visit(r * block.length + e, r * block.run_stride + e);
     }
   } else {
     for (int64_t r = 0; r < block.runs; ++r) {
@@ -160,16 +164,18 @@ OPTIM_EXT_INLINE bool move_short_runs(const T* from, int64_t from_step, T* to, i
 
 template <class T, class V, class Convert>
 OPTIM_EXT_INLINE void widen_block(const T* x, const Block& block, V* to, const Convert& wide) {
+  if (block.stride == 0 && block.runs <= block.length) {  // each run is one element, as where a tensor is expanded
+    for (int64_t r = 0; r < block.runs; ++r, to += block.length) {
+      const V value = static_cast<V>(wide(x[r * block.run_stride]));
+      OPTIM_EXT_FOR(e, block.length) to[e] = value;
+    }
+    return;
+  }
   if constexpr (std::is_same_v<T, V>) {
     if (is_transposed<T>(block)) return transpose(x, block.stride, to, block.length, block.runs, block.length);
     if (move_short_runs(x, block.run_stride, to, block.length, block)) return;
   }
-  if (block.runs == 1 && block.stride == 1) {
-    OPTIM_EXT_FOR(i, block.length) to[i] = static_cast<V>(wide(x[i]));
-  } else {
-    over_block(block,
-               [=](int64_t i, int64_t at) __attribute__((always_inline)) { to[i] = static_cast<V>(wide(x[at])); });
-  }
+  over_block(block, [=](int64_t i, int64_t at) __attribute__((always_inline)) { to[i] = static_cast<V>(wide(x[at])); });
 }
 
 template <class T, class V, class Convert>
@@ -178,11 +184,7 @@ OPTIM_EXT_INLINE void narrow_block(const V* from, T* x, const Block& block, cons
     if (is_transposed<T>(block)) return transpose(from, block.length, x, block.stride, block.length, block.runs);
     if (move_short_runs(from, block.length, x, block.run_stride, block)) return;
   }
-  if (block.runs == 1 && block.stride == 1) {
-    OPTIM_EXT_FOR(i, block.length) x[i] = narrowed(from[i]);
-  } else {
-    over_block(block, [=](int64_t i, int64_t at) __attribute__((always_inline)) { x[at] = narrowed(from[i]); });
-  }
+  over_block(block, [=](int64_t i, int64_t at) __attribute__((always_inline)) { x[at] = narrowed(from[i]); });
 }
 
 // The conversions of convert.h for as many bf16 numbers in a row as fill registers; returns how many. Compilers do not
