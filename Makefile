@@ -23,13 +23,14 @@ BUILD_TOOLS := 'setuptools>=64' ninja numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format cpp-test sanitize cuda-check double double-build frameworks clean
+.PHONY: help demo test bench docs docs-browser lint format cpp-test sanitize cuda-check double double-build frameworks clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        train a small network with torch.optim and with optim_ext and compare'
 	@echo 'make test        all tests (PYTEST_ARGS=...)'
 	@echo 'make bench       time of a step against torch.optim (BENCH_ARGS=...)'
+	@echo 'make docs        the site, into build/site ;  make docs-browser opens every page in a Chromium that is installed'
 	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
@@ -67,6 +68,23 @@ $(PURPOSES:%=$(VENV)/%.stamp): $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
 # `make bench` tries again.
 $(VENV)/peers.stamp: benchmarks/requirements.txt | $(VENV)/bench.stamp
 	$(BIN)/$(PIP) --no-build-isolation -r benchmarks/requirements.txt && touch $@ || true
+
+# The site, in an environment without torch: sources are read, not imported, so nothing has to be built.
+.venv-docs/docs.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/$(PIP) $$(.venv-docs/bin/python .ci/extra.py docs)
+	touch $@
+
+docs: .venv-docs/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	.venv-docs/bin/python .ci/site/check.py build/site
+
+.venv-docs/browser.stamp: .venv-docs/docs.stamp
+	.venv-docs/bin/$(PIP) playwright==1.65.2
+	touch $@
+
+docs-browser: docs .venv-docs/browser.stamp
+	.venv-docs/bin/python .ci/site/open_pages.py build/site $(SCREENSHOTS)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -137,6 +155,6 @@ frameworks: $(VENV)/test.stamp .venv-frameworks/frameworks.stamp
 CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-cuda .venv-frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .venv .venv-cuda .venv-docs .venv-frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f optim_ext/*.so optim_ext/_build_info.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
