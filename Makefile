@@ -8,6 +8,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+# Of the tests in frameworks, those of these: FRAMEWORKS="lightning peft". All of them if none is named.
+FRAMEWORKS ?=
 # Of the tests on CUDA tensors, `make double` runs every so manieth.
 EVERY ?= 1
 
@@ -21,7 +23,8 @@ BUILD_TOOLS := 'setuptools>=64' ninja numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench wheel sdist lint format cpp-test sanitize cuda-check double double-build clean
+.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize cuda-check double double-build \
+  frameworks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,10 +32,12 @@ help:
 	@echo 'make test        all tests (PYTEST_ARGS=...)'
 	@echo 'make bench       time of a step against torch.optim (BENCH_ARGS=...)'
 	@echo 'make wheel       dist/*.whl for this torch, Python and processor ;  make sdist: the sources, to be built elsewhere'
+	@echo 'make docs        the site, into build/site ;  make docs-browser opens every page in a Chromium that is installed'
 	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
 	@echo 'make double      tests on CUDA tensors, on a double of the CUDA runtime without a GPU (EVERY=12: one of 12 tests)'
+	@echo 'make frameworks  short trainings in Lightning, transformers and others (FRAMEWORKS="lightning peft": these alone)'
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_digits.py $(DEMO_ARGS)
@@ -78,6 +83,23 @@ wheel: $(VENV)/demo.stamp
 
 sdist: $(VENV)/torch.stamp
 	$(BIN)/python setup.py --quiet sdist
+
+# The site, in an environment without torch: sources are read, not imported, so nothing has to be built.
+.venv-docs/docs.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/$(PIP) $$(.venv-docs/bin/python .ci/extra.py docs)
+	touch $@
+
+docs: .venv-docs/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	.venv-docs/bin/python .ci/site/check.py build/site
+
+.venv-docs/browser.stamp: .venv-docs/docs.stamp
+	.venv-docs/bin/$(PIP) playwright==1.65.2
+	touch $@
+
+docs-browser: docs .venv-docs/browser.stamp
+	.venv-docs/bin/python .ci/site/open_pages.py build/site $(SCREENSHOTS)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -132,10 +154,22 @@ FOR_ANY_DEVICE := tests/optim --ignore=tests/optim/test_compile.py
 ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py)
 ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py -k 'lbfgs or layouts or frozen or mixed'
 
+# Other people's frameworks stand on the environment of the tests: torch, pytest and optim_ext are its, and the frameworks have
+# to be content with that torch, so that no second one is fetched.
+ON_FRAMEWORKS := .venv-frameworks/bin/python -m
+.venv-frameworks/frameworks.stamp: tests/frameworks/requirements.txt $(VENV)/torch.stamp | $(VENV)/test.stamp
+	$(BIN)/python .ci/stand_on.py .venv-frameworks
+	$(BIN)/python -m pip freeze | grep ^torch= > .venv-frameworks/torch.txt
+	$(ON_FRAMEWORKS) $(PIP) --no-build-isolation -c .venv-frameworks/torch.txt -r $<
+	touch $@
+
+frameworks: $(VENV)/test.stamp .venv-frameworks/frameworks.stamp
+	$(ON_FRAMEWORKS) pytest -n $(WORKERS) $(PYTEST_ARGS) $(if $(FRAMEWORKS),$(FRAMEWORKS:%=tests/frameworks/test_%.py),tests/frameworks)
+
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
 CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-cuda .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .venv .venv-cuda .venv-docs .venv-frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f optim_ext/*.so optim_ext/_build_info.py
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

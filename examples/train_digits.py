@@ -236,7 +236,8 @@ def plot(comparisons: list[Comparison], path: Path) -> None:
                 va="bottom",
                 fontsize="small",
             )
-    figure.suptitle("Handwritten digits, trained from the same seed with torch.optim and with optim_ext")
+    together = " " if columns > 1 else "\n"
+    figure.suptitle(f"Handwritten digits, trained from the same seed{together}with torch.optim and with optim_ext")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

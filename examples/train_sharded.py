@@ -3,11 +3,12 @@ optim_ext.
 
     torchrun --nproc-per-node 2 examples/train_sharded.py                  # trains, and leaves a checkpoint of half-way
     torchrun --nproc-per-node 4 examples/train_sharded.py --resume         # goes on from it on any number of processes
-    torchrun --nproc-per-node 1 examples/train_sharded.py --resume
+    torchrun --nproc-per-node 1 examples/train_sharded.py --resume --output sharded.png
 
 Parameters, gradients, state and the moving average are DTensors. ``clip_grad_norm`` takes the norm of all processes' parts,
 ``step`` clips and averages as it goes, each process in its own part. The checkpoint is written and read by
-torch.distributed.checkpoint. A resumed run has to continue the loss curve of the first one.
+torch.distributed.checkpoint. A resumed run has to continue the loss curve of the first one; it draws
+both with ``--output``.
 
 Prints the losses and the median time of clip, step and average together. Exits with status 1 if curves differ by more than
 ``LARGEST_DIFFERENCE``, or optim_ext did not run its own kernels. Nothing is downloaded; the engine is gloo on the CPU.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +38,9 @@ from torch.nn.functional import cross_entropy
 from train_char_lm import CONTEXT, GPT, LARGEST_DIFFERENCE, LEARNING_RATE, MAX_NORM, SEED, text
 
 import optim_ext
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 BATCH_SIZE = 16  # of all processes together
 
@@ -120,7 +126,7 @@ def train(codes: Tensor, steps: int, folder: Path) -> bool:
         for run in (theirs, ours) if step % 2 == 0 else (ours, theirs):
             run.train_on(batch)
     if dist.get_rank() == 0:
-        (folder / "losses.json").write_text(json.dumps(ours.losses))
+        (folder / "losses.json").write_text(json.dumps({"torch": theirs.losses, "optim_ext": ours.losses}))
     difference = max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True))
     ratio = statistics.median(a / b for a, b in zip(theirs.seconds, ours.seconds, strict=True))
     say(f"loss {ours.losses[0]:.3f} -> {ours.losses[-1]:.3f}; largest difference to torch's: {difference:.1e}")
@@ -133,9 +139,10 @@ def train(codes: Tensor, steps: int, folder: Path) -> bool:
     return difference <= LARGEST_DIFFERENCE and all(line.native for line in reports)
 
 
-def resume(codes: Tensor, folder: Path) -> bool:
+def resume(codes: Tensor, folder: Path, picture: Path | None) -> bool:
     """Goes on from the checkpoint, on this many processes, as the first run went on."""
-    expected = json.loads((folder / "losses.json").read_text())
+    before = json.loads((folder / "losses.json").read_text())
+    expected = before["optim_ext"]
     half = len(expected) // 2
     run = Run(optim_ext)
     run.resume(folder / "checkpoint")
@@ -145,7 +152,22 @@ def resume(codes: Tensor, folder: Path) -> bool:
     say(
         f"resumed at loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f}; largest difference to the first run: {difference:.1e}"
     )
+    if picture is not None and dist.get_rank() == 0:
+        save_curves({**before, "resumed": [math.nan] * half + run.losses}, picture)
     return difference <= LARGEST_DIFFERENCE
+
+
+def save_curves(losses: dict[str, list[float]], path: Path) -> None:
+    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    styles = {"torch": ("tab:orange", "-", 4.0), "optim_ext": ("tab:blue", "-", 1.5), "resumed": ("black", ":", 2.5)}
+    for name, values in losses.items():
+        color, style, width = styles[name]
+        panel.plot(values, style, color=color, linewidth=width, label=name)
+    panel.set(title="A GPT sharded by FSDP2", xlabel="training step", ylabel="loss")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,13 +175,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "train_sharded"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
+    parser.add_argument("--output", type=Path, help="with --resume: where to save a picture of the loss curves")
     options = parser.parse_args(arguments)
     dist.init_process_group("gloo")
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         codes = text()
         say(f"torch {torch.__version__}, {dist.get_world_size()} processes")
-        passed = resume(codes, options.folder) if options.resume else train(codes, options.steps, options.folder)
+        passed = (
+            resume(codes, options.folder, options.output)
+            if options.resume
+            else train(codes, options.steps, options.folder)
+        )
         say("passed" if passed else "FAILED")
         dist.barrier()
     finally:

@@ -15,8 +15,8 @@ OPS = {"SGD": "sgd_", "Adam": "adam_", "AdamW": "adamw_", "RMSprop": "rmsprop_",
 
 @pytest.mark.parametrize("name", OPS)
 def test_the_native_op_runs_inside_the_step(name, tmp_path):
-    trace = tmp_path / "trace.json"
-    done = run("examples/profile_step.py", "--optimizer", name, "--trace", trace)
+    trace, picture = tmp_path / "trace.json", tmp_path / "step.png"
+    done = run("examples/profile_step.py", "--optimizer", name, "--trace", trace, "--output", picture)
     assert done.returncode == 0, done.stderr
     table, inside = done.stdout.split("Inside the optimizer")
     assert f"Optimizer.step#{name}.step" in table
@@ -26,6 +26,7 @@ def test_the_native_op_runs_inside_the_step(name, tmp_path):
     assert children.count(f"optim_ext::{OPS[name]}") == 1
     assert not any(child.startswith("aten::") for child in children)  # nothing but the one op does the work
 
+    assert picture.stat().st_size > 1000
     events = json.loads(trace.read_text())["traceEvents"]
     (op,) = (event for event in events if event.get("name") == f"optim_ext::{OPS[name]}")
     shapes = [[1024, 256], [1024], [1024, 1024], [1024], [10, 1024], [10]]

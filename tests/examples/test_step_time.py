@@ -77,7 +77,7 @@ def test_one_small_run(tmp_path):
     for page, kept in zip(pages, (ROOT / "docs" / "performance.md", ROOT / "README.md"), strict=True):
         shutil.copy(kept, page)
     report.refresh(tmp_path / "step_time.json", *pages)
-    for page, kept in zip(pages, ("## The memory limit", "## Averaged models"), strict=True):
+    for page, kept in zip(pages, ("## The memory limit", "## Where to read more"), strict=True):
         assert "| AdamW |" in page.read_text() and "Adadelta |" not in page.read_text() and kept in page.read_text()
 
 

@@ -25,5 +25,7 @@ def launched(processes, *arguments):
 def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path):
     said = launched(2, "--steps", "12", "--folder", tmp_path)
     assert "passed" in said and "sharded over 2 processes" in said and "torch takes" in said
-    said = launched(1, "--resume", "--folder", tmp_path)
+    picture = tmp_path / "curves.png"
+    said = launched(1, "--resume", "--folder", tmp_path, "--output", picture)
     assert "passed" in said and "1 processes" in said
+    assert picture.stat().st_size > 1000

@@ -189,7 +189,7 @@ def test_source_distribution_needs_no_torch(python, root, tmp_path):
             generated = path.suffix in (".so", ".pyc") or path.name in ("_build_info.py", "__pycache__")
             if not generated and path.is_file():
                 assert name in files, f"{name} is missing"
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "CMakeLists.txt"} <= files
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "CMakeLists.txt", "mkdocs.yml"} <= files
     assert not [name for name in files if name.endswith((".so", ".pyc", "_build_info.py"))]
 
 
