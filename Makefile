@@ -23,8 +23,7 @@ BUILD_TOOLS := 'setuptools>=64' ninja numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize cuda-check double double-build \
-  frameworks clean
+.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize cuda-check double double-build frameworks clean
 .DELETE_ON_ERROR:
 
 help:
