@@ -55,8 +55,8 @@ class StepOp {
   const char* const name;
   const std::vector<rules::List> lists;
   const std::vector<HyperInfo> hypers;
-  // Each element is stepped on its own, so gradients may have some rows only, and parameters and state may be kept in other
-  // ways than the rule sees them.
+  // Each element is stepped on its own, so gradients may have some rows only, and parameters and state may be kept in
+  // other ways than the rule sees them.
   const bool is_element_wise;
 
   // Every op of this library that steps, by name.
