@@ -15,16 +15,30 @@ FORMULA = re.compile(r":math:`([^`]+)`")
 DISPLAYED = re.compile(r"^( *)\.\. math::[ ]*\n((?:\1 +.*\n?|\s*\n)+)", re.M)
 LITERAL = re.compile(r"::\n\n((?:(?: {4,}.*)?\n)*(?: {4,}.*))", re.M)
 EXAMPLE = re.compile(r"^Example::?\n", re.M)
+RETURNS = re.compile(r"^(Returns:\n +)(?=\S)", re.M)
 
 
 class Docstrings(griffe.Extension):
+    def __init__(self) -> None:
+        super().__init__()
+        self.constructors: dict[str, griffe.Function] = {}
+
+    def on_function_instance(self, *, node: Any, func: griffe.Function, **kwargs: Any) -> None:
+        """Of two constructors the first one counts, which is for type checkers and says all arguments."""
+        if func.name == "__init__":
+            first = self.constructors.setdefault(func.path, func)
+            func.parameters, func.returns = first.parameters, first.returns
+
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.is_class and "__doc__" in obj.members:
             torchs = TORCHS.search(str(obj.members["__doc__"].value))
             if torchs:
                 obj.docstring = griffe.Docstring(of_torchs_class(torchs[1]), parent=obj)
         if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            text = as_markdown(obj.docstring.value)
+            if obj.is_function and obj.returns is not None:  # what is returned is described, not named
+                text = RETURNS.sub(lambda found: f"{found[1]}{obj.returns}: ", text)
+            obj.docstring.value = text
 
 
 def of_torchs_class(name: str) -> str:
