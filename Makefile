@@ -163,7 +163,10 @@ ON_FRAMEWORKS := .venv-frameworks/bin/python -m
 	touch $@
 
 frameworks: $(VENV)/test.stamp .venv-frameworks/frameworks.stamp
-	$(ON_FRAMEWORKS) pytest -n $(WORKERS) $(PYTEST_ARGS) $(if $(FRAMEWORKS),$(FRAMEWORKS:%=tests/frameworks/test_%.py),tests/frameworks)
+	$(ON_FRAMEWORKS) pytest -n $(WORKERS) $(PYTEST_ARGS) \
+	  $(if $(FRAMEWORKS),$(FRAMEWORKS:%=tests/frameworks/test_%.py),tests/frameworks $(STATE_OF_OTHERS))
+# These, too, want packages that no other environment has to have.
+STATE_OF_OTHERS := $(addprefix tests/precision/test_peers.py::test_the_real_,torchao bitsandbytes deepspeed)
 
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
 CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops
