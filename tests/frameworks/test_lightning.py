@@ -201,6 +201,13 @@ def test_an_average_in_the_step_is_lightnings():
     assert_alike(ours, fit(torch.optim, trainer={"callbacks": EMAWeightAveraging(decay=0.9)}))
 
 
+def test_an_average_in_the_step_leaves_out_what_the_scaler_skips():
+    averaging = InTheStep()
+    ours = fit(optim_ext, fused=True, epochs=4, trainer=with_scaler() | {"callbacks": averaging})
+    taken = len(ours.losses) - int(ours.optimizer.skipped_steps)
+    assert 0 < taken < len(ours.losses) and int(averaging.average.n_averaged) == taken
+
+
 def test_learning_rates_are_monitored(tmp_path):
     """The callback reads momentum and weight decay from the groups by the names in `defaults`."""
     seen = []
