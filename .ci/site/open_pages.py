@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
@@ -48,9 +48,12 @@ def opened(page: Page, address: str) -> list[str]:
     page.set_viewport_size(WIDE)
     page.goto(address, wait_until="networkidle")
     page.set_viewport_size(NARROW)
-    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    if wide > 0:
-        problems.append(f"it is {wide} pixels wider than a screen of {NARROW['width']}")
+    try:  # the page may have to be laid out first
+        page.wait_for_function(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth", timeout=5000
+        )
+    except TimeoutError:
+        problems.append(f"it is wider than a screen of {NARROW['width']} pixels")
     page.set_viewport_size(WIDE)
     for event, hear in hearing.items():
         page.remove_listener(event, hear)

@@ -118,6 +118,24 @@ def test_a_block_that_fails_names_the_line_of_its_page(tmp_path):
     assert error.traceback[-1].lineno + 1 == 8
 
 
+def test_the_reference_has_every_argument_that_constructors_add():
+    named = {name for row in table_rows(ROOT / "docs/api/optimizers.md") for name in re.findall(r"`(\w+)`", row[0])}
+    taken = inspect.signature(optim_ext.AdamW).parameters.keys()
+    assert named == taken - inspect.signature(torch.optim.AdamW).parameters.keys()
+
+
+def test_the_reference_has_every_name_of_the_package():
+    text = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", text, re.M))
+    own = {
+        name
+        for name in optim_ext.__all__
+        if getattr(getattr(optim_ext, name), "__module__", "torch").startswith("optim_ext")
+    }
+    assert {f"optim_ext.{name}" for name in own} - shown == set()
+    assert {f"optim_ext.{module}" for module in ("utils", "swa_utils", "checkpoints", "math")} <= shown
+
+
 MIGRATION = ROOT / "docs/migration.md"
 
 
