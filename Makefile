@@ -148,8 +148,8 @@ double: double-build
 	OPTIM_EXT_TEST_DEVICE=cuda:0 $(ON_DOUBLE) $(FOR_ANY_DEVICE)
 	CUDA_DOUBLE=lazy,closed $(ON_DOUBLE) $(ABOUT_STREAMS)
 	CUDA_DOUBLE=guard $(ON_DOUBLE) $(ABOUT_MEMORY)
-# What of them speaks of the CPU is marked so. Compiled steps want a compiler for Triton's kernels, and more (docs/gpu.md).
-FOR_ANY_DEVICE := tests/optim --ignore=tests/optim/test_compile.py
+# What of them speaks of the CPU is marked so.
+FOR_ANY_DEVICE := tests/optim tests/lbfgs tests/distributed
 ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py)
 ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py -k 'lbfgs or layouts or frozen or mixed'
 

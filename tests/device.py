@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from on_double import ON_DOUBLE
 from torch.utils._device import _device_constructors
 
 DEVICE = torch.device(os.environ.get("OPTIM_EXT_TEST_DEVICE", "cpu"))
@@ -46,9 +47,15 @@ def put_test_tensors_there() -> None:
     their loop over parameters unless told otherwise, as they do on the CPU: that is what results are held against."""
     if ON_CPU:
         return
+    if ON_DOUBLE:
+        import cuda_double  # noqa: F401  takes over torch's operations; of pytest it is a plugin
+    from torch._dynamo.eval_frame import skip_code
+
     for make in _device_constructors():
         if getattr(torch, make.__name__, None) is make:
-            setattr(torch, make.__name__, _on_device(make))
+            made = _on_device(make)
+            skip_code(made.__code__)  # called on its own; Dynamo itself makes tensors by it, for ever if it compiled it
+            setattr(torch, make.__name__, made)
     for module in [module for name, module in sys.modules.items() if name.startswith("torch.optim.")]:
         if hasattr(module, "_default_to_fused_or_foreach"):
             module._default_to_fused_or_foreach = lambda *_, **__: (False, False)

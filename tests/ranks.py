@@ -31,7 +31,7 @@ class Processes:
         tests = Path(__file__).parent
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests)])),
         }
         self.world = world
         self.logs = [folder / f"log of rank {rank} of {world}" for rank in range(world)]
@@ -77,7 +77,9 @@ class Processes:
 def serve(cases):
     """Answers each name with a line of JSON: null, or the traceback of what the case raised."""
     import torch.distributed as dist
+    from device import put_test_tensors_there
 
+    put_test_tensors_there()
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     answers, sys.stdout = sys.stdout, sys.stderr  # where whatever else is printed goes
     dist.init_process_group(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optim_ext import _grad_control
@@ -262,6 +263,16 @@ class PlannedStep(ControlledStep):
             plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
             self._keep(plan)
 
+    def _init_group(self, group: Any, *lists: Any, **named: Any) -> Any:
+        """Torch's, before which numbers of the state are brought to where their step count lies: torch.compile moves that
+        to the parameter's device, and runs this as it traces a step."""
+        keys = TABLES[self._op].scalar_state - {"step"}
+        for p in group["params"] if keys and not self._on_torchs_path else ():
+            count = self.state[p].get("step") if p in self.state else None
+            if isinstance(count, Tensor) and count.device == p.device:
+                _move(self.state[p], keys, p.device)
+        return super()._init_group(group, *lists, **named)
+
     def _stand_ins(self) -> dict[int, Tensor]:
         """By which tensors this step knows local tensors of DTensors, by the identity of these."""
         return {}
@@ -300,10 +311,15 @@ class PlannedStep(ControlledStep):
                     f"this one is skipped is known on {p.device} only; use set_grad_policy without skip_nonfinite and "
                     "skip_above"
                 )
-            for key in keys:
-                value = entry.get(key)
-                if isinstance(value, Tensor) and value.device.type == "cpu":
-                    entry[key] = value.to(p.device, non_blocking=True)
+            _move(entry, keys, p.device)
+
+
+def _move(entry: dict[str, Any], keys: Iterable[str], device: torch.device) -> None:
+    """Move tensors of the state from the CPU to a device, without waiting for it."""
+    for key in keys:
+        value = entry.get(key)
+        if isinstance(value, Tensor) and value.device.type == "cpu" and device.type != "cpu":
+            entry[key] = value.to(device, non_blocking=True)
 
 
 def _is_other_mapping(entry: Any) -> bool:

@@ -65,11 +65,12 @@ class TorchPath(LazyStep):
                         f"{self._described(group, index)}: capturable=True is for parameters on an accelerator; torch "
                         "refuses it on the CPU"
                     )
-                if isinstance(counter, Tensor) and counter.device != p.device:
-                    return (
-                        f"{self._described(group, index)}: capturable=True needs its step counter on {p.device}; torch "
-                        "refuses others"
-                    )
+                for key in numbers:
+                    if isinstance(number := entry.get(key), Tensor) and number.device != p.device:
+                        return (
+                            f"{self._described(group, index)}: capturable=True needs its state {key!r} on {p.device}; torch "
+                            "refuses it elsewhere"
+                        )
             if p.grad is not None:
                 problem = _C.unsupported_grad(p.grad, self._steps_rows(group))
                 if problem is None and p.grad.is_sparse and not p.is_contiguous():

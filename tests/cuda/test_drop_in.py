@@ -69,6 +69,43 @@ def test_capturable_with_a_counter_on_the_cpu_is_torchs_error(device):
                 assert snapshot(optimizer) == before
 
 
+# What torch keeps in one element beside a count, and by it.
+NUMBERED = [spec for spec in COUNTING if spec.numbers & spec.state(spec.typical) != {"step"}]
+
+
+@pytest.mark.parametrize("numbered", NUMBERED, ids=name)
+def test_numbers_follow_a_count_that_was_moved(numbered, device):
+    """As torch.compile does, which moves counts to the device, and nothing else."""
+    params, twins = make_params(device=device), make_params()
+    ours, other = (numbered.ours(own, **numbered.typical) for own in (params, twins))
+    for step in range(4):
+        for own in (params, twins):
+            give_grads(own, step)
+        if step == 2:
+            for entries in ours.state.values():
+                entries.update({key: entries[key].cpu() for key in numbered.numbers}, step=entries["step"].to(device))
+        ours.step()
+        other.step()
+    assert [bits(p) for p in params] == [bits(p) for p in twins]
+    assert {entries[key].device for entries in ours.state.values() for key in numbered.numbers} == {device}
+
+
+@pytest.mark.parametrize("numbered", NUMBERED, ids=name)
+def test_capturable_with_another_number_on_the_cpu_is_torchs_error(numbered, device):
+    for make in (numbered.torch, numbered.ours):
+        params = make_params(device=device)
+        optimizer = make(params, **numbered.typical, capturable=True)
+        give_grads(params, 0)
+        optimizer.step()
+        for entries in optimizer.state.values():
+            entries.update({key: entries[key].cpu() for key in numbered.numbers - {"step"}})
+        before = snapshot(optimizer)
+        with pytest.raises(AssertionError, match="supported devices"):
+            optimizer.step()
+        if make is numbered.ours:
+            assert snapshot(optimizer) == before
+
+
 # GradScaler.
 
 

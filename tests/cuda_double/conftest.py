@@ -47,6 +47,17 @@ def tensor_at(pointer, numel, device=0):
     storage = torch._C._construct_storage_from_data_pointer(pointer.value, torch.device("cuda", device), 4 * numel)
     return torch.empty(0, device=f"cuda:{device}").set_(storage, 0, (numel,))
 
+class Dim3(ctypes.Structure):
+    _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
+
+def stream_of(device, taken_for):
+    "A stream of one device that torch takes for another's."
+    stream = ctypes.c_void_p()
+    runtime.cudaSetDevice(device)
+    runtime.cudaStreamCreate(ctypes.byref(stream))
+    runtime.cudaSetDevice(0)
+    return torch.cuda.ExternalStream(stream.value, device=taken_for)
+
 def step(param):
     param = torch.nn.Parameter(param)
     param.grad = torch.ones(param.shape, device=param.device)

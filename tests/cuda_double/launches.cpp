@@ -13,11 +13,6 @@ namespace optim_ext::device {
 
 Status queue(const Launch& launch, Stream stream) {
   using namespace cuda_double;
-  const Entered entered;
-  if (device_of(stream) != current_device()) {
-    refuse("a launch on a stream of device %d while device %d is current: %s", device_of(stream), current_device(),
-           launch.kernel);
-  }
   enqueue(stream, Kind::kernel, launch.kernel, [launch] { run_grid(launch); });
   return cudaSuccess;
 }

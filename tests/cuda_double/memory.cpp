@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "core.h"
 #include "runtime.h"
 
 namespace cuda_double {
@@ -80,25 +81,41 @@ void say(const char* text) {
   if (write(2, text, std::strlen(text)) < 0) return;
 }
 
+// Whose memory this address is of, and why it must not be touched.
+void describe(const Allocation& of, const char* at, char (&text)[400]) {
+  char owner[40] = "pinned memory of the host";
+  if (of.device >= 0) std::snprintf(owner, sizeof owner, "memory of device %d", of.device);
+  const char* what = "is touched by the host, or by work of another device";
+  if (of.freed) {
+    what = "is touched after it was freed";
+  } else if (at < of.begin) {
+    what = "is touched before its beginning";
+  } else if (at >= of.begin + of.bytes) {
+    what = "is touched beyond its end";
+  }
+  std::snprintf(text, sizeof text, "%s %s (%zu bytes, at byte %td)", owner, what, of.bytes, at - of.begin);
+}
+
+// The runtime's own calls are told at once.
+void refuse_freed(const void* pointer) {
+  const Allocation* const found = around(pointer);
+  if (!found || !found->freed) return;
+  char text[400];
+  describe(*found, static_cast<const char*>(pointer), text);
+  optim_ext::device::refuse("%s", text);
+}
+
 // Says whose memory was touched and why that is wrong. Where it is not the double's, whatever would have happened does.
 void on_bad_access(int signal, siginfo_t* info, void*) {
   if (info->si_code <= 0) return;  // sent by another handler; the access is about to be tried again
   const auto* const at = static_cast<const char*>(info->si_addr);
   const Allocation* const found = around(at);
   if (found) {
-    char text[400], owner[40] = "pinned memory of the host";
-    if (found->device >= 0) std::snprintf(owner, sizeof owner, "memory of device %d", found->device);
-    const char* what = "is touched by the host, or by work of another device";
-    if (found->freed) {
-      what = "is touched after it was freed";
-    } else if (at < found->begin) {
-      what = "is touched before its beginning";
-    } else if (at >= found->begin + found->bytes) {
-      what = "is touched beyond its end";
-    }
-    std::snprintf(text, sizeof text, "the double refuses: %s %s (%zu bytes, at byte %td)\n", owner, what, found->bytes,
-                  at - found->begin);
+    char text[400];
+    describe(*found, at, text);
+    say("the double refuses: ");
     say(text);
+    say("\n");
   }
   ::signal(signal, SIG_DFL);  // and the access is tried once more
 }
@@ -194,6 +211,8 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
   const Entered entered;
   const Allocation *const target = holding(to), *const source = holding(from);
   if (bytes == 0) return cudaSuccess;
+  refuse_freed(to);
+  refuse_freed(from);
   if ((kind == cudaMemcpyHostToDevice && !bit_of(target)) || (kind == cudaMemcpyDeviceToHost && !bit_of(source)) ||
       (kind == cudaMemcpyDeviceToDevice && (!bit_of(target) || !bit_of(source)))) {
     return fail(cudaErrorInvalidValue);
@@ -275,7 +294,9 @@ cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t byt
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  const Entered entered;
   if (bytes == 0) return cudaSuccess;
+  refuse_freed(memory);
   const int place = place_of(memory);
   if (place < 0) return fail(cudaErrorInvalidValue);
   enqueue(stream, Kind::memset, "memset", [=] { std::memset(memory, value, bytes); }, 1u << place);

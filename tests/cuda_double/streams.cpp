@@ -140,6 +140,10 @@ cudaError_t spoil(CUstream_st* stream, cudaError_t error = cudaErrorStreamCaptur
 void enqueue(cudaStream_t handle, Kind kind, const std::string& name, std::function<void()> run, unsigned devices) {
   const Entered entered;
   CUstream_st* const stream = stream_of(handle);
+  if (kind == Kind::kernel && stream->device != current_device()) {
+    optim_ext::device::refuse("a launch on a stream of device %d while device %d is current: %s", stream->device,
+                              current_device(), name.c_str());
+  }
   note(kind, name);
   Work work{std::move(run), devices ? devices : 1u << stream->device};
   if (stream->graph) {

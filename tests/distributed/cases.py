@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from kept import WAYS, everything, give_grads, same
 from ranks import serve
 from torch import nn
@@ -74,7 +75,7 @@ def assert_native(optimizer):
 
 
 def whole_mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+    return init_device_mesh(DEVICE.type, (dist.get_world_size(),))
 
 
 def sharded(cls, options):
@@ -139,7 +140,7 @@ def fsdp1():
     for originals in (False, True):
 
         def run(cls, options, originals=originals):
-            model = FullyShardedDataParallel(network(), use_orig_params=originals, device_id=torch.device("cpu"))
+            model = FullyShardedDataParallel(network(), use_orig_params=originals, device_id=DEVICE)
             optimizer = cls(model.parameters(), **options)
             train(model, optimizer, range(5), lambda parameters: model.clip_grad_norm_(1.0))
             with FullyShardedDataParallel.summon_full_params(model):
@@ -153,7 +154,7 @@ def fsdp1_is_clipped_by_the_norm_of_a_group():
     for norm_type in (2.0, 1.0, float("inf")):
         results = []
         for package in (torch.optim, optim_ext):
-            model = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"))
+            model = FullyShardedDataParallel(network(), use_orig_params=True, device_id=DEVICE)
             optimizer = package.AdamW(model.parameters(), lr=0.01)
             for index in range(3):
                 backward(model, index)
@@ -172,7 +173,7 @@ def fsdp1_is_clipped_by_the_norm_of_a_group():
 def fsdp1_norms_are_refused():
     """Its shards are ordinary tensors, of whose gradients no process knows the norm."""
     for originals in (False, True):
-        model = FullyShardedDataParallel(network(), use_orig_params=originals, device_id=torch.device("cpu"))
+        model = FullyShardedDataParallel(network(), use_orig_params=originals, device_id=DEVICE)
         optimizer = optim_ext.AdamW(model.parameters())
         backward(model, 0)
         with pytest.raises(RuntimeError, match="shards of FullyShardedDataParallel"):

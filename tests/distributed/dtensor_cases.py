@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE, ON_CPU
 from ranks import serve
 from torch import nn
 from torch.distributed import checkpoint
@@ -55,7 +56,7 @@ ROWS = [
 def layouts():
     """By name: the mesh, the placements and the shape of the whole tensor."""
     world = dist.get_world_size()
-    line = init_device_mesh("cpu", (world,))
+    line = init_device_mesh(DEVICE.type, (world,))
     rows = {
         "even": (line, [Shard(0)], (8, 3)),
         "uneven": (line, [Shard(0)], (5, 3)),
@@ -65,7 +66,7 @@ def layouts():
         "copies": (line, [Replicate()], (4, 3)),
     }
     if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        square = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("a", "b"))
         rows |= {
             "hybrid": (square, [Replicate(), Shard(0)], (6, 3)),
             "uneven hybrid": (square, [Replicate(), Shard(0)], (5, 3)),
@@ -186,14 +187,15 @@ def a_step_is_no_collective():
 
 def small_steps_are_repeated():
     """The fast way of a plan, of which small DTensors are not to be deprived."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     params = [nn.Parameter(distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])) for _ in range(5)]
     optimizer = optim_ext.AdamW(params)
     for _ in range(6):
         for p in params:
             p.grad = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])
         optimizer.step()
-    assert optimizer._view.plan.steps_as_before >= 3
+    repeated = optimizer._view.plan.steps_as_before
+    assert repeated >= 3 if ON_CPU else repeated == 0  # elsewhere each step looks at what its tensors are
 
 
 def steps_of_some_parameters_have_the_bits_of_one_process():
@@ -233,7 +235,7 @@ def several_groups_have_options_of_their_own():
 
 def a_group_that_is_left_to_torch_steps_beside_the_others():
     """Its DTensors and their state are the optimizer's own all the while."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     wholes = [nn.Parameter(torch.randn(6, 2, generator=torch.Generator().manual_seed(i))) for i in range(2)]
     params = [nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])) for whole in wholes]
     single, optimizer = (
@@ -253,7 +255,7 @@ def a_group_that_is_left_to_torch_steps_beside_the_others():
 
 
 def nothing_brought_to_another_layout_is_kept():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Replicate()]))
     optimizer = optim_ext.SGD([p], lr=0.1)
     for _ in range(2):
@@ -319,7 +321,7 @@ def nothing_is_kept_alive_between_steps():
 def gradients_of_other_layouts_are_brought_to_the_parameters():
     """Once, by one all_reduce for the sums of a group and dtype; a gradient that is all there is cut without any."""
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(DEVICE.type, (world,))
     generator = torch.Generator().manual_seed(3)
     rows = [
         ("norm", [Replicate()], [Partial()], (6,)),
@@ -362,11 +364,11 @@ def meshes_that_are_equal_are_one():
     """A gradient's mesh may be another object, with process groups of its own."""
     whole = nn.Parameter(torch.ones(5, 2))
     world = dist.get_world_size()
-    p = nn.Parameter(distribute_tensor(whole.detach(), init_device_mesh("cpu", (world,)), [Shard(0)]))
+    p = nn.Parameter(distribute_tensor(whole.detach(), init_device_mesh(DEVICE.type, (world,)), [Shard(0)]))
     single, optimizer = optim_ext.AdamW([whole]), optim_ext.AdamW([p])
     for index in range(3):
         whole.grad = torch.full((5, 2), float(index))
-        p.grad = distribute_tensor(whole.grad, init_device_mesh("cpu", (world,)), [Shard(0)])
+        p.grad = distribute_tensor(whole.grad, init_device_mesh(DEVICE.type, (world,)), [Shard(0)])
         single.step()
         with CommDebugMode() as communication:
             optimizer.step()
@@ -377,7 +379,7 @@ def meshes_that_are_equal_are_one():
 def a_gradient_that_is_being_communicated_is_waited_for():
     import torch.distributed._functional_collectives as collectives
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     whole = nn.Parameter(torch.ones(4, 2))
     p = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Replicate()]))
     single, optimizer = optim_ext.SGD([whole], lr=0.1), optim_ext.SGD([p], lr=0.1)
@@ -401,7 +403,7 @@ def refused(match, optimizer, params, wholes, agreements=0):
 
 
 def bad_input_is_refused_on_all_processes_alike():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     wholes, params, single, optimizer = pair("AdamW", {"lr": 0.1})
     give_grads(wholes, params, 0)
     bad = distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)])
@@ -431,7 +433,7 @@ def bad_input_is_refused_on_all_processes_alike():
 
 def a_plain_gradient_of_a_dtensor_is_refused():
     """Torch's own setter refuses it; what gets past that is refused by name."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     whole = nn.Parameter(torch.ones(4, 2))
     p = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Replicate()]))
     optimizer = optim_ext.SGD([("weight", p)], lr=0.1)
@@ -444,7 +446,7 @@ def a_plain_gradient_of_a_dtensor_is_refused():
 
 
 def a_partial_parameter_is_refused():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     p = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
     p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
     optimizer = optim_ext.AdamW([("weight", p)])
@@ -469,7 +471,7 @@ class Quantised(torch.Tensor):
 
 
 def local_tensors_with_operations_of_their_own_are_left_to_torch():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
     p._local_tensor = Quantised(torch.ones(4))
     optimizer = optim_ext.AdamW([("weight", p)])
@@ -563,7 +565,7 @@ def what_an_owner_refuses_no_process_waits_for():
 
 
 def rules_about_whole_tensors_step_copies_natively():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for name in ("Muon", "Adafactor", "LAMB", "LARS"):
         for places in ([Replicate()], [Shard(0)]):
             whole = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)))
@@ -594,7 +596,7 @@ def network():
 
 def fsdp(package=optim_ext, name="AdamW", options=None, **how):
     model = network()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh, **how)
@@ -692,7 +694,7 @@ def then_resumes():
 
 def objects_do_not_accumulate():
     wholes, params, _, optimizer = pair("AdamW", {})
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
 
     def step(index):
         give_grads(wholes, params, index)
@@ -786,7 +788,7 @@ def stages_are_put_together_by_a_group():
 
 def a_process_without_gradients_joins():
     """What it does not have counts as zeros, and nobody waits for it."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.zeros(8), mesh, [Shard(0)]))
     optimizer = optim_ext.SGD([("weight", p)], lr=1.0)
     optimizer.set_grad_policy(skip_above=100.0)
@@ -802,7 +804,7 @@ def a_process_without_gradients_joins():
 def processes_that_disagree_on_a_gradient_all_refuse_it():
     """One that has to be brought to another layout, which some processes do not have."""
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(DEVICE.type, (world,))
     p = nn.Parameter(distribute_tensor(torch.zeros(8), mesh, [Replicate()]))
     optimizer = optim_ext.SGD([("weight", p)], lr=1.0)
     for give in ("none", "alike"):
@@ -837,7 +839,7 @@ def processes_that_disagree_on_a_gradient_all_refuse_it():
 def gradients_of_other_layouts_are_brought_once():
     """For the norm and the step together, and again where they were written in between."""
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(DEVICE.type, (world,))
     whole = nn.Parameter(torch.zeros(6))
     p = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Replicate()]))
     single, optimizer = optim_ext.SGD([whole], lr=1.0), optim_ext.SGD([p], lr=1.0)
@@ -971,7 +973,7 @@ def gradscaler_trains_as_with_torchs_class():
             results = []
             for package in (torch.optim, optim_ext):
                 model, optimizer = fsdp(package, "AdamW", {"lr": 0.01, **options})
-                scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+                scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
                 for index in range(4):
                     torch.manual_seed(index)
                     loss = nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 3, (8,)))
@@ -1009,7 +1011,7 @@ def mixed_precision_trains_as_with_torchs_class():
 
 def tensor_parallelism_trains_as_with_torchs_class():
     results = []
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for package in (torch.optim, optim_ext):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))

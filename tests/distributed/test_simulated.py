@@ -8,10 +8,8 @@ from pathlib import Path
 
 def test_collectives_of_512_processes():
     """As docs/distributed.md says: they depend on layouts, not on the number of processes or tensors."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-    }
+    folders = [os.environ.get("PYTHONPATH"), *map(str, Path(__file__).parents[1:3])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, folders))}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -19,6 +17,7 @@ def test_collectives_of_512_processes():
 def main():
     import torch
     import torch.distributed as dist
+    from device import DEVICE, put_test_tensors_there
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -27,10 +26,11 @@ def main():
 
     import optim_ext
 
+    put_test_tensors_there()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
     rows = [((512,), [Shard(0)], 1, 1), ((8, 64), [Replicate(), Shard(0)], 1, 2), ((8, 64), [Shard(0), Shard(1)], 2, 2)]
     for mesh_shape, places, cuts, dims in rows:
-        mesh = init_device_mesh("cpu", mesh_shape)
+        mesh = init_device_mesh(DEVICE.type, mesh_shape)
         for count in (3, 30):
             shape = torch.Size([4 * 512 if mesh.ndim == 1 else 4 * 64, 8]) if cuts == 1 else torch.Size([32, 256])
             part = torch.Size([4, 8]) if cuts == 1 else torch.Size([4, 4])

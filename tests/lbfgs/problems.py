@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from on_double import length
 from torch import Tensor
 
 
@@ -97,7 +98,7 @@ def rosenbrock_start(n: int) -> Tensor:
 
 
 PROBLEMS: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Tensor]]] = {
-    **{f"rosenbrock-{n}": (lambda n=n: (rosenbrock, rosenbrock_start(n))) for n in (2, 10, 100, 10000)},
+    **{f"rosenbrock-{n}": (lambda n=n: (rosenbrock, rosenbrock_start(n))) for n in (2, 10, 100, length(10_000))},
     "beale": lambda: (beale, torch.tensor([1.0, 1.0], dtype=torch.float64)),
     "booth": lambda: (booth, torch.tensor([-4.0, 9.0], dtype=torch.float64)),
     "himmelblau": lambda: (himmelblau, torch.tensor([0.0, 0.0], dtype=torch.float64)),

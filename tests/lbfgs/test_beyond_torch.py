@@ -468,7 +468,7 @@ def test_bounds_beside_scipy(index, line_search_fn):
         x = torch.tensor(x, dtype=torch.float64, requires_grad=True)
         value = loss(x)
         (grad,) = torch.autograd.grad(value, x)
-        return value.item(), grad.numpy()
+        return value.item(), grad.cpu().numpy()
 
     expected = optimize.minimize(
         numbers, numpy.array(at), jac=True, bounds=pairs, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9}
@@ -480,7 +480,7 @@ def test_bounds_beside_scipy(index, line_search_fn):
     plain = run.closure
 
     def closure():
-        x = run.params[0].detach()
+        x = run.params[0].tolist()
         inside.append(
             all((lo is None or v >= lo) and (hi is None or v <= hi) for v, (lo, hi) in zip(x, pairs, strict=True))
         )

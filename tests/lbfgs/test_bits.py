@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from device import DEVICE
 
 import optim_ext
 from optim_ext import _C
@@ -30,7 +31,7 @@ KINDS = [
 
 def vectors(count, n, dtype, seed=0):
     numbers = numpy.random.default_rng(seed).standard_normal((count, n))
-    return [torch.from_numpy(row.copy()).to(dtype) for row in numbers]
+    return [torch.from_numpy(row.copy()).to(DEVICE, dtype) for row in numbers]
 
 
 def one_iteration(n, dtype, row_dtype, count, metric=False):
@@ -62,7 +63,7 @@ def one_iteration(n, dtype, row_dtype, count, metric=False):
 def digest(tensors):
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -96,6 +97,7 @@ def test_numbers(dtype, row_dtype, n, count, metric):
     if row_dtype == torch.bfloat16:  # their coefficients have 45 bits
         mantissa, exponent = torch.frexp(coefficients[1:])
         coefficients[1:] = torch.ldexp(torch.round(mantissa * 2**45) / 2**45, exponent)
+    coefficients = coefficients.to(DEVICE)
     combined = w * (coefficients[0] * grad.double() + dirs[:-1].T @ coefficients[1 : 1 + count])
     combined = combined + stps[:-1].T @ coefficients[1 + count :]
     torch.testing.assert_close(out, combined.to(dtype), rtol=1e-12 if dtype == torch.float64 else 2e-7, atol=1e-13)
@@ -105,6 +107,7 @@ def test_numbers(dtype, row_dtype, n, count, metric):
     assert product == pytest.approx((out.double() @ grad.double()).item(), rel=1e-9, abs=scale)
 
 
+@pytest.mark.about_the_cpu("whose large vectors are allocated together")
 def test_vectors_of_one_block_are_tensors_in_their_own_right():
     numel, count = 1024 * 1024, 5  # of a size that would put all of them into the same places of a cache
     vectors = _C.vectors_of_one_block(count, numel, torch.float32)
@@ -125,6 +128,7 @@ def test_vectors_of_one_block_are_tensors_in_their_own_right():
     assert torch.equal(torch.load(file, weights_only=True), copied)
 
 
+@pytest.mark.about_the_cpu("whose large vectors are allocated together")
 def test_no_room():
     assert _C.vectors_of_one_block(0, 100, torch.float64) == []
     assert [v.numel() for v in _C.vectors_of_one_block(3, 0, torch.bfloat16)] == [0, 0, 0]
@@ -143,6 +147,7 @@ def test_norms_of_what_is_not_finite(bad, at):
     assert largest == abs(bad) or (largest != largest and bad != bad)
 
 
+@pytest.mark.about_the_cpu("a GPU has its own")
 def test_threads():
     before = torch.get_num_threads()
     try:
@@ -168,12 +173,14 @@ json.dump({"isa": _C.isa(), "digests": test_bits.everything()}, sys.stdout)
 CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
+@pytest.mark.about_the_cpu("its instruction sets")
 @pytest.mark.only_where(" avx2" in CPU_FLAGS, reason="there are instruction sets to compare")
 def test_instruction_sets():
     expected = {"default": "baseline", "avx2": "avx2"} | ({"avx512": "avx512"} if " avx512vl" in CPU_FLAGS else {})
     results = {}
     for name in expected:
-        path = [str(Path(__file__).parent), str(Path(optim_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        folders = [*Path(__file__).parents[:2], Path(optim_ext.__file__).parents[1]]
+        path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": name, "PYTHONPATH": os.pathsep.join(path)}
         done = subprocess.run(
             [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=300
@@ -213,7 +220,7 @@ def test_a_history_from_elsewhere_gives_the_same_dots():
 
 
 def history_of(n):
-    return _C.LbfgsHistory([0], n, torch.float32, torch.float32, torch.device("cpu"), 6, None, [])
+    return _C.LbfgsHistory([0], n, torch.float32, torch.float32, DEVICE, 6, None, [])
 
 
 def listed(value):
@@ -224,7 +231,7 @@ def test_opcheck():
     n = 33
     rows, more = vectors(4, n, torch.float32, 1), vectors(5, n, torch.float32, 2)
     y, s, out = (torch.empty(n) for _ in range(3))
-    coefficients = torch.ones(5, dtype=torch.float64)
+    coefficients = torch.ones(5, dtype=torch.float64, device="cpu")
     samples = {
         "lbfgs_gather_": ((out, [more[0][:20], more[1][:13]], [0, 20]), {}),
         "lbfgs_displace_": (([more[0].clone()], more[1]), {"t": 0.5, "origin": more[2]}),

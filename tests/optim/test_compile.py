@@ -47,7 +47,8 @@ def compare(spec, options, steps=4, backend="aot_eager", dtype=torch.float64):
         assert_close(mine, other, tolerance)
         assert traced.state.get(mine, {}).keys() == eager.state.get(other, {}).keys()
         for key, value in eager.state.get(other, {}).items():
-            assert_close(traced.state[mine][key], value, tolerance, key)
+            found = traced.state[mine][key]  # numbers are where torch.compile moved them
+            assert_close(found.to(value.device) if key in spec.numbers else found, value, tolerance, key)
     return counter
 
 
@@ -64,6 +65,7 @@ def test_equals_eager_in_one_graph(variant):
     assert any(f"optim_ext.{variant.spec.op}" in "".join(ops_in(graph)) for graph in counter.graphs)
 
 
+@pytest.mark.about_the_cpu("for Triton, by which inductor compiles for a GPU, the double of its driver is too little")
 def test_inductor(spec):
     compare(spec, spec.typical, steps=3, backend="inductor", dtype=torch.float32)
 
