@@ -24,7 +24,7 @@ class LazyStep(KeptStep):
         if not isinstance(given, bool):
             raise ValueError(f"group {len(self.param_groups)}: {LAZY_ROWS} is {given!r}, expected True or False")
         if given and not (TABLES[self._op].is_element_wise and self._takes_dense):
-            why = "steps whole tensors" if self._takes_dense else "steps the rows of sparse gradients as it is"
+            why = "takes dense gradients only" if self._takes_dense else "steps the rows of sparse gradients as it is"
             raise ValueError(f"{type(self).__name__} {why}: it does not take {LAZY_ROWS}")
         super().add_param_group(param_group)
 

@@ -200,7 +200,7 @@ def test_without_the_option_torchs_words_remain():
 
 @pytest.mark.parametrize("spec", OTHERS, ids=lambda spec: spec.name)
 def test_whole_tensors_are_refused(spec):
-    with pytest.raises(ValueError, match=f"{spec.name} steps whole tensors: it does not take lazy_rows"):
+    with pytest.raises(ValueError, match=f"{spec.name} takes dense gradients only: it does not take lazy_rows"):
         spec.ours([table()], lazy_rows=True)
 
 
@@ -271,3 +271,12 @@ def test_loading_keeps_the_optimizers_own_option():
     assert "lazy_rows" not in strict.param_groups[0]
     for key, value in back.state_dict()["state"][0].items():
         assert torch.equal(value, saved["state"][0][key])
+
+
+def test_a_rule_of_ones_own_takes_dense_gradients_only():
+    @optim_ext.rule
+    def Plain(param, grad, *, lr=0.1):
+        return param - lr * grad
+
+    with pytest.raises(ValueError, match="Plain takes dense gradients only: it does not take lazy_rows"):
+        Plain([{"params": [table()], "lazy_rows": True}])
