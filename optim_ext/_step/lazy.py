@@ -65,11 +65,12 @@ class LazyStep(KeptStep):
     def _make_missing_state(self, group: Group) -> None:
         if not self._is_lazy(group):
             return super()._make_missing_state(group)
-        of_rows = [p for p in group["params"] if p.grad is not None and p.grad.is_sparse]
         if self._make_kept_state(group) is not None:
             return None
-        for p in of_rows:
-            if not self.state.get(p):
+        others = []
+        for p in group["params"]:
+            if p.grad is None or not p.grad.is_sparse:
+                others.append(p)
+            elif not self.state.get(p):
                 self._make_state(group, p)
-        others = [p for p in group["params"] if all(p is not other for other in of_rows)]
         return super()._make_missing_state({**group, "params": others})
