@@ -31,6 +31,7 @@ class Processes:
         tests = Path(__file__).parent
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # a crash leaves where it was in the rank's log
             "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests)])),
         }
         self.world = world
@@ -47,7 +48,7 @@ class Processes:
         for rank in self.ranks:
             rank.stdin.write(f"{case}\n")
             rank.stdin.flush()
-        said = dict.fromkeys(range(self.world), "waits for the others, or is gone")
+        said = dict.fromkeys(range(self.world), "has not answered")
         with selectors.DefaultSelector() as answers:
             for i, rank in enumerate(self.ranks):
                 answers.register(rank.stdout, selectors.EVENT_READ, i)
@@ -64,14 +65,23 @@ class Processes:
         """Runs a case, which has to hold on all ranks; the processes are of no more use where it does not."""
         said = self.run(case)
         if said != [None] * self.world:
+            ends = [how_it_ended(rank) for rank in self.ranks]
             self.stop()
-            logs = [log.read_text()[-5000:] for log in self.logs]
-            pytest.fail("\n".join(f"{answer}\n{log}" for answer, log in zip(said, logs, strict=True)))
+            parts = zip(said, ends, self.logs, strict=True)
+            pytest.fail("\n".join(f"{answer}{end}\n{log.read_text()[-5000:]}" for answer, end, log in parts))
 
     def stop(self):
         for rank in self.ranks:
             rank.kill()
             rank.communicate()
+
+
+def how_it_ended(rank):
+    """Nothing for a process that is still there."""
+    try:
+        return f" and ended with {rank.wait(0.5)}"  # one that crashes takes a moment to be gone
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def serve(cases):
