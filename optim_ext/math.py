@@ -1,4 +1,4 @@
-"""The words of a rule (:func:`optim_ext.rule`) that Python lacks: each works on numbers and on tensors."""
+"""The words of a rule (:func:`optim_ext.rule`) that Python lacks: each works on numbers and on tensors, but for norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["clamp", "exp", "lerp", "log", "maximum", "minimum", "sign", "sqrt", "square", "where"]
+__all__ = ["clamp", "exp", "lerp", "log", "maximum", "minimum", "norm", "rms", "sign", "sqrt", "square", "where"]
 
 Value = TypeVar("Value", float, Tensor)
 Any = float | Tensor
@@ -70,10 +70,33 @@ def clamp(x: Any, least: Any, most: Any) -> Any:
 def lerp(start: Any, end: Any, weight: Any) -> Any:
     """``start + weight * (end - start)``, from the nearer end."""
     if isinstance(start, Tensor) or isinstance(end, Tensor):
-        return torch.lerp(*_both(start, end), weight)
+        start, end = _both(start, end)
+        # Which wants one dtype of all, unlike arithmetic.
+        dtype = start.dtype if start.dim() >= end.dim() else end.dtype
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+        return torch.lerp(start.to(dtype), end.to(dtype), weight)
     if isinstance(weight, Tensor):
         return where(weight < 0.5, start + weight * (end - start), end + (weight - 1) * (end - start))
     return start + weight * (end - start) if weight < 0.5 else end + (weight - 1) * (end - start)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The Euclidean norm of a whole tensor, computed in double.
+
+    Returns:
+        A float64 tensor without dimensions, which computes with others as a number does.
+    """
+    found: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return found
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root mean square of a whole tensor, computed in double; NaN where it has no element.
+
+    Returns:
+        A float64 tensor without dimensions, which computes with others as a number does.
+    """
+    return norm(x) / math.sqrt(x.numel())
 
 
 def _both(a: Any, b: Any) -> tuple[Tensor, Tensor]:

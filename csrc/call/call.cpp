@@ -123,12 +123,17 @@ void Call::commit() {
 
 void Call::commit(const RuleProgram& program, const void* rule) {
   commit();
+  store_scalars(program, rule);
+}
+
+void Call::store_scalars(const RuleProgram& program, const void* rule) {
   if (!program.stores_scalars) return;
+  const int stored = static_cast<int>(spec_.scalars.size());
   alignas(double) unsigned char ready[kMaxRuleBytes];
   for (size_t i = 0; i < bundles.size(); ++i) {
     rules::Scalar after[kMaxScalars] = {};
     if (host_scalars_) make_ready(program, rule, bundles[i], ready, after);
-    for (int k = 0; k < program.scalars; ++k) store_scalar(static_cast<int64_t>(i), k, after[k].value);
+    for (int k = 0; k < stored; ++k) store_scalar(static_cast<int64_t>(i), k, after[k].value);
   }
 }
 

@@ -48,6 +48,8 @@ class Call : public Work {
   void commit();
   // The same, and advances scalar state on the host.
   void commit(const RuleProgram& program, const void* rule);
+  // What is left of this where scalar state depends on what was measured after commit().
+  void store_scalars(const RuleProgram& program, const void* rule);
 
   const char* op() const { return spec_.op; }
 

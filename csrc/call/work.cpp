@@ -25,19 +25,24 @@ void Work::use_scalars(int k, const double* values) {
   }
 }
 
+Bundle one_operand(const Bundle& from, int operand, Layout& layout) {
+  Bundle bundle{};
+  bundle.data[0] = from.data[operand];
+  bundle.storage[0] = from.storage[operand];
+  bundle.numel = from.numel;
+  if (!from.layout) return bundle;
+  layout = *from.layout;
+  std::copy_n(from.layout->strides[operand], kMaxDims, layout.strides[0]);
+  if (layout.outer) layout.outer += operand * layout.sizes[0];
+  bundle.layout = &layout;
+  return bundle;
+}
+
 OneOperand::OneOperand(const Work& call, int operand) {
   device = call.device;
-  for (const Bundle& from : call.bundles) {
-    Bundle& bundle = bundles.emplace_back(Bundle{});
-    bundle.data[0] = from.data[operand];
-    bundle.storage[0] = from.storage[operand];
-    bundle.numel = from.numel;
-    if (!from.layout) continue;
-    Layout& layout = layouts_.emplace_back(*from.layout);
-    std::copy_n(from.layout->strides[operand], kMaxDims, layout.strides[0]);
-    if (layout.outer) layout.outer += operand * layout.sizes[0];
-    bundle.layout = &layout;
-  }
+  Layout unused;
+  for (const Bundle& from : call.bundles)
+    bundles.push_back(one_operand(from, operand, from.layout ? layouts_.emplace_back() : unused));
 }
 
 }  // namespace optim_ext::ops

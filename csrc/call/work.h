@@ -53,7 +53,11 @@ struct Work {
   void use_scalars(int k, const double* values);
 };
 
-// One operand of a call, as a reduction takes it.
+// One operand of a bundle, as a reduction takes it. `layout` holds its strides, if it has any, for as long as it is
+// used.
+Bundle one_operand(const Bundle& from, int operand, Layout& layout);
+
+// The same of a whole call.
 class OneOperand : public Work {
  public:
   OneOperand(const Work& call, int operand);

@@ -47,6 +47,7 @@ RuleCode code_in(const py::dict& given) {
   RuleCode code{};
   code.operands = py::cast<int>(given["operands"]);
   code.scalars = py::cast<int>(given["scalars"]);
+  code.norms = static_cast<int>(py::len(given["norms"]));
   code.hypers = static_cast<int>(py::len(given["hypers"]));
   code.counts = py::cast<bool>(given["counts"]);
   code.used = py::cast<unsigned>(given["used"]);
@@ -64,6 +65,29 @@ RuleCode code_in(const py::dict& given) {
     code.shared.push_back({py::cast<int32_t>(pair[0]), py::cast<double>(pair[1])});
   }
   return code;
+}
+
+OpenCode open_code_in(const py::dict& given) {
+  OpenCode found{code_in(given), {}};
+  for (const auto& item : given["values"]) {
+    const auto pair = py::cast<py::tuple>(item);
+    found.values.push_back({py::cast<std::string>(pair[0]), py::cast<int>(pair[1])});
+  }
+  return found;
+}
+
+OpenParts parts_in(const py::dict& given) {
+  OpenParts parts{open_code_in(given),
+                  {},
+                  std::nullopt,
+                  py::cast<std::vector<std::string>>(given["lists"]),
+                  hypers_in(given["hypers"])};
+  for (const auto& item : given["norms"]) {
+    const auto [kind, operand] = py::cast<std::pair<std::string, int>>(item);
+    parts.norms.push_back({operand, kind == "rms"});
+  }
+  if (!given["for_norms"].is_none()) parts.for_norms = open_code_in(given["for_norms"]);
+  return parts;
 }
 
 }  // namespace
@@ -88,15 +112,7 @@ void bind_open_rules(py::module_& m) {
   m.def(
       "define_rule",
       [](const std::string& name, const py::dict& given) {
-        return as_torch_raises([&] {
-          std::vector<OpenValue> values;
-          for (const auto& item : given["values"]) {
-            const auto pair = py::cast<py::tuple>(item);
-            values.push_back({py::cast<std::string>(pair[0]), py::cast<int>(pair[1])});
-          }
-          return OpenVariants::define(name, code_in(given), py::cast<std::vector<std::string>>(given["lists"]),
-                                      hypers_in(given["hypers"]), std::move(values));
-        });
+        return as_torch_raises([&] { return OpenVariants::define(name, parts_in(given)); });
       },
       py::arg("name"), py::arg("code"));
   m.def(
@@ -110,7 +126,7 @@ void bind_open_rules(py::module_& m) {
       [](int64_t number, const std::optional<int64_t>& other) {
         as_torch_raises([&] {
           OpenVariant& variant = OpenVariants::numbered(number);
-          other ? variant.use(&OpenVariants::numbered(*other).program()) : variant.interpret();
+          other ? variant.use(&OpenVariants::numbered(*other).programs()) : variant.interpret();
         });
       },
       py::arg("number"), py::arg("other"));

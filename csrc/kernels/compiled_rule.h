@@ -6,12 +6,18 @@
 
 namespace optim_ext {
 
+// A rule as it is run.
+struct RulePrograms {
+  const RuleProgram* rule;
+  const RuleProgram* for_norms;  // makes, as operands after those of the rule, what norms are taken of before; or null
+};
+
 // What the library that holds one exports, as optim_ext_rule(). All sizes have to be those of the reader.
 struct CompiledRule {
-  static constexpr int32_t kAbi = 1;
+  static constexpr int32_t kAbi = 2;
   int32_t abi;
   int32_t bundle_bytes, pass_bytes, layout_bytes, program_bytes;
-  const RuleProgram* program;  // without sweeps for other instruction sets than it was compiled for
+  RulePrograms programs;  // without sweeps for other instruction sets than they were compiled for
 };
 
 }  // namespace optim_ext

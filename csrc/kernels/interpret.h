@@ -56,11 +56,12 @@ struct Shared {
 };
 
 // The registers of tile code are the operands, temporaries and shared values, in this order; those of uniform code the
-// hyper-parameters, the step count, the scalars of the state, constants and temporaries.
+// hyper-parameters, the step count, the scalars of the state, norms that were measured before, constants and
+// temporaries.
 struct RuleCode {
   static constexpr int kMostRegisters = 64, kMostUniforms = 512;
 
-  int operands, scalars, hypers;
+  int operands, scalars, norms, hypers;
   bool counts;  // whether parameters have step counts
   unsigned used, updates;
   std::vector<double> constants;  // of uniform code
@@ -84,6 +85,7 @@ struct RuleCode {
   void seal();
 
   int registers() const { return operands + temporaries + static_cast<int>(shared.size()); }
+  int numbers() const { return scalars + norms; }  // of a parameter, besides its step count
   int64_t bytes() const { return static_cast<int64_t>(sizeof(double) * (1 + hypers + fields.size())); }
 
   // What is wrong with it; empty if nothing is. Code that passes stays within its registers.
@@ -104,7 +106,8 @@ RuleProgram interpreted(const RuleCode& code);
 // Why a value of uniform code is none: what Python would have raised.
 enum class Fault : uint8_t { none, divides_by_zero, outside_domain };
 
-// Runs the uniform code for its faults: that of each field, then of each scalar.
+// Runs the uniform code for its faults: that of each field, then of each scalar. What is made of norms has none of its
+// own: norms are tensors to Python, whose arithmetic goes on with infinities and NaN.
 std::vector<Fault> faults_of(const OpenRule& rule, double step, const rules::Scalar* scalars);
 
 }  // namespace optim_ext

@@ -3,6 +3,8 @@
 #include <ATen/Version.h>
 #include <pthread.h>
 
+#include <bit>
+
 #include "../kernels/cpu/history_kernels.h"
 #include "../kernels/cpu/companions.h"
 
@@ -112,44 +114,98 @@ void CpuDriver::run(const std::vector<Sweep>& sweeps) {
   in_parallel(first_tile.back(), kGrain, work);
 }
 
-void CpuDriver::run_for_norms(const RuleProgram& program, const void* rule, const Work& call, double* param_norms,
-                              double* last_norms) {
-  using rules::L2Norm;
-  const int last_operand = program.operands - 1;
-  const cpu::Isa isa = current_isa();
-  const cpu::Reduce reduce = cpu::reduce_for<L2Norm>(isa);
-  Slots of_params(call), of_last(call);
-  over_tiles(call, of_params, [&](auto& next_tile) {
-    alignas(64) double buffer[kReduceTile];
-    alignas(double) unsigned char ready[kMaxRuleBytes];
-    Bundle work{}, last{};
-    Layout layout;
-    const Bundle* ready_at = nullptr;
-    for (Tile tile; next_tile(tile);) {
-      if (tile.bundle != ready_at) {
-        if (ready_at == nullptr || !same_point(program.scalars, *ready_at, *tile.bundle))
-          make_ready(program, rule, *tile.bundle, ready);
-        ready_at = tile.bundle;
-        work = *tile.bundle;
-        work.average = nullptr;
-        work.storage[last_operand] = last.storage[0] = work.in_double ? Storage::f64 : Storage::f32;
-        if (work.layout) {
-          layout = *work.layout;
-          layout.make_dense(last_operand);
-          work.layout = &layout;
-        }
-      }
-      // Where the operand would begin, were there memory for all of it.
-      const int64_t before = tile.begin * bytes_of(work.storage[last_operand]);
-      work.data[last_operand] = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(buffer) - before);
-      last.data[0] = buffer;
-      sweep_of(program, isa, work.in_double)(ready, work, tile.begin, tile.end, call.pass);
-      of_params.value[tile.slot] = reduce(work, tile.begin, tile.end);
-      of_last.value[tile.slot] = reduce(last, 0, tile.end - tile.begin);
+namespace {
+
+// What norms are taken of, tile by tile, by one thread.
+class NormTiles {
+ public:
+  NormTiles(const RuleProgram* program, const void* rule, const Pass& pass, std::span<const CpuDriver::Norm> norms)
+      : program_(program), rule_(rule), pass_(pass), norms_(norms) {}
+
+  // Gives take(k, sum) what elements [begin, end) add to the sum of norm k. `bundle` is that of the call.
+  template <class Take>
+  void measure(const Bundle& bundle, int64_t begin, int64_t end, const Take& take) {
+    if (&bundle != at_) use(bundle);
+    // Gradients count as they are, before the sweep that may unscale them.
+    for (size_t k = 0; k < norms_.size(); ++k) {
+      if (!is_made(k)) take(k, reduce_(*of_[k], begin, end));
     }
+    if (program_ == nullptr) return;
+    make(begin, end);
+    for (size_t k = 0; k < norms_.size(); ++k) {
+      if (is_made(k)) take(k, reduce_(*of_[k], 0, end - begin));
+    }
+  }
+
+ private:
+  bool is_made(size_t k) const { return program_ != nullptr && ((program_->updates >> norms_[k].operand) & 1u) != 0; }
+  // The memory of an operand that is made: several norms may be of one.
+  double* memory_of(int operand) { return made_[std::popcount(program_->updates & ((1u << operand) - 1u))]; }
+
+  void make(int64_t begin, int64_t end) {
+    for (size_t k = 0; k < norms_.size(); ++k) {
+      if (!is_made(k)) continue;
+      const int operand = norms_[k].operand;
+      // Where the operand would begin, were there memory for all of it.
+      const int64_t before = begin * bytes_of(work_.storage[operand]);
+      work_.data[operand] = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory_of(operand)) - before);
+    }
+    sweep_of(*program_, isa_, work_.in_double)(ready_, work_, begin, end, pass_);
+  }
+
+  void use(const Bundle& bundle) {
+    if (program_ != nullptr) {
+      if (at_ == nullptr || !same_point(program_->scalars, *at_, bundle)) make_ready(*program_, rule_, bundle, ready_);
+      work_ = bundle;
+      work_.average = nullptr;
+      if (bundle.layout) layout_ = *bundle.layout;
+      work_.layout = bundle.layout ? &layout_ : nullptr;
+    }
+    at_ = &bundle;
+    for (size_t k = 0; k < norms_.size(); ++k) {
+      const int operand = norms_[k].operand;
+      of_[k] = operand == 0 ? &bundle : &parts_[k];
+      if (is_made(k)) {
+        parts_[k].data[0] = memory_of(operand);
+        work_.storage[operand] = parts_[k].storage[0] = bundle.in_double ? Storage::f64 : Storage::f32;
+        if (bundle.layout) layout_.make_dense(operand);
+      } else if (operand != 0) {
+        parts_[k] = one_operand(bundle, operand, layouts_[k]);
+      }
+    }
+  }
+
+  alignas(64) double made_[CpuDriver::kMostNorms][kReduceTile];
+  alignas(double) unsigned char ready_[kMaxRuleBytes];
+  const RuleProgram* const program_;
+  const void* const rule_;
+  const Pass& pass_;
+  const std::span<const CpuDriver::Norm> norms_;
+  const cpu::Isa isa_ = current_isa();
+  const cpu::Reduce reduce_ = cpu::reduce_for<rules::L2Norm>(isa_);
+  const Bundle* at_ = nullptr;
+  Bundle work_{}, parts_[CpuDriver::kMostNorms] = {};
+  const Bundle* of_[CpuDriver::kMostNorms] = {};  // one operand each
+  Layout layout_, layouts_[CpuDriver::kMostNorms];
+};
+
+}  // namespace
+
+void CpuDriver::run_for_norms(const RuleProgram* program, const void* rule, const Work& call,
+                              std::span<const Norm> norms) {
+  std::vector<Slots> slots(norms.size(), Slots(call));
+  over_tiles(call, slots[0], [&](auto& next_tile) {
+    NormTiles tiles(program, rule, call.pass, norms);
+    for (Tile tile; next_tile(tile);)
+      tiles.measure(*tile.bundle, tile.begin, tile.end, [&](size_t k, double sum) { slots[k].value[tile.slot] = sum; });
   });
-  finish_each<L2Norm>(call, of_params, param_norms);
-  finish_each<L2Norm>(call, of_last, last_norms);
+  for (size_t k = 0; k < norms.size(); ++k) {
+    if (norms[k].is_mean) {
+      finish_each<rules::RootMeanSquare>(call, slots[k], norms[k].results);
+    } else {
+      finish_each<rules::L2Norm>(call, slots[k], norms[k].results);
+    }
+  }
 }
 
 void CpuDriver::history_dots(at::Device, const HistoryDots& task, double* out) {

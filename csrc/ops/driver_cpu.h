@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <span>
 #include <vector>
 
 #include "../kernels/cpu/kernels.h"
@@ -56,13 +58,24 @@ struct CpuDriver {
     finish_each<Reduction>(call, fill_slots<Reduction>(call), results);
   }
 
-  // Runs a rule whose last operand is not in the call: it is computed for its norm alone, and forgotten. Gives, tensor
-  // by tensor, the norms of the parameter and of that operand.
-  static void run_for_norms(const RuleProgram& program, const void* rule, const Work& call, double* param_norms,
-                            double* last_norms);
+  // A norm, or a root mean square, to be had of each tensor: of an operand as it is in memory, or of one that is not in
+  // the call.
+  struct Norm {
+    int operand;
+    bool is_mean;
+    double* results;
+  };
+  static constexpr size_t kMostNorms = kMaxScalars;
+
+  // Takes norms, at most kMostNorms. The operands that `program` updates are not in the call: they are computed for
+  // their norms alone, and forgotten. Null: there are none.
+  static void run_for_norms(const RuleProgram* program, const void* rule, const Work& call,
+                            std::span<const Norm> norms);
+  // Those of the parameter and of the last operand of a rule, which is not in the call.
   template <class Rule>
   static void run_for_norms(const Rule& rule, const Work& call, double* param_norms, double* last_norms) {
-    run_for_norms(program_of<Rule>(), &rule, call, param_norms, last_norms);
+    run_for_norms(&program_of<Rule>(), &rule, call,
+                  std::array{Norm{0, false, param_norms}, Norm{Rule::kOperands - 1, false, last_norms}});
   }
 
   // The pieces of all fibers.

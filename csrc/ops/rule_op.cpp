@@ -16,19 +16,54 @@
 
 namespace optim_ext::ops {
 
-OpenVariant::OpenVariant(std::string name, RuleCode given, std::vector<std::string> lists,
-                         std::vector<OpenHyper> hypers, std::vector<OpenValue> values)
+namespace {
+
+OpenParts sealed(OpenParts parts) {
+  parts.rule.code.seal();
+  if (parts.for_norms) parts.for_norms->code.seal();
+  return parts;
+}
+
+bool fits(const OpenCode& from) {
+  return from.values.size() == from.code.fields.size() + from.code.scalar_results.size();
+}
+
+}  // namespace
+
+OpenVariant::OpenVariant(std::string name, OpenParts given)
     : name(std::move(name)),
-      code([&] {
-        given.seal();
-        return std::move(given);
-      }()),
-      lists(std::move(lists)),
-      hypers(std::move(hypers)),
-      values(std::move(values)),
+      parts(sealed(std::move(given))),
+      code(parts.rule.code),
+      lists(parts.lists),
+      hypers(parts.hypers),
       counts(code.counts),
-      interpreted_(interpreted(code)),
-      program_(&interpreted_) {}
+      interpreted_programs_{interpreted(code), parts.for_norms ? interpreted(parts.for_norms->code) : RuleProgram{}},
+      interpreted_{&interpreted_programs_[0], parts.for_norms ? &interpreted_programs_[1] : nullptr},
+      programs_(&interpreted_) {}
+
+std::string OpenParts::problem() const {
+  const RuleCode& code = rule.code;
+  if (const std::string found = code.problem(); !found.empty()) return found;
+  if (static_cast<int>(lists.size()) != code.operands - 2 + code.scalars ||
+      static_cast<int>(hypers.size()) != code.hypers || static_cast<int>(norms.size()) != code.norms || !fits(rule))
+    return "what is said of it";
+  unsigned made = 0;
+  if (for_norms) {
+    const RuleCode& first = for_norms->code;
+    if (const std::string found = first.problem(); !found.empty()) return "for its norms, " + found;
+    made = first.updates;
+    const unsigned own = (1u << code.operands) - 1u;
+    if (first.operands <= code.operands || (made & own) != 0 || (first.used & own & ~code.used) != 0 ||
+        first.hypers != code.hypers || first.scalars != code.scalars || first.norms != 0 || !fits(*for_norms))
+      return "code for its norms";
+  }
+  unsigned measured = 0;
+  for (const OpenNorm& norm : norms) {
+    if (norm.operand < 0 || norm.operand >= kMaxOperands) return "norms";
+    measured |= 1u << norm.operand;
+  }
+  return (measured & ~(code.used | made)) == 0 && (made & ~measured) == 0 ? "" : "norms";
+}
 
 namespace {
 
@@ -44,27 +79,20 @@ std::map<std::string, int64_t, std::less<>>& numbers() {
 
 }  // namespace
 
-int64_t OpenVariants::define(std::string name, RuleCode code, std::vector<std::string> lists,
-                             std::vector<OpenHyper> hypers, std::vector<OpenValue> values) {
-  const std::string problem = code.problem();
+int64_t OpenVariants::define(std::string name, OpenParts parts) {
+  const std::string problem = parts.problem();
   TORCH_CHECK_VALUE(problem.empty(), "optim_ext: the code of rule ", name, " is not sound: ", problem);
-  TORCH_CHECK_VALUE(static_cast<int>(lists.size()) == code.operands - 2 + code.scalars &&
-                        static_cast<int>(hypers.size()) == code.hypers &&
-                        values.size() == code.fields.size() + code.scalar_results.size(),
-                    "optim_ext: the code of rule ", name, " does not fit what is said of it");
   const std::lock_guard lock(mutex);
   const auto [found, is_new] = numbers().emplace(name, static_cast<int64_t>(variants().size()));
-  if (is_new) {
-    variants().emplace_back(std::move(name), std::move(code), std::move(lists), std::move(hypers), std::move(values));
-  }
+  if (is_new) variants().emplace_back(std::move(name), std::move(parts));
   return found->second;
 }
 
 int64_t OpenVariants::define_compiled(std::string name, int64_t of, const std::string& path) {
   const OpenVariant& from = numbered(of);
-  const RuleProgram* const program = load_compiled_rule(path, from.code);
-  const int64_t number = define(std::move(name), from.code, from.lists, from.hypers, from.values);
-  numbered(number).use(program);
+  const RulePrograms* const programs = load_compiled_rule(path, from.parts);
+  const int64_t number = define(std::move(name), from.parts);
+  numbered(number).use(programs);
   return number;
 }
 
@@ -83,23 +111,33 @@ const OpenVariant& OpenVariants::named(std::string_view name) {
   return variants()[static_cast<size_t>(found->second)];
 }
 
-const RuleProgram* load_compiled_rule(const std::string& path, const RuleCode& code) {
+namespace {
+
+bool fits(const RuleProgram* program, const RuleCode& code) {
+  if (program == nullptr) return false;
+  const auto* const sweeps = program->sweep[static_cast<int>(current_isa())];
+  return program->bytes == code.bytes() && program->operands == code.operands && program->used == code.used &&
+         program->updates == code.updates && program->scalars == code.numbers() && sweeps[0] != nullptr &&
+         sweeps[1] != nullptr;
+}
+
+}  // namespace
+
+const RulePrograms* load_compiled_rule(const std::string& path, const OpenParts& parts) {
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library != nullptr, "optim_ext: a compiled rule cannot be loaded: ", dlerror());
   const auto get = reinterpret_cast<const CompiledRule* (*)()>(dlsym(library, "optim_ext_rule"));
   const CompiledRule* const rule = get == nullptr ? nullptr : get();
-  const auto fits = [&] {
+  const auto is_this_rule = [&] {
     if (rule == nullptr || rule->abi != CompiledRule::kAbi || rule->bundle_bytes != int32_t{sizeof(Bundle)} ||
         rule->pass_bytes != int32_t{sizeof(Pass)} || rule->layout_bytes != int32_t{sizeof(Layout)} ||
         rule->program_bytes != int32_t{sizeof(RuleProgram)})
       return false;
-    const RuleProgram& program = *rule->program;
-    const auto* const sweeps = program.sweep[static_cast<int>(current_isa())];
-    return program.bytes == code.bytes() && program.operands == code.operands && program.used == code.used &&
-           program.updates == code.updates && program.scalars == code.scalars && sweeps[0] != nullptr &&
-           sweeps[1] != nullptr;
+    const auto& [program, for_norms] = rule->programs;
+    return fits(program, parts.rule.code) &&
+           (parts.for_norms ? fits(for_norms, parts.for_norms->code) : for_norms == nullptr);
   };
-  if (fits()) return rule->program;
+  if (is_this_rule()) return &rule->programs;
   dlclose(library);
   TORCH_CHECK(false, "optim_ext: ", path, " is not this rule compiled for this build and ", isa_name(current_isa()));
 }
@@ -133,6 +171,27 @@ void fill(Call& call, const OpenVariant& variant, TensorList hypers, OpenRule& r
   }
 }
 
+// Refuses a step for which one of its codes has no number.
+void check_faults(const OpenVariant& variant, const OpenCode& from, const OpenRule& rule, double step,
+                  const rules::Scalar* scalars) {
+  OpenRule here = rule;
+  here.code = &from.code;
+  const std::vector<Fault> faults = faults_of(here, step, scalars);
+  for (size_t k = 0; k < faults.size(); ++k) {
+    if (faults[k] == Fault::none) continue;
+    const auto& [text, line] = from.values[k];
+    const bool divides = faults[k] == Fault::divides_by_zero;
+    std::ostringstream out;
+    out << "optim_ext::rule_: " << (variant.counts ? optim_ext::ops::text("at step ", step, " ") : "")
+        << (divides ? "a division by zero" : "a root or logarithm of a number that has none") << " in `" << text
+        << "` (line " << line << "), with ";
+    for (size_t h = 1; h < variant.hypers.size(); ++h)
+      out << (h == 1 ? "" : ", ") << hyper_name(variant.hypers[h].key.c_str(), variant.hypers[h].index) << " = "
+          << rule.numbers[h];
+    throw BadHyper(out.str(), divides);
+  }
+}
+
 // Refuses a step for which the uniform code has no number, as Python would: wherever the host knows what it depends on.
 void check_faults(const Call& call, const OpenVariant& variant, const OpenRule& rule) {
   if (!call.device_hypers.empty()) return;
@@ -146,21 +205,32 @@ void check_faults(const Call& call, const OpenVariant& variant, const OpenRule& 
       if (bundle.scalars[k].device) return;
       scalars[k] = {bundle.scalars[k].value, bundle.scalars[k].storage == Storage::f64};
     }
-    const std::vector<Fault> faults = faults_of(rule, bundle.step, scalars);
-    for (size_t k = 0; k < faults.size(); ++k) {
-      if (faults[k] == Fault::none) continue;
-      const auto& [text, line] = variant.values[k];
-      const bool divides = faults[k] == Fault::divides_by_zero;
-      std::ostringstream out;
-      out << "optim_ext::rule_: " << (variant.counts ? optim_ext::ops::text("at step ", bundle.step, " ") : "")
-          << (divides ? "a division by zero" : "a root or logarithm of a number that has none") << " in `" << text
-          << "` (line " << line << "), with ";
-      for (size_t h = 1; h < variant.hypers.size(); ++h)
-        out << (h == 1 ? "" : ", ") << hyper_name(variant.hypers[h].key.c_str(), variant.hypers[h].index) << " = "
-            << rule.numbers[h];
-      throw BadHyper(out.str(), divides);
-    }
+    if (variant.parts.for_norms) check_faults(variant, *variant.parts.for_norms, rule, bundle.step, scalars);
+    check_faults(variant, variant.parts.rule, rule, bundle.step, scalars);
   }
+}
+
+// The first sweep of a rule with norms: gives each parameter those that its second one takes.
+template <class Driver>
+void measure(const OpenVariant& variant, const RuleProgram* program, const OpenRule& rule, Call& call) {
+  OpenRule first = rule;
+  if (program) first.code = &variant.parts.for_norms->code;
+  const size_t count = call.bundles.size();
+  std::vector<double> results(variant.parts.norms.size() * count);
+  std::vector<typename Driver::Norm> norms;
+  for (const auto& [operand, is_mean] : variant.parts.norms)
+    norms.push_back({operand, is_mean, results.data() + norms.size() * count});
+  Driver::run_for_norms(program, &first, call, norms);
+  for (size_t k = 0; k < norms.size(); ++k) {
+    double* const of = norms[k].results;
+    // Of the gradients as the rule will see them.
+    if (norms[k].operand == kGradOperand)
+      std::transform(of, of + count, of, [&](double norm) {
+        return (call.pass.unscale ? norm / call.pass.grad_scale : norm) * call.pass.grad_factor;
+      });
+    call.use_scalars(variant.code.scalars + static_cast<int>(k), of);
+  }
+  if (program) call.begin_second_rule();
 }
 
 template <class Driver>
@@ -173,6 +243,7 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
   const auto scalar = [&](int k) {
     return List{name_of(variant.code.operands - 2 + k), lists[kFirstScalar + static_cast<size_t>(k)]};
   };
+  const bool has_norms = !variant.parts.norms.empty();
   const auto run = [&](std::initializer_list<List> scalars) {
     const CallSpec spec{.op = kOp,
                         .controls = controls,
@@ -188,15 +259,22 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
                                      state(7)},
                         .state_steps = variant.counts ? std::optional(lists[kSteps]) : std::nullopt,
                         .scalars = scalars,
-                        .any_order = true};
-    Call call(spec, variant.code.operands, variant.code.used, variant.code.updates, Handover::current());
+                        .any_order = !has_norms};
+    Call call(spec, variant.code.operands, variant.code.used, variant.code.updates,
+              has_norms ? nullptr : Handover::current());
     OpenRule rule{&variant.code, {}};
     fill(call, variant, hypers, rule);
     check_faults(call, variant, rule);
-    const RuleProgram& program = variant.program();
-    if (call.empty() || call.skip || call.leave(program, &rule) || CheckOnly::active()) return;
-    call.commit(program, &rule);
-    Driver::run({Sweep(program, &rule, call.bundles, call.pass)});
+    const RulePrograms& programs = variant.programs();
+    if (call.empty() || call.skip || call.leave(*programs.rule, &rule) || CheckOnly::active()) return;
+    if (has_norms) {
+      call.commit();
+      measure<Driver>(variant, programs.for_norms, rule, call);
+      call.store_scalars(*programs.rule, &rule);
+    } else {
+      call.commit(*programs.rule, &rule);
+    }
+    Driver::run({Sweep(*programs.rule, &rule, call.bundles, call.pass)});
   };
   static_assert(kOpenStates == 8 && kMaxScalars == 2);
   switch (variant.code.scalars) {

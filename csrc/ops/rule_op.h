@@ -4,9 +4,11 @@
 #include <atomic>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "../kernels/compiled_rule.h"
 #include "../kernels/interpret.h"
 #include "step_ops.h"
 
@@ -27,45 +29,69 @@ struct OpenValue {
   int line;
 };
 
+// Code, and where what it computes comes from.
+struct OpenCode {
+  RuleCode code;
+  std::vector<OpenValue> values;  // of the fields, then of the scalars
+};
+
+// A number of each parameter that is measured before the rule is applied.
+struct OpenNorm {
+  int operand;
+  bool is_mean;  // the root mean square, not the norm
+};
+
+// All that is compiled into a rule.
+struct OpenParts {
+  OpenCode rule;
+  std::vector<OpenNorm> norms;
+  // Makes, as operands after those of the rule, what norms are taken of and is no operand itself.
+  std::optional<OpenCode> for_norms;
+  std::vector<std::string> lists;  // the keys of the operands after the gradient, then those of the scalars
+  std::vector<OpenHyper> hypers;
+
+  // What is wrong with it; empty if nothing is.
+  std::string problem() const;
+};
+
 // One rule with everything that was compiled into it. Lives for as long as the process: graphs and plans name it.
 class OpenVariant {
  public:
-  OpenVariant(std::string name, RuleCode code, std::vector<std::string> lists, std::vector<OpenHyper> hypers,
-              std::vector<OpenValue> values);
+  OpenVariant(std::string name, OpenParts parts);
   OpenVariant(const OpenVariant&) = delete;
 
   // What it is run by: any thread may set this while others step, as all programs of a variant give the same bits.
-  const RuleProgram& program() const { return *program_.load(std::memory_order_acquire); }
-  void use(const RuleProgram* program) { program_.store(program, std::memory_order_release); }
+  const RulePrograms& programs() const { return *programs_.load(std::memory_order_acquire); }
+  void use(const RulePrograms* programs) { programs_.store(programs, std::memory_order_release); }
   void interpret() { use(&interpreted_); }
 
   const std::string name;  // what is in it, as a hash
-  const RuleCode code;
-  const std::vector<std::string> lists;  // the keys of the operands after the gradient, then those of the scalars
-  const std::vector<OpenHyper> hypers;
-  const std::vector<OpenValue> values;  // of the fields, then of the scalars
-  const bool counts;                    // whether there are step counts
+  const OpenParts parts;
+  const RuleCode& code;
+  const std::vector<std::string>& lists;
+  const std::vector<OpenHyper>& hypers;
+  const bool counts;  // whether there are step counts
 
  private:
-  const RuleProgram interpreted_;
-  std::atomic<const RuleProgram*> program_;
+  const std::array<RuleProgram, 2> interpreted_programs_;
+  const RulePrograms interpreted_;
+  std::atomic<const RulePrograms*> programs_;
 };
 
 // All variants of this process. Throws c10::ValueError where there is none of this name or number.
 class OpenVariants {
  public:
   // Returns the number of the variant; the one that is there already where the name is known.
-  static int64_t define(std::string name, RuleCode code, std::vector<std::string> lists, std::vector<OpenHyper> hypers,
-                        std::vector<OpenValue> values);
+  static int64_t define(std::string name, OpenParts parts);
   static OpenVariant& numbered(int64_t number);
   // The same as another one, but run by a library compiled for it, which load_compiled_rule() finds at `path`.
   static int64_t define_compiled(std::string name, int64_t of, const std::string& path);
   static const OpenVariant& named(std::string_view name);
 };
 
-// Loads a library compiled for a rule and returns its program, which stays. Throws c10::Error where it cannot be loaded
+// Loads a library compiled for a rule and returns its programs, which stay. Throws c10::Error where it cannot be loaded
 // or was made for another build of this one.
-const RuleProgram* load_compiled_rule(const std::string& path, const RuleCode& code);
+const RulePrograms* load_compiled_rule(const std::string& path, const OpenParts& parts);
 
 // A class of optimizers whose rule is an open one, as the host path steps it: lists and hyper-parameters by the names
 // its user gave them, the first of the hyper-parameters being the number of the variant, the second one `maximize`.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optim_ext._rules.language import Translation
-from optim_ext._rules.values import Kind, Value, reachable
+from optim_ext._rules.values import NORMS, Kind, Value, reachable
 
 GRAD = 1
 MOST_REGISTERS = 64
@@ -27,7 +27,7 @@ def masks_of(translation: Translation) -> Masks:
     changed = [
         value for place, value in enumerate(translation.operands) if not _is_operand(value, place) and place != GRAD
     ]
-    for value in reachable([*changed, *translation.scalars]):
+    for value in reachable([*changed, *translation.scalars], past_norms=True):
         if value.op == "operand":
             masks.used |= 1 << value.payload
     for place, value in enumerate(translation.operands):
@@ -64,16 +64,51 @@ def fields_of(translation: Translation) -> list[Value]:
     return list(found.values())
 
 
+def norms_of(translation: Translation) -> list[Value]:
+    """The norms a rule takes, in the order in which kernels are given them."""
+    found = reachable([*changed_operands(translation).values(), *translation.scalars])
+    return [value for value in found if value.op in NORMS]
+
+
+def places_of_norms(translation: Translation) -> list[int]:
+    """Which operand each norm is of. What is no operand itself is made into one, after those of the rule."""
+    made: dict[int, int] = {}
+    places = []
+    for norm in norms_of(translation):
+        (of,) = norm.args
+        new = len(translation.operands) + len(made)
+        places.append(of.payload if of.op == "operand" else made.setdefault(of.number, new))
+    return places
+
+
+def for_norms(translation: Translation) -> Translation | None:
+    """The rule of the first sweep, which makes what norms are taken of; nothing where all of that is in memory."""
+    count = len(translation.operands)
+    of = {
+        place: norm.args[0]
+        for norm, place in zip(norms_of(translation), places_of_norms(translation), strict=True)
+        if place >= count
+    }
+    if not of:
+        return None
+    unchanged = [translation.graph.operand(place) for place in range(count)]
+    scalars = [translation.graph.scalar(place) for place in range(len(translation.scalars))]
+    return replace(translation, operands=[*unchanged, *(of[place] for place in sorted(of))], scalars=scalars)
+
+
 def code_of(translation: Translation, hypers: list[tuple[str, int | None]], counts: bool) -> dict[str, Any]:
     """What _C.define_rule takes, without names. hypers: all numbers, the first of which says which way is up."""
     masks, fields = masks_of(translation), fields_of(translation)
-    uniform = _Uniform(len(hypers), len(translation.scalars))
+    norms, first = norms_of(translation), for_norms(translation)
+    uniform = _Uniform(len(hypers), len(translation.scalars), norms)
     uniform.add(reachable([*fields, *translation.scalars]))
     tile = _Tile(len(translation.operands), {value.number: index for index, value in enumerate(fields)})
     tile.add(changed_operands(translation))
     return {
         "operands": len(translation.operands),
         "scalars": len(translation.scalars),
+        "norms": [(norm.op, place) for norm, place in zip(norms, places_of_norms(translation), strict=True)],
+        "for_norms": None if first is None else code_of(first, hypers, counts),
         "hypers": hypers,
         "counts": counts,
         "used": masks.used,
@@ -99,15 +134,16 @@ def _instruction(op: str, to: int, registers: list[int]) -> Instruction:
 class _Uniform:
     """Code in double. Every value has a register of its own."""
 
-    def __init__(self, hypers: int, scalars: int) -> None:
-        self.hypers, self.scalars = hypers, scalars
+    def __init__(self, hypers: int, scalars: int, norms: list[Value]) -> None:
+        self.hypers, self.scalars, self.norms = hypers, scalars, norms
         self.constants: list[float] = []
         self.code: list[Instruction] = []
         self.register: dict[int, int] = {}
         self.count = 0
 
     def add(self, values: list[Value]) -> None:
-        first_constant = self.hypers + 1 + self.scalars
+        first_norm = self.hypers + 1 + self.scalars
+        first_constant = first_norm + len(self.norms)
         for value in values:
             if value.kind == Kind.constant:
                 self.register[value.number] = first_constant + len(self.constants)
@@ -122,6 +158,8 @@ class _Uniform:
                 self.register[value.number] = self.hypers
             elif value.op == "scalar":
                 self.register[value.number] = self.hypers + 1 + value.payload
+            elif value.op in NORMS:
+                self.register[value.number] = first_norm + self.norms.index(value)
             else:
                 args = [self.register[arg.number] for arg in value.args]
                 if value.op == "rounded":

@@ -13,13 +13,11 @@ import torch
 from optim_ext._load import _C
 from optim_ext._rules.bytecode import MOST_REGISTERS, code_of
 from optim_ext._rules.errors import Source
-from optim_ext._rules.language import Reader, Translation
+from optim_ext._rules.language import MOST_SCALARS, MOST_STATES, Reader, Translation
 from optim_ext._rules.native_text import struct_of
 from optim_ext._rules.options import Check, Options, numbers_named
 from optim_ext._rules.values import Graph
 from optim_ext._tables import TABLES, OpTable
-
-MOST_STATES, MOST_SCALARS = 8, 2
 
 # How a state begins: a number, the name of the option that holds it, "param", or a function of parameter and group.
 Start = float | str | Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
@@ -36,6 +34,7 @@ class Variant:
     name: str  # what is in it, as a hash
     number: int  # of the native module
     used: tuple[bool, ...]  # by state
+    has_norms: bool = False
     compiled: bool = False  # what it is run by has been compiled for it
     problem: str | None = None  # why it has not
 
@@ -127,12 +126,13 @@ class Definition:
         reader = Reader(self.source, graph, self.operands, list(self.scalars))
         translation = reader.read(self.options.in_graph(graph, constants))
         code = self._code(translation)
-        registers = code["operands"] + code["temporaries"] + len(code["shared"])
-        if registers > MOST_REGISTERS:
-            self.source.refuse(
-                self.source.definition,
-                f"computes with {registers} values at a time, and kernels have room for {MOST_REGISTERS}",
-            )
+        for each in (code, code["for_norms"]):
+            registers = each["operands"] + each["temporaries"] + len(each["shared"]) if each is not None else 0
+            if registers > MOST_REGISTERS:
+                self.source.refuse(
+                    self.source.definition,
+                    f"computes with {registers} values at a time, and kernels have room for {MOST_REGISTERS}",
+                )
         return translation
 
     def _code(self, translation: Translation) -> dict[str, Any]:
@@ -160,14 +160,14 @@ class Definition:
         translation = self.translate(constants)
         code = self._code(translation)
         numbers = list(numbers_named(self.options.places))
-        struct = struct_of(
-            translation, self.name, self.operands, numbers, list(self.scalars), self.options.counts_steps
+        struct = struct_of(translation, self.name, self.operands, numbers, list(self.scalars))
+        content = "\0".join(
+            [struct, repr(code["norms"]), self.backend, *self.states, *self.scalars, str(self.options.counts_steps)]
         )
-        content = "\0".join([struct, self.backend, *self.states, *self.scalars, str(self.options.counts_steps)])
         name = hashlib.sha256(content.encode()).hexdigest()[:32]
         used = tuple(bool(code["used"] >> (2 + place) & 1) for place in range(len(self.states)))
         number = _C.define_rule(name, {**code, "lists": [*self.states, *self.scalars]})
-        variant = Variant(self, constants, translation, struct, name, number, used)
+        variant = Variant(self, constants, translation, struct, name, number, used, bool(code["norms"]))
         if self.backend != "torch":
             check_variant(variant, variant.name)
         return variant

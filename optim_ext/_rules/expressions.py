@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optim_ext._rules.errors import Source
 from optim_ext._rules.outside import Captured, is_users, resolve
-from optim_ext._rules.values import Graph, Item, Kind, Value
+from optim_ext._rules.values import NORMS, Graph, Item, Kind, Value
 from optim_ext._rules.words import METHODS, POSSIBLE, Word, word_for
 
 _OPERATORS = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
@@ -43,6 +43,10 @@ class Expressions(ABC):
     @abstractmethod
     def inlined(self, node: ast.Call, function: Callable[..., Any]) -> Item:
         """What a function of the user's comes to, with these arguments."""
+
+    @abstractmethod
+    def no_room_for(self, norm: Value) -> str | None:
+        """Why kernels cannot take this norm besides those there are."""
 
     def item(self, node: ast.expr) -> Item:
         if isinstance(node, ast.Tuple):
@@ -323,12 +327,33 @@ class Expressions(ABC):
         for arg, at in zip(args, nodes, strict=True):
             self.number(at, arg)
         name = called.rpartition(".")[2]
+        if word.op in NORMS:
+            return self.norm(node, word.op, args[0], nodes[0])
+        if word.takes == "numbers" and any(arg.is_of_norms for arg in args):
+            self.refuse(node, f"{called} takes numbers only, and norms are tensors to Python; use {_better(name)}")
         if word.takes == "numbers" and any(arg.kind == Kind.element for arg in args):
-            better = {"min": "minimum", "max": "maximum", "fabs": "abs"}.get(name, f"optim_ext.math.{name}")
-            self.refuse(node, f"{called} takes numbers only, and this differs from element to element; use {better}")
+            self.refuse(
+                node, f"{called} takes numbers only, and this differs from element to element; use {_better(name)}"
+            )
         if word.takes == "elements" and any(args[k].kind != Kind.element for k in word.elements):
             self.refuse(node, f"{called} takes tensors, and this is a number; use optim_ext.math.{name}")
         return self.operation(node, word.op, args)
+
+    def norm(self, node: ast.Call, op: str, of: Value, at: ast.expr) -> Value:
+        called = self.source.text_of(node.func)
+        if of.kind != Kind.element:
+            self.refuse(at, f"{called} is of what differs from element to element, and this is a number")
+        if of.is_of_norms:
+            self.refuse(
+                node,
+                f"{called} of what depends on another norm; all norms of a rule are taken in one sweep, before anything is "
+                "changed",
+            )
+        norm = self.graph.norm(op, of, text=self.source.text_of(node), line=self.source.line_of(node))
+        problem = self.no_room_for(norm)
+        if problem is not None:
+            self.refuse(node, problem)
+        return norm
 
     def operation(self, node: ast.AST, op: str, args: list[Value]) -> Value:
         if op == "float":
@@ -338,6 +363,12 @@ class Expressions(ABC):
         if op == "clamp":
             return self.apply(node, "smaller", self.apply(node, "larger", args[0], args[1]), args[2])
         return self.apply(node, op, *args)
+
+
+def _better(name: str) -> str:
+    """What to use in place of a function of Python's that takes numbers only."""
+    others = {"min": "minimum", "max": "maximum", "fabs": "abs", "float": "it as it is"}
+    return others.get(name, f"optim_ext.math.{name}")
 
 
 def _no_operation(what: str) -> str:

@@ -14,6 +14,7 @@ from optim_ext._rules.outside import Captured
 from optim_ext._rules.values import Graph, Item, Kind, Value
 
 _DEEPEST = 16  # functions that call functions
+MOST_STATES, MOST_SCALARS = 8, 2
 
 
 @dataclass
@@ -145,6 +146,9 @@ class Frame(Expressions):
             env[name] = self._as_item(node, value)
         return Frame(self.reader, source, env, self.depth + 1).read()
 
+    def no_room_for(self, norm: Value) -> str | None:
+        return self.reader.no_room_for(norm)
+
     def _as_item(self, node: ast.AST, value: Any) -> Item:
         if isinstance(value, tuple):
             return tuple(self._as_item(node, part) for part in value)
@@ -160,6 +164,22 @@ class Reader:
     def __init__(self, source: Source, graph: Graph, operands: Sequence[str], scalars: Sequence[str]) -> None:
         self.source, self.graph, self.operands, self.scalars = source, graph, list(operands), list(scalars)
         self.captured: list[Captured] = []
+        self.norms: list[Value] = []
+
+    def no_room_for(self, norm: Value) -> str | None:
+        """Why kernels cannot take this norm besides those before it."""
+        others = [other for other in self.norms if other is not norm]
+        self.norms = [*others, norm]
+        numbers = [*self.scalars, *(other.text for other in others)]
+        if len(numbers) >= MOST_SCALARS:
+            return f"is one number of a parameter too many: kernels take {MOST_SCALARS}, and there are {', '.join(numbers)}"
+        made = {of.number for of in (other.args[0] for other in self.norms) if of.op != "operand"}
+        if len(self.operands) + len(made) > MOST_STATES + 2:
+            return (
+                f"is of a computed value, for which kernels have no room beside {len(self.operands) - 2} states; they take "
+                f"{MOST_STATES - len(made)} then"
+            )
+        return None
 
     def stored(self, name: str, value: Value) -> Value:
         """A scalar of the state is rounded to what its tensor holds, so that this step computes with what the next finds."""

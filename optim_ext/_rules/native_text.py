@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 
-from optim_ext._rules.bytecode import GRAD, changed_operands, fields_of, masks_of
+from optim_ext._rules.bytecode import GRAD, changed_operands, fields_of, for_norms, masks_of, norms_of
 from optim_ext._rules.language import Translation
 from optim_ext._rules.values import Kind, Value, reachable
 
@@ -16,7 +16,7 @@ _RESERVED = set(
     operator or or_eq private protected public register reinterpret_cast requires return short signed sizeof static
     static_assert static_cast struct switch template this thread_local throw true try typedef typeid typename union
     unsigned using virtual void volatile wchar_t while xor xor_eq rule code ascent Rule V Scalar scalars root power sign
-    magnitude smaller larger lerp exponential logarithm whole_power real_power rounded operand_bit all_operands""".split()
+    magnitude smaller larger lerp exponential logarithm whole_power real_power rounded operand_bit all_operands ForNorms written""".split()
 )
 _SYMBOLS = {
     "add": "+",
@@ -141,14 +141,36 @@ def number(value: float) -> str:
     return f"({text})" if text.startswith("-") else text
 
 
-def struct_of(
-    translation: Translation, title: str, operands: list[str], hypers: list[str], scalars: list[str], counts: bool
+def struct_of(translation: Translation, title: str, operands: list[str], hypers: list[str], scalars: list[str]) -> str:
+    """The rule as C++: hypers and fields lie as the interpreter has them. hypers: without the first one. Before it that of
+    its first sweep, where there is one."""
+    first = for_norms(translation)
+    if first is None:
+        return _struct_of(translation, "Rule", title, operands, hypers, scalars)
+    made = [f"of_norm_{place}" for place in range(len(first.operands) - len(operands))]
+    what = f"{title}: what norms are taken of"
+    return "\n".join(
+        [
+            _struct_of(first, "ForNorms", what, [*operands, *made], hypers, scalars),
+            _struct_of(translation, "Rule", title, operands, hypers, scalars, has_first=True),
+        ]
+    )
+
+
+def _struct_of(
+    translation: Translation,
+    name: str,
+    title: str,
+    operands: list[str],
+    hypers: list[str],
+    scalars: list[str],
+    has_first: bool = False,
 ) -> str:
-    """The rule as C++: hypers and fields lie as the interpreter has them. hypers: without the first one."""
-    names, masks = _Names(), masks_of(translation)
+    names, masks, norms = _Names(), masks_of(translation), norms_of(translation)
     members = [names.new(name) for name in hypers]
     arguments = [names.new(name) for name in operands]
-    befores = [names.new(f"{name}_before") for name in scalars]
+    befores = [names.new(f"{scalar}_before") for scalar in scalars]
+    measured = [names.new(f"{norm.op}_of_{_name_of(norm.args[0], translation, operands)}") for norm in norms]
     changed, fields = changed_operands(translation), fields_of(translation)
     every = reachable([*changed.values(), *translation.scalars])
     inputs: dict[int, str] = {}
@@ -159,6 +181,7 @@ def struct_of(
             inputs[value.number] = "step"
         elif value.op == "scalar":
             inputs[value.number] = befores[value.payload]
+    inputs.update((norm.number, called) for norm, called in zip(norms, measured, strict=True))
     field_names = {
         value.number: names.new(f"{translation.graph.names.get(value.number, 'shared')}_of_step") for value in fields
     }
@@ -176,18 +199,23 @@ def struct_of(
             elements.known[value.number] = old
     elements.write(list(changed.values()))
     writes = [f"{arguments[place]} = {elements.expression(value)};" for place, value in changed.items()]
-    at_step = [f"const double {name} = scalars[{place}].value;" for place, name in enumerate(befores)]
+    numbers = [*befores, *measured]
+    at_step = [f"const double {called} = scalars[{place}].value;" for place, called in enumerate(numbers)]
     at_step += uniforms.lines
     at_step += [f"rule.{field_names[value.number]} = {uniforms.expression(value)};" for value in fields]
     at_step += [
         f"scalars[{place}].value = {uniforms.expression(value)};" for place, value in enumerate(translation.scalars)
     ]
     made = [f"  double {', '.join(field_names.values())};  // made by at_step"] if fields else []
-    counted = [f"  static constexpr int kScalars = {len(scalars)};  // {', '.join(scalars)}"] if scalars else []
+    counted = (
+        [f"  static constexpr int kScalars = {len(numbers)};  // {', '.join([*scalars, *measured])}"] if numbers else []
+    )
+    counted += ["  static constexpr bool kMeasured = true;"] if norms and not scalars else []
+    counted += ["  using ForNorms = written::ForNorms;  // swept before"] if has_first else []
     return "\n".join(
         [
             f"// {title}",
-            "struct Rule {",
+            f"struct {name} {{",
             f"  static constexpr int kOperands = {len(operands)};  // {', '.join(operands)}",
             f"  static constexpr unsigned kUsed = {masks.used:#x}, kUpdates = {masks.updates:#x};",
             *counted,
@@ -196,8 +224,8 @@ def struct_of(
             f"  double {', '.join(['ascent', *members])};",
             *made,
             "",
-            f"  OPTIM_EXT_RULE Rule at_step([[maybe_unused]] double step{', Scalar* scalars' if scalars else ''}) const {{",
-            "    Rule rule = *this;",
+            f"  OPTIM_EXT_RULE {name} at_step([[maybe_unused]] double step{', Scalar* scalars' if numbers else ''}) const {{",
+            f"    {name} rule = *this;",
             *(f"    {line}" for line in at_step),
             "    return rule;",
             "  }",
@@ -205,7 +233,8 @@ def struct_of(
             "  template <class V>",
             "  OPTIM_EXT_RULE void operator()("
             + ", ".join(
-                f"[[maybe_unused]] {'V' if place == GRAD else 'V&'} {name}" for place, name in enumerate(arguments)
+                f"[[maybe_unused]] {'V' if place == GRAD else 'V&'} {argument}"
+                for place, argument in enumerate(arguments)
             )
             + ") const {",
             *(f"    {line}" for line in (*reads, *elements.lines, *writes)),
@@ -214,6 +243,10 @@ def struct_of(
             "",
         ]
     )
+
+
+def _name_of(value: Value, translation: Translation, operands: list[str]) -> str:
+    return operands[value.payload] if value.op == "operand" else translation.graph.names.get(value.number, "value")
 
 
 def unit_of(struct: str, isa: str) -> str:

@@ -97,6 +97,12 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
                 return f"{self._described(group, index)}: it is on {p.device}, and rules have kernels for the CPU"
         return None
 
+    def _measures(self, group: Group) -> bool:
+        return self._variant(group).has_norms
+
+    def _needs_whole_tensors(self, group: Group) -> bool:
+        return self._variant(group).has_norms
+
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         definition = self._definition
         return state_keys_of(definition.index, definition.options.constants_of(group))

@@ -4,6 +4,8 @@ There are three kinds. *Constants* are known when the rule is translated; *unifo
 elements of a parameter share, computed once a step; *element* values differ from element to element and are computed in
 float, or in double for double parameters. A uniform value that meets an element is rounded to the element's type once, as
 a whole: the largest uniform part of an expression is computed in double. That is how the built-in rules are written, too.
+
+Norms of element values are uniform: numbers that a sweep of their own has measured before the one that changes anything.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ class Kind(enum.IntEnum):
 TRUTHS = frozenset({"less", "less_equal", "equal", "not_equal", "both", "either", "none"})
 # Where values come from.
 INPUTS = frozenset({"constant", "hyper", "step", "scalar", "operand"})
+# What is measured of all elements of a tensor.
+NORMS = frozenset({"norm", "rms"})
 
 _FOLD: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -62,6 +66,7 @@ class Value:
     payload: Any = None  # of a constant: the constant; of another input: which one
     is_truth: bool = False
     is_whole: bool = False  # a whole number, whatever the options are
+    is_of_norms: bool = False  # depends on a norm
     text: str = ""
     line: int = 0
 
@@ -122,6 +127,10 @@ class Graph:
             kind, "select", (condition, a, b), None, is_truth=a.is_truth, is_whole=is_whole, text=text, line=line
         )
 
+    def norm(self, op: str, of: Value, text: str = "", line: int = 0) -> Value:
+        """A number: one of NORMS, of an element value."""
+        return self._make(Kind.uniform, op, (of,), None, text=text, line=line)
+
     def product(self, base: Value, count: int) -> Value:
         result = base
         for _ in range(count - 1):
@@ -132,17 +141,19 @@ class Graph:
         key = (op, tuple(arg.number for arg in args), type(payload), repr(payload))
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = Value(len(self._known), kind, op, args, payload, **more)
+            is_of_norms = op in NORMS or any(arg.is_of_norms for arg in args)
+            found = self._known[key] = Value(len(self._known), kind, op, args, payload, is_of_norms=is_of_norms, **more)
         return found
 
 
-def reachable(results: Iterable[Value]) -> list[Value]:
-    """Everything these are made of, in an order in which it can be computed."""
+def reachable(results: Iterable[Value], past_norms: bool = False) -> list[Value]:
+    """Everything these are made of, in an order in which it can be computed: down to norms, or also what these are of."""
     seen: dict[int, Value] = {}
     todo = list(results)
     while todo:
         value = todo.pop()
         if value.number not in seen:
             seen[value.number] = value
-            todo.extend(value.args)
+            if past_norms or value.op not in NORMS:
+                todo.extend(value.args)
     return [seen[number] for number in sorted(seen)]

@@ -38,10 +38,12 @@ _ARITY = {
     "lerp": ("lerp", 3),
     "where": ("where", 3),
 }
+_OF_WHOLE_TENSORS = {"norm": ("norm", 1), "rms": ("rms", 1)}
 _OF_TENSORS = {"minimum": (0, 1), "maximum": (0, 1), "clamp": (0,), "lerp": (0, 1), "where": (0,)}
 
 _WORDS: list[tuple[Callable[..., Any], Word]] = [
     *((getattr(optim_ext.math, name), Word(*_ARITY[name])) for name in _ARITY if name != "abs"),
+    *((getattr(optim_ext.math, name), Word(*word)) for name, word in _OF_WHOLE_TENSORS.items()),
     *((getattr(torch, name), Word(*_ARITY[name], "elements", _OF_TENSORS.get(name, (0,)))) for name in _ARITY),
     (torch.clip, Word("clamp", 3, "elements", (0,))),
     (torch.absolute, Word("magnitude", 1, "elements", (0,))),
@@ -59,7 +61,7 @@ METHODS = {
     for name, (op, arity) in _ARITY.items()
     if name != "where"
 }
-POSSIBLE = ", ".join(sorted(_ARITY))
+POSSIBLE = f"{', '.join(sorted(_ARITY))}, and of whole tensors {' and '.join(_OF_WHOLE_TENSORS)} of optim_ext.math"
 
 
 def word_for(function: Any) -> Word | None:

@@ -23,8 +23,8 @@ class OpStep(NativeStep):
     _op: ClassVar[str]
     _number_state: ClassVar[frozenset[str]] = frozenset()
     _takes_dense: ClassVar[bool] = True
-    _measures_tensors: ClassVar[bool] = False  # the rule needs norms of whole parameters
-    _about_whole_tensors: ClassVar[bool] = False  # a part of a parameter cannot be stepped on its own
+    _measures_tensors: ClassVar[bool] = False  # see _measures
+    _about_whole_tensors: ClassVar[bool] = False  # see _needs_whole_tensors
     _init_group: Callable[..., Any]  # torch's: creates missing state and gathers a group's tensors
 
     @property
@@ -42,6 +42,14 @@ class OpStep(NativeStep):
             else:
                 values.extend(self._values(group, option, count))
         return tuple(values)
+
+    def _measures(self, group: Group) -> bool:
+        """Whether the rule needs norms of whole parameters."""
+        return self._measures_tensors
+
+    def _needs_whole_tensors(self, group: Group) -> bool:
+        """Whether a part of a parameter cannot be stepped on its own."""
+        return self._about_whole_tensors
 
     def _takes_sparse(self, group: Group) -> bool:
         return False

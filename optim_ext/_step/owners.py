@@ -204,7 +204,7 @@ class Owners:
                 dtensor = view.whole_of(p)
                 if (
                     dtensor is None
-                    or not optimizer._about_whole_tensors
+                    or not optimizer._needs_whole_tensors(group)
                     or not _sharding.sharding_groups(dtensor._spec)
                 ):
                     params.append(p)

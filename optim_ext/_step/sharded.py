@@ -130,7 +130,7 @@ class ShardedStep(PlannedStep):
         specs = [p._spec for p in group["params"] if _sharding.is_dtensor(p)]
         if not specs:
             return how
-        whole = self._about_whole_tensors and any(map(_sharding.sharding_groups, specs))
+        whole = self._needs_whole_tensors(group) and any(map(_sharding.sharding_groups, specs))
         what = "whole tensors at their owners" if whole else "this process's part"
         ranks = max(math.prod(_sharding.shard_counts(spec)) for spec in specs)
         return f"{how}, on {what}: {len(specs)} of {len(group['params'])} parameters are DTensors, " + (

@@ -42,8 +42,8 @@ class TorchPath(LazyStep):
             if p.grad is None and not (ahead and p.requires_grad):
                 continue
             problem = _C.unsupported(p) if is_plain(p) else "it is a tensor subclass with operations of its own"
-            if problem is None and self._measures_tensors and _grad_control.is_flat_shard(p):
-                problem = "it is a shard of FSDP, whose norm is not that of the parameter"
+            if problem is None:
+                problem = self._without_norm(group, p)
             if problem is not None:
                 return f"{self._described(group, index)}: {problem}"
             entry = self.state[p] if p in self.state else {}
@@ -79,6 +79,20 @@ class TorchPath(LazyStep):
                     return f"gradient of {self._described(group, index)}: {problem}"
         return None
 
+    def _without_norm(self, group: Group, p: Tensor) -> str | None:
+        if _grad_control.is_flat_shard(p) and self._measures(group):
+            return "it is a shard of FSDP, whose norm is not that of the parameter"
+        return None
+
+    def _reason_of_parts(self, groups: list[Group]) -> str | None:
+        """Why no code at all can step these groups."""
+        for group in groups:
+            for index, p in enumerate(group["params"]):
+                problem = self._without_norm(group, p)
+                if problem is not None:
+                    return f"{self._described(group, index)}: {problem}"
+        return None
+
     def _has_torch_step(self) -> bool:
         return self._bare_torch_step is not inspect.unwrap(Optimizer.step)
 
@@ -86,8 +100,9 @@ class TorchPath(LazyStep):
         """Run torch's own step on ``groups``, without firing the step hooks a second time."""
         if not torch.compiler.is_compiling():
             self._check_sparse(groups)
-        if not self._has_torch_step():
-            reason = self._torch_reason(groups[0])
+        reason = self._reason_of_parts(groups)
+        if reason is not None or not self._has_torch_step():
+            reason = reason or self._torch_reason(groups[0])
             raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
         all_groups = self.param_groups
         counters = [(entry["step"], entry["step"].clone()) for entry in self.state.values() if _has_counter(entry)]

@@ -91,6 +91,8 @@ void test_refusals() {
       {"operands", [](RuleCode& code) { code.operands = kMaxOperands + 1; }},
       {"scalars", [](RuleCode& code) { code.scalars = 3; }},
       {"scalars", [](RuleCode& code) { code.scalar_results = {1}; }},
+      {"scalars", [](RuleCode& code) { code.norms = 3; }},
+      {"scalars", [](RuleCode& code) { code.norms = -1; }},
       {"hyper-parameters and fields", [](RuleCode& code) { code.hypers = 0; }},
       {"hyper-parameters and fields", [](RuleCode& code) { code.hypers = 200; }},
       {"masks", [](RuleCode& code) { code.updates = 7; }},

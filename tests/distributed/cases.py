@@ -23,6 +23,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from user_rules import twins
 
 import optim_ext
 from optim_ext import swa_utils
@@ -182,7 +183,7 @@ def fsdp1_norms_are_refused():
         with pytest.raises(RuntimeError, match="shards of FullyShardedDataParallel"):
             optimizer.step()
         assert not optimizer.state
-        for cls in (optim_ext.LAMB, optim_ext.LARS):
+        for cls in (optim_ext.LAMB, optim_ext.LARS, twins.LARS):
             with pytest.raises(RuntimeError, match="shard of FSDP"):
                 cls(model.parameters(), lr=0.1).step()
 

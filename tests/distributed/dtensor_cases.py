@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from user_rules import twins
 
 import optim_ext
 from optim_ext._step.local_view import Agreement
@@ -484,7 +485,14 @@ WHOLE_ROWS = [
     ("Adafactor", {"lr": 0.1}),
     ("LAMB", {"lr": 0.1, "weight_decay": 0.1}),
     ("LARS", {"lr": 0.1, "momentum": 0.9}),
+    *([("LAMB as a rule", {"lr": 0.1, "weight_decay": 0.1}), ("LARS as a rule", {"lr": 0.1})] if ON_CPU else []),
 ]
+
+
+def class_named(name):
+    """One of ours, or what was written again in Python."""
+    own, _, is_rule = name.partition(" as ")
+    return getattr(twins if is_rule else optim_ext, own)
 
 
 def rules_about_whole_tensors_have_the_bits_of_one_process():
@@ -493,7 +501,7 @@ def rules_about_whole_tensors_have_the_bits_of_one_process():
         wholes, params = made()
         names = [n for n, whole in wholes.items() if whole.dim() == 2 or name != "Muon"]
         wholes, params = ({n: of[n] for n in names} for of in (wholes, params))
-        single, optimizer = (getattr(optim_ext, name)(list(of.items()), **options) for of in (wholes, params))
+        single, optimizer = (class_named(name)(list(of.items()), **options) for of in (wholes, params))
         found = []
         for of, each in ((wholes, single), (params, optimizer)):
             model = Holder(list(of.values()))
@@ -526,7 +534,7 @@ def rules_about_whole_tensors_clip_and_skip():
         wholes, params = made()
         names = [n for n, whole in wholes.items() if whole.dim() == 2]
         wholes, params = ({n: of[n] for n in names} for of in (wholes, params))
-        single, optimizer = (getattr(optim_ext, name)(list(of.items()), **options) for of in (wholes, params))
+        single, optimizer = (class_named(name)(list(of.items()), **options) for of in (wholes, params))
         for each in (single, optimizer):
             each.set_grad_policy(skip_nonfinite=True)
         for index in range(4):
@@ -566,11 +574,11 @@ def what_an_owner_refuses_no_process_waits_for():
 
 def rules_about_whole_tensors_step_copies_natively():
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
-    for name in ("Muon", "Adafactor", "LAMB", "LARS"):
+    for name, _ in WHOLE_ROWS:
         for places in ([Replicate()], [Shard(0)]):
             whole = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)))
             p = nn.Parameter(distribute_tensor(whole.detach(), mesh, places))
-            single, optimizer = (getattr(optim_ext, name)([q], lr=0.1) for q in (whole, p))
+            single, optimizer = (class_named(name)([q], lr=0.1) for q in (whole, p))
             (report,) = optim_ext.explain(optimizer)
             assert report.native, report
             for _ in range(3):

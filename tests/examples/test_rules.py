@@ -117,10 +117,31 @@ def grams(p, g, s):
     return p - s.lr * (g.sign() * (m / (v.sqrt() + 1e-6)).abs() + s.decay * p)
 
 
+def stable_adamw(p, g, s):
+    b1, b2 = (b * (1 - b ** (s.t - 1)) / (1 - b**s.t) for b in (0.9, 0.99))
+    s.m, s.v = b1 * s.m + (1 - b1) * g, b2 * s.v + (1 - b2) * g**2
+    rms = (g**2 / s.v.clamp(min=1e-12)).mean().sqrt().item()
+    rate = s.lr / max(1.0, rms)
+    return p - rate * s.decay * p - rate * s.m / (s.v.sqrt() + 1e-6)
+
+
+def lamb(p, g, s):
+    m, v = moments(s, g, 0.9, 0.999)
+    r = m / (v.sqrt() + 1e-6) + s.decay * p
+    return p - s.lr * p.norm() / r.norm() * r
+
+
+def lars(p, g, s):
+    rate = 1e-3 * p.norm() / (g.norm() + s.decay * p.norm() + 1e-8)
+    s.m = 0.9 * s.m + rate * (g + s.decay * p)
+    return p - s.lr * s.m
+
+
 FORMULAS = {
     formula.__name__: formula
     for formula in (
         adabelief, adan, sophia_g, qhadam, tiger, signum, schedule_free_sgd, cautious_adamw, adopt, mars, ademamix, grams,
+        stable_adamw, lamb, lars,
     )
 }  # fmt: skip
 OPTIONS = {"ademamix": {"warmup": 4}}

@@ -3,7 +3,7 @@
 import random as numbers
 
 import optim_ext
-from optim_ext.math import clamp, exp, lerp, log, maximum, minimum, sign, sqrt, square, where
+from optim_ext.math import clamp, exp, lerp, log, maximum, minimum, norm, rms, sign, sqrt, square, where
 
 NAMES = {
     "clamp": clamp,
@@ -12,6 +12,8 @@ NAMES = {
     "log": log,
     "maximum": maximum,
     "minimum": minimum,
+    "norm": norm,
+    "rms": rms,
     "sign": sign,
     "sqrt": sqrt,
     "square": square,
@@ -20,8 +22,9 @@ NAMES = {
 
 
 class Program:
-    """One function with two states, a scalar and options of every kind. Values stay in the domain of every operation, and
-    conditions away from ties, which float and double would decide differently."""
+    """One function with two states, a scalar, options of every kind and, half the time, a norm, for which there is room beside
+    the scalar. Values stay in the domain of every operation, and conditions away from ties, which float and double would
+    decide differently."""
 
     def __init__(self, seed: int) -> None:
         self.draw = numbers.Random(seed)
@@ -38,6 +41,10 @@ class Program:
             "total",
         ]
         self.elements = ["param", "grad", "m", "v"]
+        self.norms: list[str] = []
+        if self.draw.random() < 0.5:
+            of = self.element(self.draw.choice([0, 2]))
+            self.add("size", f"{self.draw.choice(['norm', 'rms'])}({of})", self.norms)
         for k in range(self.draw.randint(2, 7)):
             if self.draw.random() < 0.3:
                 self.add(f"u{k}", self.uniform(2), self.uniforms)
@@ -48,7 +55,10 @@ class Program:
         results = [self.element(3) for _ in range(3)]
         if self.draw.random() < 0.3:
             results[self.draw.randint(1, 2)] = self.draw.choice(["m", "v", "grad", "param"])
-        self.lines.append(f"return {', '.join(results)}, total + {self.uniform(1)}")
+        total = f"total + {self.uniform(1)}"
+        if self.norms and self.draw.random() < 0.5:
+            total += " + size**2"
+        self.lines.append(f"return {', '.join(results)}, {total}")
         body = "\n".join(f"    {line}" for line in self.lines)
         self.text = (
             "def made(param, grad, m, v, total, *, step, lr=0.05, betas=(0.9, 0.99), eps=1e-3, on=True, kind='a', none=None):\n"
@@ -118,6 +128,13 @@ class Program:
             f"({a} if lr > 0.01 else {b})",
             f"-{a}",
         ]
+        if self.norms:
+            forms += [
+                f"({a} / (1 + size))",
+                f"({a} * sqrt(size) / maximum(1.0, size * (1 + abs({u}))))",
+                f"lerp({a}, {b}, 1 / (1 + size))",
+                f"({a} / size if size > 0 else {b})",
+            ]
         return self.draw.choice(forms)
 
     def rule(self, **more):

@@ -46,7 +46,7 @@ def stepped(made, steps=3, before_step=lambda step: None):
     return [bits(p) for p in params], optimizer
 
 
-COMPILED = [case for case in TYPICAL if case.spec.name in ("Adam", "NAdam", "RMSprop", "Rprop")]
+COMPILED = [case for case in TYPICAL if case.spec.name in ("Adam", "NAdam", "RMSprop", "Rprop", "LAMB", "LARS")]
 
 
 @pytest.mark.parametrize("twin_case", COMPILED, ids=[case.spec.name for case in COMPILED])

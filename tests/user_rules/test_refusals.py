@@ -10,7 +10,7 @@ import torch
 
 import optim_ext
 from optim_ext import RuleError
-from optim_ext.math import exp, lerp, sqrt, where
+from optim_ext.math import exp, lerp, maximum, norm, rms, sqrt, where
 
 TENSOR = torch.ones(3)
 LIST = [1.0, 2.0]
@@ -18,6 +18,10 @@ LIST = [1.0, 2.0]
 
 def by_itself(x):
     return by_itself(x)
+
+
+def length(x):
+    return norm(x) * 2
 
 
 NAMES = {
@@ -28,6 +32,10 @@ NAMES = {
     "where": where,
     "lerp": lerp,
     "exp": exp,
+    "maximum": maximum,
+    "norm": norm,
+    "rms": rms,
+    "length": length,
     "TENSOR": TENSOR,
     "LIST": LIST,
     "by_itself": by_itself,
@@ -45,7 +53,8 @@ BODIES = [
     (
         "m = grad / grad.norm()",
         "grad.norm()",
-        r"\.norm\(\) is not an operation on one element; possible are abs, clamp",
+        r"\.norm\(\) is not an operation on one element; possible are abs, clamp, .* and of whole tensors norm and rms of "
+        "optim_ext.math",
     ),
     ("m = grad.item()", "grad.item()", r"\.item\(\) is not an operation on one element"),
     ("m = torch.mean(grad)", "torch.mean(grad)", "torch.mean is not an operation on one element; possible are"),
@@ -85,6 +94,32 @@ BODIES = [
     ("m = torch.maximum(grad, lr)", "torch.maximum(grad, lr)", "takes tensors, .* use optim_ext.math.maximum"),
     ("m = torch.where(grad > 0, 1.0, 0.5)", "torch.where(grad", "torch's default dtype; use optim_ext.math.where"),
     ("m = by_itself(grad)", "by_itself(x)", "calls itself"),
+    ("m = norm(lr) * grad", "lr", "norm is of what differs from element to element, and this is a number"),
+    ("m = rms(norm(grad)) * grad", "norm(grad)", "rms is of what differs from element to element"),
+    ("m = norm(grad > 0) * grad", "grad > 0", "arithmetic with a truth value"),
+    ("m = norm(grad, m) * grad", "norm(grad, m)", "norm takes 1 values here, 2 given"),
+    ("m = norm(grad, dim=0) * grad", "norm(grad, dim=0)", "arguments by keyword are not possible in a rule"),
+    (
+        "m = grad / rms(grad); m = m / norm(m)",
+        "norm(m)",
+        "norm of what depends on another norm; all norms of a rule are taken in one sweep, before anything is changed",
+    ),
+    ("m = rms(where(norm(grad) > 1, grad, m)) * m", "rms(where", "rms of what depends on another norm"),
+    (
+        "m = norm(grad) * norm(m) * norm(param) * m",
+        "norm(param)",
+        r"one number of a parameter too many: kernels take 2, and there are norm\(grad\), norm\(m\)",
+    ),
+    ("m = norm(grad) * rms(grad) * rms(m) * m", "rms(m)", r"too many: .*there are norm\(grad\), rms\(grad\)"),
+    (
+        "m = math.sqrt(norm(m)) * m",
+        "math.sqrt(norm",
+        "takes numbers only, .* tensors to Python; use optim_ext.math.sqrt",
+    ),
+    ("m = max(norm(m), 1.0) * m", "max(norm", "max takes numbers only, and norms are tensors to Python; use maximum"),
+    ("m = float(norm(m)) * m", "float(norm", "float takes numbers only, .*; use it as it is"),
+    ("m = torch.sqrt(norm(m)) * m", "torch.sqrt(norm", "torch.sqrt takes tensors, .* use optim_ext.math.sqrt"),
+    ("if norm(m) > grad: m = grad", "norm(m) > grad", r"use where\(condition, a, b\)"),
     ("m = grad ** m", "grad ** m", "an exponent that differs from element to element"),
     ("m = grad ** 1.5", "grad ** 1.5", "a constant exponent: 0.5, or a whole number from 1 to 8"),
     ("m = grad ** 9", "grad ** 9", "a whole number from 1 to 8"),
@@ -168,6 +203,22 @@ def test_too_many_scalars_are_named_by_the_decorator():
         "def f(param, grad, a, b, c): return param, a, b, c\n", state=(), scalars={"a": 0.0, "b": 0.0, "c": 0.0}
     )
     assert "has 3 scalars (a, b, c), and kernels take at most 2" in error.msg
+
+
+def test_a_norm_too_many_beside_scalars_is_refused_with_its_line():
+    error = refusal(
+        "def f(param, grad, a):\n    return param * norm(grad) * norm(param), a\n", state=(), scalars={"a": 0.0}
+    )
+    assert "kernels take 2, and there are a, norm(grad)" in error.msg
+    assert (error.lineno, error.text[error.offset - 1 :]) == (2, "norm(param), a\n")
+
+
+def test_a_norm_of_a_computed_value_needs_room_beside_the_states():
+    names = [f"s{k}" for k in range(8)]
+    head = f"def f(param, grad, {', '.join(names)}):\n"
+    error = refusal(f"{head}    return param * norm(2 * grad), {', '.join(names)}\n", state=names)
+    assert "is of a computed value, for which kernels have no room beside 8 states; they take 7 then" in error.msg
+    assert (error.lineno, error.text[error.offset - 1 :].partition(",")[0]) == (2, "norm(2 * grad)")
 
 
 def test_a_scalar_is_one_number():

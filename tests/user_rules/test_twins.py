@@ -1,4 +1,4 @@
-"""Our own element-wise rules, written again in Python: the bits of the built-in ones."""
+"""Our own rules, written again in Python: the bits of the built-in ones."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def test_a_rule_written_again_has_the_bits_of_the_built_in_one(twin_case, dtype)
     assert_same_bits(ours, written)
 
 
-def test_every_element_wise_rule_is_written_again():
-    """Those that are left out work on whole tensors, on matrices or on sparse gradients."""
+def test_every_element_wise_rule_and_every_rule_of_norms_is_written_again():
+    """Those that are left out work on matrices, on rows and columns, or on sparse gradients."""
     assert TWINS.keys() == {
         "SGD",
         "Adam",
@@ -55,6 +55,8 @@ def test_every_element_wise_rule_is_written_again():
         "Rprop",
         "ASGD",
         "Lion",
+        "LAMB",
+        "LARS",
     }
     assert {case.spec.name for case in TWIN_CASES} == TWINS.keys()
 

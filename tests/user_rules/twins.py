@@ -1,7 +1,10 @@
-"""Our element-wise rules, written again as a user would write them: the built-in classes are their oracles."""
+"""Our element-wise rules and those that take norms, written again as a user would write them: the built-in classes are their
+oracles."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from specs import CASES
@@ -221,6 +224,19 @@ def Lion(param, grad, exp_avg, *, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
     return (1 - lr * weight_decay) * param - lr * update, exp_avg
 
 
+def example(name):
+    """A rule of examples/rules, interpreted."""
+    path = Path(__file__).parents[2] / "examples/rules" / f"{name.lower()}.py"
+    spec = importlib.util.spec_from_file_location(f"twin_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    definition = getattr(module, name)._definition
+    return rule(definition.states, check=definition.options.check, backend="interpreted")(definition.function)
+
+
+LAMB, LARS = example("LAMB"), example("LARS")
+
+
 @dataclass(frozen=True)
 class Twin:
     """A class and what its options are called that the built-in one tells from numbers."""
@@ -242,6 +258,8 @@ TWINS = {
     "Rprop": Twin(Rprop),
     "ASGD": Twin(ASGD),
     "Lion": Twin(Lion),
+    "LAMB": Twin(LAMB),
+    "LARS": Twin(LARS),
 }
 
 

@@ -43,7 +43,8 @@ double value_of(const UniformInstruction& in, const double* registers, const Sca
   return 0.0;
 }
 
-Fault fault_of(const UniformInstruction& in, const double* registers, const Fault* faults) {
+// of_norms: which registers depend on norms.
+Fault fault_of(const UniformInstruction& in, const double* registers, const Fault* faults, const bool* of_norms) {
   const auto first_of = [&](std::initializer_list<uint16_t> read) {
     for (const uint16_t k : read) {
       if (faults[k] != Fault::none) return faults[k];
@@ -51,10 +52,11 @@ Fault fault_of(const UniformInstruction& in, const double* registers, const Faul
     return Fault::none;
   };
   const double a = registers[in.a], b = registers[in.b];
-  if (in.op == UniformOp::select) return first_of({in.a, a != 0.0 ? in.b : in.c});
+  // Which of two values it will be is not known where that depends on norms.
+  if (in.op == UniformOp::select && !of_norms[in.a]) return first_of({in.a, a != 0.0 ? in.b : in.c});
   if (in.op == UniformOp::rounded) return faults[in.a];
   const Fault before = first_of({in.a, in.b, in.c});
-  if (before != Fault::none) return before;
+  if (before != Fault::none || of_norms[in.to]) return before;
   if (in.op == UniformOp::divide && b == 0.0) return Fault::divides_by_zero;
   if (in.op == UniformOp::whole_power && a == 0.0 && b < 0.0) return Fault::divides_by_zero;
   if (in.op == UniformOp::real_power && a == 0.0 && b < 0.0) return Fault::divides_by_zero;
@@ -63,13 +65,14 @@ Fault fault_of(const UniformInstruction& in, const double* registers, const Faul
   return Fault::none;
 }
 
-int first_constant(const RuleCode& code) { return code.hypers + 1 + code.scalars; }
+int first_norm(const RuleCode& code) { return code.hypers + 1 + code.scalars; }
+int first_constant(const RuleCode& code) { return first_norm(code) + code.norms; }
 
 // Puts what uniform code starts from into its registers.
 void fill(const RuleCode& code, const OpenRule& rule, double step, const Scalar* scalars, double* registers) {
   for (int k = 0; k < code.hypers; ++k) registers[k] = rule.numbers[k];
   registers[code.hypers] = step;
-  for (int k = 0; k < code.scalars; ++k) registers[code.hypers + 1 + k] = scalars[k].value;
+  for (int k = 0; k < code.numbers(); ++k) registers[code.hypers + 1 + k] = scalars[k].value;
   double* const constants = registers + first_constant(code);
   for (size_t k = 0; k < code.constants.size(); ++k) constants[k] = code.constants[k];
 }
@@ -99,9 +102,13 @@ std::vector<Fault> faults_of(const OpenRule& rule, double step, const Scalar* sc
   const RuleCode& code = *rule.code;
   double registers[RuleCode::kMostUniforms];
   Fault faults[RuleCode::kMostUniforms] = {};
+  bool of_norms[RuleCode::kMostUniforms] = {};
   fill(code, rule, step, scalars, registers);
+  for (int k = first_norm(code); k < first_constant(code); ++k) of_norms[k] = true;
   for (const UniformInstruction& in : code.uniform) {
-    faults[in.to] = fault_of(in, registers, faults);
+    const bool has_one = in.op == UniformOp::rounded;  // b names a scalar
+    of_norms[in.to] = of_norms[in.a] || (!has_one && of_norms[in.b]) || of_norms[in.c];
+    faults[in.to] = fault_of(in, registers, faults, of_norms);
     registers[in.to] = value_of(in, registers, scalars);
   }
   std::vector<Fault> found;
@@ -112,7 +119,7 @@ std::vector<Fault> faults_of(const OpenRule& rule, double step, const Scalar* sc
 
 std::string RuleCode::problem() const {
   if (operands < 2 || operands > kMaxOperands) return "operands";
-  if (scalars < 0 || scalars > kMaxScalars) return "scalars";
+  if (scalars < 0 || norms < 0 || numbers() > kMaxScalars) return "scalars";
   if (hypers < 1 || bytes() > kMaxRuleBytes) return "hyper-parameters and fields";
   if ((used >> operands) != 0 || (updates & ~used) != 0 || ((updates >> kGradOperand) & 1u) != 0) return "masks";
   if (temporaries < 0 || registers() > kMostRegisters) return "registers";
@@ -164,10 +171,10 @@ RuleProgram interpreted(const RuleCode& code) {
   using namespace cpu;
   static constexpr Sweep in_float[] = OPTIM_EXT_OF_EACH_ISA(interpret<float>),
                          in_double[] = OPTIM_EXT_OF_EACH_ISA(interpret<double>);
-  return {code.bytes(), code.operands,
-          code.used,    code.updates,
-          code.scalars, code.scalars > 0,
-          &at_step,     {{in_float[0], in_double[0]}, {in_float[1], in_double[1]}, {in_float[2], in_double[2]}}};
+  return {code.bytes(),   code.operands,
+          code.used,      code.updates,
+          code.numbers(), code.scalars > 0,
+          &at_step,       {{in_float[0], in_double[0]}, {in_float[1], in_double[1]}, {in_float[2], in_double[2]}}};
 }
 
 }  // namespace optim_ext

@@ -45,13 +45,25 @@ constexpr RuleProgram compiled_program() {
   return program;
 }
 
+template <class Rule>
+inline constexpr RuleProgram kProgram = compiled_program<Rule>();
+
+// A rule that norms are computed for names, as ForNorms, the one that makes what they are taken of.
+template <class Rule>
+constexpr RulePrograms compiled_programs() {
+  if constexpr (requires { typename Rule::ForNorms; }) {
+    return {&kProgram<Rule>, &kProgram<typename Rule::ForNorms>};
+  } else {
+    return {&kProgram<Rule>, nullptr};
+  }
+}
+
 }  // namespace optim_ext::cpu
 
-#define OPTIM_EXT_EXPORT_RULE(Rule)                                                                          \
-  extern "C" __attribute__((visibility("default"))) const optim_ext::CompiledRule* optim_ext_rule() {        \
-    static constexpr optim_ext::RuleProgram program = optim_ext::cpu::compiled_program<Rule>();              \
-    static constexpr optim_ext::CompiledRule rule{optim_ext::CompiledRule::kAbi,  sizeof(optim_ext::Bundle), \
-                                                  sizeof(optim_ext::Pass),        sizeof(optim_ext::Layout), \
-                                                  sizeof(optim_ext::RuleProgram), &program};                 \
-    return &rule;                                                                                            \
+#define OPTIM_EXT_EXPORT_RULE(Rule)                                                                                \
+  extern "C" __attribute__((visibility("default"))) const optim_ext::CompiledRule* optim_ext_rule() {              \
+    static constexpr optim_ext::CompiledRule rule{                                                                 \
+        optim_ext::CompiledRule::kAbi, sizeof(optim_ext::Bundle),      sizeof(optim_ext::Pass),                    \
+        sizeof(optim_ext::Layout),     sizeof(optim_ext::RuleProgram), optim_ext::cpu::compiled_programs<Rule>()}; \
+    return &rule;                                                                                                  \
   }
