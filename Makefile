@@ -114,8 +114,10 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# The kernels of the module that is built in place are linked, where they are made of the sources as they are now.
+KERNELS_AT_HAND = -DOPTIM_EXT_KERNELS="$$($(BIN)/python .ci/kernel_objects.py)"
 cpp-test sanitize: $(VENV)/test.stamp
-	$(BIN)/cmake -S . -B build/$@ $(if $(filter sanitize,$@),-DOPTIM_EXT_SANITIZE=ON)
+	$(BIN)/cmake -S . -B build/$@ $(if $(filter sanitize,$@),-DOPTIM_EXT_SANITIZE=ON,$(KERNELS_AT_HAND))
 	$(BIN)/cmake --build build/$@ -j $(WORKERS)
 	$(BIN)/ctest --test-dir build/$@ -j $(WORKERS) --output-on-failure
 

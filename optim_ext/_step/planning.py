@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optim_ext import _grad_control
 from optim_ext._averaging.step import StepAveraging
+from optim_ext._dynamo import never_traced
 from optim_ext._grad_control import StepControls
 from optim_ext._load import _C
 from optim_ext._native_step import Controls
@@ -27,6 +28,7 @@ class PlannedStep(ControlledStep):
     _plan: _C.Plan | None  # of the last step
     _options_say_all: ClassVar[bool] = False  # equal options mean equal hyper-parameters: no user's code makes them
 
+    @never_traced
     def _eager_step(self) -> None:
         if not self._repeats_step():
             self._step_anew()

@@ -51,20 +51,16 @@ def python_with_torch():
 
 
 @pytest.fixture(scope="session")
-def kernel_objects():
+def kernel_objects(python):
     """The folder with the kernels' objects of the module under test, which a build in place leaves; None where the sources
     have changed since, or where it was built elsewhere."""
-    info = optim_ext.build_info()
-    name = f"torch-{info['torch']}-{'cuda' if info['cuda'] else 'cpu'}-{sys.implementation.cache_tag}"
-    objects = ROOT / "build" / name / "objects"
-    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if ninja is None or not (objects / "build.ninja").exists():
-        return None
-    folder, sources = objects / "csrc/kernels/cpu", ROOT / "csrc/kernels/cpu"
-    if {path.stem for path in folder.glob("*.o")} != {path.stem for path in sources.glob("*.cpp")}:
-        return None  # some are of sources that are gone
-    to_do = subprocess.run([ninja, "-C", objects, "-n"], capture_output=True, text=True)
-    return folder if "no work to do" in to_do.stdout else None
+    script = ROOT / ".ci/kernel_objects.py"
+    if not script.exists():
+        return None  # a wheel is tested without the sources
+    environment = {**os.environ, "PYTHONPATH": str(Path(optim_ext.__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], cwd="/", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip()) if done.stdout.strip() else None
 
 
 @pytest.fixture(scope="session")
@@ -73,11 +69,11 @@ def cpp_build(kernel_objects):
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=tools)
     assert cmake, "cmake is missing: pip install cmake"
-    folder = ROOT / "build/tests-cpp"
+    folder = ROOT / "build/cpp-test"
     folder.mkdir(parents=True, exist_ok=True)
     option = f"-DOPTIM_EXT_KERNELS={kernel_objects or ''}"
     with FileLock(folder / "tests.lock"):
-        for command in (["-S", ROOT, "-B", folder, option], ["--build", folder, "-j", "2"]):
+        for command in (["-S", ROOT, "-B", folder, option], ["--build", folder, "--target", "cpp_tests", "-j", "2"]):
             done = subprocess.run([cmake, *command], capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
     return folder
