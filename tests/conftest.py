@@ -25,7 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from device import ON_CPU, put_test_tensors_there
+from forked import Forked
 from specs import CASES, SPECS, VARIANTS, Spec
+
+import optim_ext
 
 put_test_tensors_there()
 
@@ -89,6 +92,14 @@ def pytest_collection_finish():
     """What has been collected stays: the collector need not go through tens of thousands of tests again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def with_optim_ext():
+    """Programs in forks of a process that has optim_ext imported."""
+    forked = Forked("optim_ext", PYTHONPATH=str(Path(optim_ext.__file__).parents[1]))
+    yield forked
+    forked.stop()
 
 
 @pytest.fixture(autouse=True)

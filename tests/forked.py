@@ -95,6 +95,11 @@ class Forked:
         assert answer, "the process that is forked is gone"
         return SimpleNamespace(returncode=int(answer), **texts)
 
+    def run_module(self, name, *argv, **how):
+        """What ``python -m`` does."""
+        code = f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+        return self.run(*argv, code=code, **how)
+
     def stop(self):
         try:
             os.killpg(self.process.pid, 9)

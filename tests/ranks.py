@@ -34,7 +34,8 @@ class Processes:
             "PYTHONFAULTHANDLER": "1",  # a crash leaves where it was in the rank's log
             "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests)])),
         }
-        self.world = world
+        self.world, self.stopped = world, False
+        (folder / f"meet of {world}").unlink(missing_ok=True)  # of processes that are gone
         self.logs = [folder / f"log of rank {rank} of {world}" for rank in range(world)]
         self.ranks = []
         for rank, log in enumerate(self.logs):
@@ -71,6 +72,7 @@ class Processes:
             pytest.fail("\n".join(f"{answer}{end}\n{log.read_text()[-5000:]}" for answer, end, log in parts))
 
     def stop(self):
+        self.stopped = True
         for rank in self.ranks:
             rank.kill()
             rank.communicate()

@@ -7,37 +7,43 @@ from device import ON_CPU
 from ranks import Processes, cases_in
 
 PROGRAM = Path(__file__).with_name("dtensor_cases.py")
-WORLDS = (1, 2, 4) if ON_CPU else (1,)
+WORLDS = (2, 4, 1) if ON_CPU else (1,)
+CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_")]
+
+
+@pytest.fixture(scope="module", params=WORLDS)  # all tests of one number first: processes take seconds to start
+def world(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def running():
-    """The processes that the last case has left in order, by their number."""
-    kept = {}
-    yield kept
-    for processes in kept.values():
-        processes.stop()
+def running(tmp_path_factory):
+    """A function that gives the processes of a number, those that the last case has left in order if they are as many."""
+    folder, kept = tmp_path_factory.mktemp("ranks"), []
+
+    def processes(world):
+        if not kept or kept[0].world != world or kept[0].stopped:
+            while kept:  # few are to wait while others work
+                kept.pop().stop()
+            kept.append(Processes(PROGRAM, world, folder))
+        return kept[0]
+
+    yield processes
+    while kept:
+        kept.pop().stop()
 
 
-@pytest.mark.parametrize("case", [name for name in cases_in(PROGRAM) if not name.startswith("then_")])
-@pytest.mark.parametrize("world", WORLDS)  # case after case on the same processes: they take seconds to start
-def test_on_several_processes(case, world, running, tmp_path_factory):
-    if world not in running:
-        for other in list(running):  # few are to wait while others work
-            running.pop(other).stop()
-        running[world] = Processes(PROGRAM, world, tmp_path_factory.mktemp("ranks"))
-    processes = running.pop(world)
-    processes.expect(case)
-    running[world] = processes
+@pytest.fixture(scope="module")
+def saved(running):
+    """A checkpoint is in the folder, of as many processes as come first."""
+    running(WORLDS[0]).expect("then_saves")
 
 
-def test_a_checkpoint_goes_on_with_other_numbers_of_processes(tmp_path):
-    """Saved on two, it is loaded on four, on one and on two, and trains on with the same bits."""
-    first, *others = (2, 4, 1, 2) if ON_CPU else (1, 1)
-    for world, case in ((first, "then_saves"), *((other, "then_resumes") for other in others)):
-        processes = Processes(PROGRAM, world, tmp_path)
-        try:
-            processes.expect(case)
-        finally:
-            processes.stop()
-        (tmp_path / f"meet of {world}").unlink(missing_ok=True)
+@pytest.mark.parametrize("case", CASES)
+def test_on_several_processes(case, world, running):
+    running(world).expect(case)
+
+
+def test_a_checkpoint_goes_on_with_other_numbers_of_processes(world, saved, running):
+    """It trains on with the same bits."""
+    running(world).expect("then_resumes")

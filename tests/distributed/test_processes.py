@@ -17,16 +17,20 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def running():
-    """The processes that the last case has left in order, if any."""
-    kept = []
-    yield kept
+def running(tmp_path_factory):
+    """A function that gives the processes, those that the last case has left in order if there are any."""
+    folder, kept = tmp_path_factory.mktemp("ranks"), []
+
+    def processes():
+        if not kept or kept[0].stopped:
+            kept[:] = [Processes(PROGRAM, WORLD, folder)]
+        return kept[0]
+
+    yield processes
     for processes in kept:
         processes.stop()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_on_processes(case, running, tmp_path):
-    processes = running.pop() if running else Processes(PROGRAM, WORLD, tmp_path)
-    processes.expect(case)
-    running.append(processes)
+def test_on_processes(case, running):
+    running().expect(case)

@@ -189,9 +189,9 @@ compile_now(o._variant(o.param_groups[0])); print(o._variant(o.param_groups[0]).
         (["mine:Plain", "thrice=True"], 1, "Plain has no option 'thrice'"),
     ],
 )
-def test_the_command_line_says_what_it_does_not_understand(tmp_path, arguments, status, words):
+def test_the_command_line_says_what_it_does_not_understand(with_optim_ext, tmp_path, arguments, status, words):
     (tmp_path / "mine.py").write_text(MODULE)
-    done = run("-m", "optim_ext", "compile", *arguments, cwd=tmp_path, OPTIM_EXT_CACHE=str(tmp_path / "cache"))
+    done = with_optim_ext.run_module("optim_ext", "compile", *arguments, cwd=tmp_path)
     assert done.returncode == status and words in done.stderr, done.stderr
 
 
