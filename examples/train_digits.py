@@ -221,7 +221,7 @@ def plot(comparisons: list[Comparison], path: Path) -> None:
         apart.plot(comparison.differences, color="dimgray", linewidth=1)
         apart.axhline(LARGEST_DIFFERENCE, color="tab:red", linewidth=1, linestyle="--")
         apart.set_yscale("symlog", linthresh=1e-7)
-        apart.set_ylim(0, 10 * LARGEST_DIFFERENCE)
+        apart.set_ylim(0, 100 * LARGEST_DIFFERENCE)  # room for the word above the bound
         apart.set_yticks([0, 1e-6, 1e-4, 1e-2])
         apart.set_xlabel("training step")
         if column == 0:
