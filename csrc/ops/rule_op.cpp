@@ -126,8 +126,8 @@ bool fits(const RuleProgram* program, const RuleCode& code) {
 const RulePrograms* load_compiled_rule(const std::string& path, const OpenParts& parts) {
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library != nullptr, "optim_ext: a compiled rule cannot be loaded: ", dlerror());
-  const auto get = reinterpret_cast<const CompiledRule* (*)()>(dlsym(library, "optim_ext_rule"));
-  const CompiledRule* const rule = get == nullptr ? nullptr : get();
+  const auto get = reinterpret_cast<CompiledRule::Get>(dlsym(library, "optim_ext_rule"));
+  const CompiledRule* const rule = get == nullptr ? nullptr : get(&cpu::tile_moves_for(current_isa()));
   const auto is_this_rule = [&] {
     if (rule == nullptr || rule->abi != CompiledRule::kAbi || rule->bundle_bytes != int32_t{sizeof(Bundle)} ||
         rule->pass_bytes != int32_t{sizeof(Pass)} || rule->layout_bytes != int32_t{sizeof(Layout)} ||

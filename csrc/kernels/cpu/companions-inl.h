@@ -1,7 +1,7 @@
 // Parameters and state that are kept in another way than a rule sees them: opened in float, swept by any rule and
 // closed, tile by tile. Compiled once per instruction set inside the namespace OPTIM_EXT_ISA (for_each_isa.h).
 
-#include "moves-inl.h"
+#include "convert-inl.h"
 #include "tiles-inl.h"
 
 namespace optim_ext::cpu::OPTIM_EXT_ISA {

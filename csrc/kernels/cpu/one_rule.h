@@ -27,6 +27,22 @@
 
 namespace optim_ext::cpu {
 
+static const TileMoves* moves;  // of the library that loads this one
+
+namespace OPTIM_EXT_ISA {
+
+template <class V>
+void TileOperand<V>::load(const Start& start, int64_t n, V* buffer) const {
+  moves->load[sizeof(V) == sizeof(double)](this, &start, n, buffer);
+}
+
+template <class V>
+void TileOperand<V>::store(const Start& start, int64_t n, const V* buffer) const {
+  moves->store[sizeof(V) == sizeof(double)](this, &start, n, buffer);
+}
+
+}  // namespace OPTIM_EXT_ISA
+
 template <class Rule>
 constexpr Sweep kSweeps[] = {&OPTIM_EXT_ISA::sweep<Rule, float>, &OPTIM_EXT_ISA::sweep<Rule, double>};
 
@@ -61,9 +77,11 @@ constexpr RulePrograms compiled_programs() {
 }  // namespace optim_ext::cpu
 
 #define OPTIM_EXT_EXPORT_RULE(Rule)                                                                                \
-  extern "C" __attribute__((visibility("default"))) const optim_ext::CompiledRule* optim_ext_rule() {              \
+  extern "C" __attribute__((visibility("default"))) const optim_ext::CompiledRule* optim_ext_rule(                 \
+      const optim_ext::cpu::TileMoves* moves) {                                                                    \
     static constexpr optim_ext::CompiledRule rule{                                                                 \
         optim_ext::CompiledRule::kAbi, sizeof(optim_ext::Bundle),      sizeof(optim_ext::Pass),                    \
         sizeof(optim_ext::Layout),     sizeof(optim_ext::RuleProgram), optim_ext::cpu::compiled_programs<Rule>()}; \
+    optim_ext::cpu::moves = moves;                                                                                 \
     return &rule;                                                                                                  \
   }

@@ -2,9 +2,7 @@
 
 namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
-namespace {
-
-// What every sweep calls and none needs a copy of: not inlined, but in the unnamed namespace.
+// What every loop of a unit calls and none needs a copy of: not inlined, but in the unnamed namespace.
 #define OPTIM_EXT_SHARED __attribute__((noinline))
 
 constexpr int64_t kFetched = 32;            // cache lines that are asked for ahead
@@ -47,18 +45,9 @@ struct TileOperand {
     if (!in_place()) store(start, n, buffer);
   }
 
-  OPTIM_EXT_SHARED void load(const Start& start, int64_t n, V* buffer) const {
-    if (layout == nullptr) return widen(at(start.index), storage, {1, n, 1, 1}, buffer);
-    if (layout->firsts != nullptr && operand == kGradOperand) return load_sums(start.index, n, buffer);
-    walk(start, n,
-         [&](int64_t i, int64_t offset, const Block& block) { widen(at(offset), storage, block, buffer + i); });
-  }
-
-  OPTIM_EXT_SHARED void store(const Start& start, int64_t n, const V* buffer) const {
-    if (layout == nullptr) return narrow(buffer, at(start.index), storage, {1, n, 1, 1});
-    walk(start, n,
-         [&](int64_t i, int64_t offset, const Block& block) { narrow(buffer + i, at(offset), storage, block); });
-  }
+  // Compiled once for all rules: tile_moves-inl.h.
+  void load(const Start& start, int64_t n, V* buffer) const;
+  void store(const Start& start, int64_t n, const V* buffer) const;
 
   // Asks for a tile that is read some tiles from now, where the order of memory is not that of the walk: what walk()
   // begins with from `start`, or as much as the tile has of the dense piece of memory that comes `ahead` of it.
@@ -76,48 +65,9 @@ struct TileOperand {
     for (int64_t i = 0; i < layout->sizes[last] && i < kFetched; ++i)
       __builtin_prefetch(from + i * strides[last] * bytes_of(storage), 1);
   }
-
-  // The same for rows of a sparse gradient that lie anywhere in memory, or in several places.
-  OPTIM_EXT_INLINE void load_sums(int64_t start, int64_t n, V* buffer) const {
-    V term[kTile];
-    const int64_t width = layout->sizes[1];
-    int64_t row = start / width, column = start - row * width;
-    for (int64_t i = 0, count; i < n; i += count, ++row, column = 0) {
-      count = width - column < n - i ? width - column : n - i;
-      int64_t source = layout->firsts[row];
-      widen(at(layout->sources[source] * width + column), storage, {1, count, 1, 1}, buffer + i);
-      while (++source < layout->firsts[row + 1]) {
-        widen(at(layout->sources[source] * width + column), storage, {1, count, 1, 1}, term);
-        V* const sum = buffer + i;
-        OPTIM_EXT_FOR(e, count) sum[e] = sum[e] + term[e];
-      }
-    }
-  }
-
-  // Visits n elements from `start` in blocks of whole runs, and parts of a run at either end. Only the first place is
-  // found by division.
-  template <class Visit>
-  OPTIM_EXT_INLINE void walk(const Start& start, int64_t n, const Visit& visit) const {
-    const int last = layout->ndim - 1;
-    int64_t place[kMaxDims], offset = layout->offset_at(operand, start.places);
-    for (int d = 0; d <= last; ++d) place[d] = start.places[d];
-    const int64_t length = layout->sizes[last], stride = layout->strides[operand][last];
-    // Runs that lie anywhere are visited one by one.
-    const bool even = last > 0 && (last > 1 || (layout->rows == nullptr && layout->outer == nullptr));
-    const int64_t most = even ? layout->sizes[last - 1] : 1, run_stride = even ? layout->strides[operand][last - 1] : 0;
-    for (int64_t i = 0; i < n;) {
-      Block block{1, n - i < length - place[last] ? n - i : length - place[last], run_stride, stride};
-      if (place[last] == 0 && n - i >= length) {
-        const int64_t left = even ? most - place[last - 1] : 1, whole = (n - i) / length;
-        block.runs = left < whole ? left : whole;
-      }
-      visit(i, offset, block);
-      i += block.runs * block.length;
-      offset = layout->skip_runs(operand, offset - place[last] * stride, place, block.runs);
-      place[last] = 0;
-    }
-  }
 };
+
+namespace {
 
 // Operand I of element i: for the gradient a value of the rule's own, for one that this variant of the rule does not
 // have a scratch value.
