@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 # Of the tests in frameworks, those of these: FRAMEWORKS="lightning peft". All of them if none is named.
 FRAMEWORKS ?=
-# Of the tests on CUDA tensors, `make double` runs every so manieth.
+# Of the tests that take long where they run, on CUDA tensors (`make double`) or on emulated processors, every so manieth.
 EVERY ?= 1
 
 VENV := .venv
@@ -23,7 +23,7 @@ BUILD_TOOLS := 'setuptools>=64' ninja numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize cuda-check double double-build frameworks clean
+.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize arm-check arm-tools old-cpu-check old-cpu-tools cuda-check double double-build frameworks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,8 @@ help:
 	@echo 'make docs        the site, into build/site ;  make docs-browser opens every page in a Chromium that is installed'
 	@echo 'make lint        formatters in check mode, ruff, types, the include rule;  make format mends the layout'
 	@echo 'make cpp-test    C++ tests of the torch-free code ;  make sanitize runs them under sanitizers'
+	@echo 'make arm-check   the C++ tests for ARM64, in an emulator ;  make old-cpu-check: C++ tests and a step of every class on'
+	@echo '                 emulated processors without AVX and with AVX2 (EVERY=11: of what is slow one case in 11)'
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
 	@echo 'make double      tests on CUDA tensors, on a double of the CUDA runtime without a GPU (EVERY=12: one of 12 tests)'
 	@echo 'make frameworks  short trainings in Lightning, transformers and others (FRAMEWORKS="lightning peft": these alone)'
@@ -114,12 +116,46 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# The kernels of the module that is built in place are linked, where they are made of the sources as they are now.
-KERNELS_AT_HAND = -DOPTIM_EXT_KERNELS="$$($(BIN)/python .ci/kernel_objects.py)"
-cpp-test sanitize: $(VENV)/test.stamp
-	$(BIN)/cmake -S . -B build/$@ $(if $(filter sanitize,$@),-DOPTIM_EXT_SANITIZE=ON,$(KERNELS_AT_HAND))
-	$(BIN)/cmake --build build/$@ -j $(WORKERS)
-	$(BIN)/ctest --test-dir build/$@ -j $(WORKERS) --output-on-failure
+# The torch-free code and its tests, which want neither torch nor the module.
+build/tools/cmake.stamp:
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/$(PIP) 'cmake>=3.21'
+	touch $@
+
+define CPP_TEST
+build/tools/bin/cmake -S . -B build/$@ $(1)
+build/tools/bin/cmake --build build/$@ -j $(WORKERS)
+build/tools/bin/ctest --test-dir build/$@ -j $(WORKERS) --output-on-failure
+endef
+
+# The kernels of a module that was built in place are linked, where they are made of the sources as they are now.
+KERNELS_AT_HAND = -DOPTIM_EXT_KERNELS="$$(test ! -f $(VENV)/test.stamp || $(BIN)/python .ci/kernel_objects.py)"
+cpp-test: build/tools/cmake.stamp
+	$(call CPP_TEST,$(KERNELS_AT_HAND))
+
+sanitize: build/tools/cmake.stamp
+	$(call CPP_TEST,-DOPTIM_EXT_SANITIZE=ON)
+
+# Other processors than this one.
+arm-check old-cpu-check: export OPTIM_EXT_EVERY = $(EVERY)
+
+arm-check: arm-tools build/tools/cmake.stamp
+	$(call CPP_TEST,--toolchain tests/cpp/arm64.cmake)
+
+old-cpu-check: old-cpu-tools $(VENV)/test.stamp
+	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS) tests/package/emulated
+
+# Programs, and Debian's packages that have them: what is missing is named before anything is built.
+define INSTALLED
+@missing=; for both in $(1); do command -v $${both%:*} >/dev/null || missing="$$missing $${both#*:}"; done; \
+if [ -n "$$missing" ]; then echo "to be installed, on Debian or Ubuntu: sudo apt-get install$$missing"; exit 1; fi
+endef
+
+arm-tools:
+	$(call INSTALLED,aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64:qemu-user)
+
+old-cpu-tools:
+	$(call INSTALLED,qemu-x86_64:qemu-user)
 
 # A CUDA build needs another torch. It gets its own environment and its own copy of the sources, so that the module that
 # is built in place here stays as it is.

@@ -173,6 +173,31 @@ Case make_case(int64_t numel, const Storages& storages, int strides, Random& ran
   return made;
 }
 
+// What a sweep of a tensor is given beside the tensor. All of it is drawn, so that anything meets anything else.
+struct Scene {
+  unsigned switches;
+  int zero;  // which number of the rule is zero; -1: none
+  double step;
+  int strides;
+  Pass pass;
+  int64_t begin, end;
+};
+
+inline Scene draw_scene(int64_t numel, Random& random) {
+  Scene scene;
+  scene.switches = static_cast<unsigned>(random.below(8));
+  scene.zero = static_cast<int>(random.below(7)) - 1;
+  scene.step = 1.0 + static_cast<double>(random.below(5));
+  const bool strided = random.one_in(3) && numel > 0;
+  scene.strides = strided ? kMixed + static_cast<int>(random.below(kStrides - kMixed)) : kDense;
+  scene.pass.unscale = random.one_in(4);
+  scene.pass.grad_scale = random.one_in(2) ? 3.0 : 4.0;
+  if (random.one_in(3)) scene.pass.grad_factor = 0.3;
+  scene.begin = random.one_in(5) ? numel / 3 : 0;
+  scene.end = random.one_in(11) ? numel - numel / 4 : numel;
+  return scene;
+}
+
 // Equal bytes; where both hold a NaN its payload is free.
 inline bool same(const Case& a, const Case& b, int* operand, int64_t* element) {
   for (size_t k = 0; k < a.operands.size(); ++k) {

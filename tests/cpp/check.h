@@ -1,9 +1,11 @@
-// The few words a C++ test needs: check() counts and prints failures, verdict() is what main() returns.
+// The few words a C++ test needs: check() counts and prints failures, verdict() is what main() returns, chosen() thins
+// out cases.
 #pragma once
 
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 
 inline long checks_done = 0, checks_failed = 0;
 
@@ -21,6 +23,15 @@ __attribute__((format(printf, 2, 3))) inline void check(bool good, const char* f
 inline int verdict() {
   std::printf("%ld checks, %ld failed\n", checks_done, checks_failed);
   return checks_done == 0 || checks_failed > 0;
+}
+
+// Of the cases of a test that has very many, every so manieth, as OPTIM_EXT_EVERY says; all of them where it is not
+// set. Emulated processors take dozens of times as long.
+inline bool chosen() {
+  static const char* const said = std::getenv("OPTIM_EXT_EVERY");
+  static const long every = said == nullptr ? 1 : std::atol(said);
+  static long cases = 0;
+  return every > 0 && cases++ % every == 0;
 }
 
 // A small generator whose numbers do not depend on the C++ library (splitmix64, Steele, Lea & Flood 2014).

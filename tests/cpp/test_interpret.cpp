@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cases.h"
-#include "kernels/cpu/kernels.h"
+#include "isas.h"
 #include "kernels/interpret.h"
 #include "rules/lion.h"
 #include "rules/words.h"
@@ -38,17 +38,6 @@ RuleCode lion() {
                {T::multiply, 4, 8, 1, 1},         {T::multiply_add, 2, 7, 2, 4}, {T::multiply, 4, 9, 0, 0},
                {T::subtract_product, 0, 10, 3, 4}};
   return code;
-}
-
-std::vector<std::pair<const char*, cpu::Isa>> isas() {
-  std::vector<std::pair<const char*, cpu::Isa>> found{{"baseline", cpu::Isa::baseline}};
-#if OPTIM_EXT_X86_ISAS
-  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", cpu::Isa::avx2});
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", cpu::Isa::avx512});
-#endif
-  return found;
 }
 
 template <class V>

@@ -3,9 +3,9 @@
 #include <array>
 #include <vector>
 
-#include "cases.h"
-#include "kernels/cpu/kernels.h"
+#include "isas.h"
 #include "kernels/cuda/reduce_block.h"
+#include "reduce_cases.h"
 #include "rules/reductions.h"
 
 using namespace optim_ext;
@@ -15,28 +15,6 @@ namespace {
 // Around the width of a row of lanes, of a tile and of a chunk, and several chunks.
 const std::vector<int64_t> kLengths = {0,    1,    2,     31,    32,    33,    63,    255,   2047,
                                        2048, 2049, 16383, 16384, 16385, 40000, 70001, 12345, 6};
-
-std::vector<cpu::Isa> instruction_sets() {
-  std::vector<cpu::Isa> found{cpu::Isa::baseline};
-#if OPTIM_EXT_X86_ISAS
-  if (__builtin_cpu_supports("avx2")) found.push_back(cpu::Isa::avx2);
-  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) found.push_back(cpu::Isa::avx512);
-#endif
-  return found;
-}
-
-template <class Reduction>
-std::vector<double> slots_of(const std::vector<const Bundle*>& bundles, cpu::Isa isa) {
-  std::vector<double> slots;
-  for (const Bundle* bundle : bundles) {
-    const size_t first = slots.size();
-    slots.resize(first + reduce_chunks(bundle->numel) * kReduceSlots, 0.0);
-    for (int64_t from = 0, slot = 0; from < bundle->numel; from += kReduceTile, ++slot) {
-      slots[first + slot] = cpu::reduce_for<Reduction>(isa)(*bundle, from, std::min(bundle->numel, from + kReduceTile));
-    }
-  }
-  return slots;
-}
 
 // What the kernel does with its lanes' results by shuffles.
 template <class Rule>
@@ -127,10 +105,10 @@ void test_reduction(const char* name) {
                            ? std::abs(total - static_cast<double>(expected)) <= 1e-14 * static_cast<double>(expected)
                            : same_bits(total, static_cast<double>(expected));
     check(close, "%s: %.17g instead of %.17Lg", name, total, expected);
-    for (const cpu::Isa isa : instruction_sets()) {
+    for (const auto& [isa_name, isa] : isas()) {
       const std::vector<double> slots = slots_of<Reduction>(bundles, isa);
       check(slots.size() == baseline.size() && std::equal(slots.begin(), slots.end(), baseline.begin(), same_bits),
-            "%s: instruction set %d differs from the baseline", name, static_cast<int>(isa));
+            "%s: %s differs from the baseline", name, isa_name);
     }
     const std::vector<double> on_host = slots_on_host<Reduction>(bundles);
     check(on_host.size() == baseline.size() && std::equal(on_host.begin(), on_host.end(), baseline.begin(), same_bits),
@@ -171,15 +149,15 @@ void test_fibers(const char* name) {
     const size_t results = outer * fibers.pieces() * inner;
     on_cpu.emplace_back(results, -1.0);
     on_host.emplace_back(results, -1.0);
-    for (const cpu::Isa isa : instruction_sets()) {
+    for (const auto& [isa_name, isa] : isas()) {
       std::vector<double> got(results, -1.0);
       fibers.results = got.data();
       const int64_t half = fibers.units() / 2;
       cpu::reduce_fibers_for<Reduction>(isa)(fibers, half, fibers.units());
       cpu::reduce_fibers_for<Reduction>(isa)(fibers, 0, half);
       if (isa == cpu::Isa::baseline) on_cpu[t] = got;
-      check(std::equal(got.begin(), got.end(), on_cpu[t].begin(), same_bits), "%s: fibers %zu on instruction set %d",
-            name, t, static_cast<int>(isa));
+      check(std::equal(got.begin(), got.end(), on_cpu[t].begin(), same_bits), "%s: fibers %zu on %s", name, t,
+            isa_name);
     }
     for (int64_t result = 0; result < static_cast<int64_t>(results); ++result) {
       const int64_t i = result % inner, piece = result / inner % fibers.pieces(), o = result / inner / fibers.pieces();

@@ -53,6 +53,7 @@ memory::Walk random_walk(Random& random, int most) {
 void walks_visit_the_same_elements() {
   Random random{9};
   for (int n = 0; n < 4000; ++n) {
+    if (!chosen()) continue;
     memory::Walk walk = random_walk(random, n % 100 == 0 ? 12 : 6);
     auto right = places(walk, {});
     memory::order(walk, 0);
@@ -89,6 +90,7 @@ void squares_have_both_orders() {
   } const matrices[] = {{768, 768, 4, 16},  {96, 9, 2, 9},    {769, 768, 3, 16},
                         {768, 769, 3, 769}, {4, 768, 2, 768}, {768, 64, 2, 64}};
   for (const auto& [rows, columns, dims, fastest] : matrices) {
+    if (!chosen()) continue;
     memory::Walk walk{{{rows, {columns, 1}}, {columns, {1, rows}}}, 0b11};
     auto right = places(walk, {});
     memory::make_squares(walk);

@@ -234,6 +234,24 @@ def test_make_builds_for_the_cpu_where_no_gpu_is_visible(root, tmp_path, switch,
     assert (tmp_path / "build/demo.log").read_text() == f"switch={switch or '0'}\n"
 
 
+@pytest.mark.parametrize(
+    ("target", "packages"),
+    [("arm-check", "g++-aarch64-linux-gnu qemu-user"), ("old-cpu-check", "qemu-user")],
+)
+def test_make_names_the_packages_of_an_emulator_that_is_missing(root, tmp_path, target, packages):
+    make = shutil.which("make")
+    shutil.copy(root / "Makefile", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/find").symlink_to(shutil.which("find"))
+    done = subprocess.run(
+        [make, target], cwd=tmp_path, env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stdout.endswith(f"sudo apt-get install {packages}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "csrc", "bin"}  # nothing was built
+
+
 def test_the_headers_that_are_packaged_compile_a_rule_on_their_own(setup, monkeypatch, root, tmp_path):
     """Without the rest of the source folder, as in an installed wheel."""
     monkeypatch.chdir(root)
