@@ -58,6 +58,13 @@ def is_alike(spec: Any, other: Any) -> bool:
     )
 
 
+def are_alike(tensor: Any, other: Any) -> bool:
+    """Whether both are plain, or DTensors with the same layout."""
+    if is_dtensor(tensor) and is_dtensor(other):
+        return is_alike(tensor._spec, other._spec)
+    return is_dtensor(tensor) == is_dtensor(other)
+
+
 def is_partial(spec: Any) -> bool:
     return any(place.is_partial() for place in spec.placements)
 
@@ -82,6 +89,11 @@ def mesh_groups(spec: Any) -> Groups:
 def shard_counts(spec: Any) -> list[int]:
     """Into how many parts each dimension of the mesh cuts a tensor."""
     return [spec.mesh.size(dim) for dim, place in enumerate(spec.placements) if not place.is_replicate()]
+
+
+def is_cut(spec: Any) -> bool:
+    """Whether some process has a part of the tensor only."""
+    return any(count > 1 for count in shard_counts(spec))
 
 
 def described(spec: Any) -> str:

@@ -117,6 +117,8 @@ class Call : public Work {
   size_t companion_kinds() const;
   void add_companions(int64_t i);
   void add_companion(size_t kind, int64_t i, Companions& made);
+  bool follows_key(size_t kind, int64_t i) const;
+  void add_place(size_t kind, int64_t i, Companions& made);
   void add_exponents(size_t kind, int64_t i, Companions& made);
   void add_step(int64_t i, Bundle& bundle);
   void add_scalar(int64_t i, const List& list, const Bundle& bundle, ScalarState& scalar);

@@ -17,8 +17,9 @@ const at::Tensor& Call::companion(size_t kind, int64_t i) const {
   return spec_.controls.companions[kind * rule_.lists[kParam].tensors.size() + static_cast<size_t>(i)];
 }
 
-// In this order: what the parameter is kept in besides itself, the key of its random words, the exponents of each state
-// in q8. The dtype says which of these one is, and how a parameter is kept.
+// In this order: what the parameter is kept in besides itself, the key of its random words, where it is in the whole
+// that it is a part of, the exponents of each state in q8. The dtype says which of these one is, and how a parameter is
+// kept.
 void Call::add_companions(int64_t i) {
   Bundle& bundle = bundles[i];
   if (!device.is_cpu()) refuse("params", i, text("is on ", device, ", where nothing can lie beside it yet"));
@@ -41,7 +42,8 @@ void Call::add_companions(int64_t i) {
   }
   for (int k = 0; k < rule_.count; ++k) {
     if (!rule_.is_used(k) || bundle.storage[k] != Storage::q8) continue;
-    if (made.exponents[k] == nullptr) refuse(rule_.lists[k].name, i, "is in 8 bits, and its scale is missing");
+    if (bundle.numel != 0 && made.exponents[k] == nullptr)
+      refuse(rule_.lists[k].name, i, "is in 8 bits, and its scale is missing");
     if (!is_dense_like(rule_.lists[k].tensors[i], rule_.lists[kParam].tensors[i]))
       refuse(rule_.lists[k].name, i, "is in 8 bits, and not in its parameter's memory order");
   }
@@ -54,6 +56,7 @@ void Call::add_companion(size_t kind, int64_t i, Companions& made) {
   const Storage storage = bundles[i].storage[kParam];
   const at::ScalarType dtype = tensor.scalar_type();
   if (dtype == at::kByte) return add_exponents(kind, i, made);
+  if (dtype == at::kLong && follows_key(kind, i)) return add_place(kind, i, made);
   if (dtype == at::kLong) {
     if (tensor.numel() != kKeyLength || !tensor.is_contiguous())
       refuse(name, i, text("has shape ", tensor.sizes(), ", expected 3 numbers"));
@@ -81,6 +84,26 @@ void Call::add_companion(size_t kind, int64_t i, Companions& made) {
   made.twin = tensor.mutable_data_ptr();
 }
 
+// Of the two kinds that hold whole numbers the key comes first.
+bool Call::follows_key(size_t kind, int64_t i) const {
+  return kind > 0 && companion(kind - 1, i).scalar_type() == at::kLong;
+}
+
+void Call::add_place(size_t kind, int64_t i, Companions& made) {
+  const at::Tensor& tensor = companion(kind, i);
+  const char* const name = kCompanions[kind];
+  if (tensor.dim() != 1 || tensor.numel() % 2 != 1 || !tensor.is_contiguous())
+    refuse(name, i, text("has shape ", tensor.sizes(), ", expected an index and two numbers for each dimension"));
+  const int64_t* const place = tensor.const_data_ptr<int64_t>();
+  const auto ndim = static_cast<int>(tensor.numel() / 2);
+  int64_t numel = 1;
+  for (int d = 0; d < ndim; ++d) numel *= place[1 + 2 * d];
+  if (numel != bundles[i].numel)
+    refuse(name, i, text("is about ", numel, " elements, expected its parameter's ", bundles[i].numel));
+  made.place = place;
+  made.place_ndim = ndim;
+}
+
 // Those of the first state in 8 bits that has none yet.
 void Call::add_exponents(size_t kind, int64_t i, Companions& made) {
   const at::Tensor &tensor = companion(kind, i), &param = rule_.lists[kParam].tensors[i];
@@ -88,7 +111,8 @@ void Call::add_exponents(size_t kind, int64_t i, Companions& made) {
   int k = kGrad + 1;
   while (k < rule_.count && !(rule_.is_used(k) && bundles[i].storage[k] == Storage::q8 && !made.exponents[k])) ++k;
   if (k == rule_.count) refuse(name, i, "belongs to no state in 8 bits");
-  if (param.dim() == 0 || param.numel() == 0) refuse("params", i, "has no rows for a state in 8 bits");
+  if (param.dim() == 0) refuse("params", i, "has no rows for a state in 8 bits");
+  if (param.numel() == 0) return;
   made.row = param.numel() / param.size(0);
   made.blocks_of_row = (made.row + kBlock8 - 1) / kBlock8;
   const auto strides = at::infer_dense_strides(param.sizes(), param.strides());

@@ -60,8 +60,8 @@ struct PartialList {
 };
 
 // Names of the kinds of companions: those of all parameters of one kind follow each other in the list.
-constexpr const char* kCompanions[] = {"companions[0]", "companions[1]", "companions[2]",
-                                       "companions[3]", "companions[4]", "companions[5]"};
+constexpr const char* kCompanions[] = {"companions[0]", "companions[1]", "companions[2]", "companions[3]",
+                                       "companions[4]", "companions[5]", "companions[6]"};
 
 struct CallSpec {
   const char* op;  // its name, for messages
@@ -73,7 +73,7 @@ struct CallSpec {
   bool counts = true;  // false: the step is counted by another call of the same op, after this one
   std::initializer_list<PartialList> partial = {};  // only checked
   bool any_order = false;         // nothing is summed over elements, so that these may come in any order
-  bool takes_companions = false;  // the rule is applied in one sweep, element by element
+  bool takes_companions = false;  // every sweep and reduction of the op reads parameters and state through them
   int leader = 0;                 // the operand whose shape the others must have and whose memory order is walked
 };
 

@@ -119,6 +119,11 @@ struct Companions {
   int64_t row;                       // elements of an index of the first dimension, which blocks lie in; 0: no blocks
   int64_t blocks_of_row;
   unsigned positive;  // bit k: operand k has no sign
+  // Where a part of a tensor is in the whole, which random words go by: the index of its first element there, then for
+  // each of `place_ndim` dimensions of the part, from the outermost in, its size and how far apart neighbours are in
+  // the whole. Null: it is the whole.
+  const int64_t* place;
+  int place_ndim;
 
   // Where the block that element `index` lies in begins or, if that is before it, the next one: pieces end there.
   OPTIM_EXT_HOST_DEVICE int64_t end_of_piece(int64_t index) const {

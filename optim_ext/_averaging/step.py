@@ -106,11 +106,14 @@ class StepAveraging:
     def besides(
         self, in_step: dict[Tensor, Tensor], stand_ins: Mapping[int, Tensor], state: State
     ) -> _C.AveragePlan | Besides:
-        left = [entry for entry in self.native() if stand_ins.get(id(entry[2]), entry[2]) not in in_step]
-        by_value = [entry for entry in left if self.is_by_value(entry[2], state)]
-        if not by_value:
-            return average_plan(left)
-        return Besides([entry for entry in left if not self.is_by_value(entry[2], state)], by_value)
+        known = ((entry, stand_ins.get(id(entry[2]), entry[2])) for entry in self.native())
+        left = [(entry, current) for entry, current in known if current not in in_step]
+        as_they_are = [entry for entry, current in left if not self.is_by_value(current, state)]
+        if len(as_they_are) == len(left):
+            return average_plan(as_they_are)
+        # A stand-in has the memory of what it stands in for while a step is taken.
+        by_value = [(*entry[:2], current) for entry, current in left if self.is_by_value(current, state)]
+        return Besides(as_they_are, by_value)
 
     @torch.no_grad()
     def finish(
@@ -133,10 +136,15 @@ class StepAveraging:
         self.averaged._calls += 1
 
     @_disable_dynamo  # torch.compiler.disable imports the whole compiler where it decorates
-    def update(self, found_inf: Tensor | None = None, state: State | None = None) -> None:
+    def update(
+        self,
+        found_inf: Tensor | None = None,
+        state: State | None = None,
+        stand_ins: Mapping[int, Tensor] | None = None,
+    ) -> None:
         """After a step that could not average: the update on its own."""
         pairing = self.pairing()
-        plan = pairing.plan if state is None or not self.masters else self.besides({}, {}, state)
+        plan = pairing.plan if state is None or not self.masters else self.besides({}, stand_ins or {}, state)
         self.finish(pairing, self.weight(found_inf), plan, found_inf, state or {})
 
     def _rule(self) -> AveragingRule:

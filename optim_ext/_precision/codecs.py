@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,14 @@ BLOCK = 64
 _NOT_FINITE = 255
 
 
+def dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor without gaps in the memory order of ``p``."""
+    return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+
+
 def like(p: Tensor, value: Tensor) -> Tensor:
     """A value of the parameter's shape with its elements in the parameter's memory order, without gaps."""
-    strides = torch.empty_like(p, device="meta").stride()
-    if value.device == p.device and value.stride() == strides:
+    if value.device == p.device and value.stride() == dense_strides(p):
         return value
     return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
@@ -65,15 +71,20 @@ def decode(p: Tensor, codes: Tensor, exponents: Tensor, positive: bool) -> Tenso
     return _from_blocks(p, value.masked_fill_(exponent == _NOT_FINITE, torch.nan))
 
 
+def blocks_of_row(p: Tensor) -> int:
+    """How many blocks an index of the first dimension has."""
+    return -(-math.prod(p.shape[1:]) // BLOCK)
+
+
 def _by_blocks(p: Tensor, value: Tensor) -> Tensor:
     """Rows in blocks of 64 elements in memory order, the last of each filled up with zeros: (rows, blocks, 64)."""
-    rows = p.shape[0]
-    flat = torch.as_strided(like(p, value), (rows, p.numel() // rows), (p.numel() // rows, 1))
-    return torch.nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK)).view(rows, -1, BLOCK)
+    rows, of_row = p.shape[0], math.prod(p.shape[1:])
+    flat = torch.as_strided(like(p, value), (rows, of_row), (of_row, 1))
+    return torch.nn.functional.pad(flat, (0, -of_row % BLOCK)).view(rows, blocks_of_row(p), BLOCK)
 
 
 def _from_blocks(p: Tensor, blocks: Tensor) -> Tensor:
-    rows, of_row = p.shape[0], p.numel() // p.shape[0]
+    rows, of_row = p.shape[0], math.prod(p.shape[1:])
     made = torch.empty_like(p, dtype=blocks.dtype, requires_grad=False)
-    torch.as_strided(made, (rows, of_row), (of_row, 1)).copy_(blocks.reshape(rows, -1)[:, :of_row])
+    torch.as_strided(made, (rows, of_row), (of_row, 1)).copy_(blocks.reshape(rows, blocks.shape[1] * BLOCK)[:, :of_row])
     return made

@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optim_ext._precision import codecs
+
 PARAM_PRECISIONS: Final = ("native", "master", "remainder", "kahan", "stochastic", "auto")
 STATE_PRECISIONS: Final = ("native", "fp32", "bf16", "q8")
 DEFAULTS: Final[dict[str, Any]] = {
@@ -26,6 +28,8 @@ TWINS: Final[dict[str, tuple[str, torch.dtype | None]]] = {
     "kahan": ("kahan_comp", None),
 }
 ROUNDING_KEY: Final = "rounding_key"
+# Where the part that a process has of a DTensor is in the whole: beside its state during steps, and no part of it.
+PLACE: Final = "rounding_place"
 CODES, SCALE = "::q8", "::scale"  # after the key of a state that is kept in 8 bits
 
 # State without a sign.
@@ -42,13 +46,19 @@ class Keeping:
     param: str  # one of PARAM_PRECISIONS but "auto"
     state: tuple[tuple[str, str], ...]  # (key, one of STATE_PRECISIONS), in the order of the op's lists
     by_chance: int  # bit k: operand k is rounded by chance; bit k + 8: operand k has no sign
+    is_part: bool = False  # of a tensor that several processes have parts of
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some state is in 8 bits."""
+        return any(precision == "q8" for _, precision in self.state)
 
     @property
     def companions(self) -> list[str]:
         """The keys of what lies beside parameter and state, in the order an op takes it."""
         keys = [TWINS[self.param][0]] if self.param in TWINS else []
         if self.by_chance:
-            keys.append(ROUNDING_KEY)
+            keys += [ROUNDING_KEY, PLACE] if self.is_part else [ROUNDING_KEY]
         return keys + [key + SCALE for key, precision in self.state if precision == "q8"]
 
     def key_of(self, key: str | None) -> str | None:
@@ -91,9 +101,19 @@ def check(values: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} is {number!r}, expected a whole number from 0 up")
 
 
-def keeping_of(p: Tensor, group: Mapping[str, Any], places: Mapping[str, int], described: str) -> Keeping | None:
+def asks_for(group: Mapping[str, Any], precision: str) -> bool:
+    """Whether some state is to be kept in this, unless its shape forbids it."""
+    asked = group.get("state_precision", "native")
+    return precision in (asked.values() if isinstance(asked, Mapping) else (asked,))
+
+
+def keeping_of(
+    p: Tensor, device: torch.device, group: Mapping[str, Any], places: Mapping[str, int], described: str
+) -> Keeping | None:
     """What the options of a group come to for one of its parameters; None where everything is kept as torch does.
 
+    p: the parameter, or a tensor without memory that is like it, or like the whole that it is a part of.
+    device: where it is.
     places: the operand of the rule that each state of the parameter's shape is.
     """
     param = _of_param(p, group.get("param_precision", "native"), described)
@@ -108,10 +128,10 @@ def keeping_of(p: Tensor, group: Mapping[str, Any], places: Mapping[str, int], d
             by_chance |= 1 << place | has_no_sign(key) << (place + 8)
     if param == "native" and all(precision == "native" for _, precision in state):
         return None
-    if p.device.type not in ("cpu", "meta"):
+    if device.type not in ("cpu", "meta"):
         raise ValueError(
             f"{described}: param_precision and state_precision are for parameters on the CPU so far, and it is on "
-            f"{p.device}; use 'native' for both"
+            f"{device}; use 'native' for both"
         )
     return Keeping(param, tuple(state), by_chance)
 
@@ -166,7 +186,7 @@ def _of_state(p: Tensor, key: str, precision: str, param: str, min_q8_size: int,
 
 def _rows_are_outermost(p: Tensor) -> bool:
     """Whether the elements of each index of the first dimension follow each other in memory without another's between."""
-    return bool(torch.empty_like(p, device="meta").stride(0) * p.shape[0] == p.numel())
+    return codecs.dense_strides(p)[0] * p.shape[0] == p.numel()
 
 
 def _listed(names: tuple[str, ...]) -> str:

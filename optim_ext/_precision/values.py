@@ -8,10 +8,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optim_ext import _sharding
 from optim_ext._precision import codecs, options
-from optim_ext._precision.options import CODES, ROUNDING_KEY, SCALE, TWINS
+from optim_ext._precision.options import CODES, PLACE, ROUNDING_KEY, SCALE, TWINS
 
-TWIN_KEYS: Final = frozenset({*(key for key, _ in TWINS.values()), ROUNDING_KEY})
+TWIN_KEYS: Final = frozenset({*(key for key, _ in TWINS.values()), ROUNDING_KEY, PLACE})
 
 
 def is_ours(key: str) -> bool:
@@ -29,13 +30,13 @@ def as_kept(p: Tensor, key: str, value: Tensor, precision: str) -> dict[str, Ten
 
 
 def param_value(p: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    """What parameter and twin are together, in float32, whichever twin there is."""
-    value = p.detach().float()
-    master, remainder, lost = (
-        found if is_twin(p, precision, found := entry.get(TWINS[precision][0])) else None for precision in TWINS
-    )
+    """What parameter and twin are together, in float32, whichever twin there is: of a DTensor this process's part."""
+    twins = (found if is_twin(p, precision, found := entry.get(TWINS[precision][0])) else None for precision in TWINS)
+    master, remainder, lost = (_sharding.local(twin) if isinstance(twin, Tensor) else None for twin in twins)
+    p = _sharding.local(p)
+    value = p.float()
     if isinstance(master, Tensor):
-        return torch.where(master.to(p.dtype) == p.detach(), master, value)
+        return torch.where(master.to(p.dtype) == p, master, value)
     if isinstance(remainder, Tensor):
         return codecs.join_remainder(p, remainder)
     return value + lost.float() if isinstance(lost, Tensor) else value
@@ -54,14 +55,13 @@ def is_twin(p: Tensor, precision: str, found: Any) -> bool:
 def is_in_blocks(p: Tensor, entry: Mapping[str, Any], key: str) -> bool:
     """Whether a state is kept in 8 bits, as an op takes it."""
     codes, scale = entry.get(key + CODES), entry.get(key + SCALE)
-    if not (isinstance(codes, Tensor) and isinstance(scale, Tensor) and p.dim() > 0 and p.numel() > 0):
+    if not (isinstance(codes, Tensor) and isinstance(scale, Tensor) and p.dim() > 0):
         return False
-    blocks = -(-p.numel() // p.shape[0] // codecs.BLOCK)
     return (
         codes.dtype is scale.dtype is torch.uint8
-        and codes.stride() == torch.empty_like(p, device="meta").stride()
+        and codes.stride() == codecs.dense_strides(p)
         and codes.shape == p.shape
-        and scale.shape == (p.shape[0], blocks)
+        and scale.shape == (p.shape[0], codecs.blocks_of_row(p))
         and scale.is_contiguous()
     )
 
@@ -69,7 +69,9 @@ def is_in_blocks(p: Tensor, entry: Mapping[str, Any], key: str) -> bool:
 def state_value(p: Tensor, entry: Mapping[str, Any], key: str) -> Tensor | None:
     """A state whatever it is kept in: from 8 bits in float32; None where there is none."""
     if key + CODES in entry and key + SCALE in entry:
-        return codecs.decode(p, entry[key + CODES], entry[key + SCALE], options.has_no_sign(key))
+        part, codes, scale = (_sharding.local(tensor) for tensor in (p, entry[key + CODES], entry[key + SCALE]))
+        decoded = codecs.decode(part, codes, scale, options.has_no_sign(key))
+        return _sharding.wrapped(decoded, p) if _sharding.is_dtensor(p) else decoded
     value = entry.get(key)
     return value if isinstance(value, Tensor) else None
 

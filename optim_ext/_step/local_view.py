@@ -12,6 +12,8 @@ from torch import Tensor
 
 from optim_ext import _sharding
 from optim_ext._load import _C
+from optim_ext._precision import parts, values
+from optim_ext._precision.options import PLACE, ROUNDING_KEY, SCALE
 from optim_ext._step.base import Group
 from optim_ext._step.owners import Owners
 from optim_ext._tables import TABLES
@@ -117,7 +119,7 @@ class LocalView:
                     self._known[id(value)] = part
                 if stands_in:
                     others.append((value, part))
-            for key in [key for key in seen if key not in entry]:
+            for key in [key for key in seen if key not in entry and key != PLACE]:
                 del seen[key]
             entries[stand_in] = seen
         self.state.clear()
@@ -130,7 +132,7 @@ class LocalView:
         """What a step is given for a value of the state of DTensor ``p``, and whether that stands in for a part of it."""
         if not _sharding.is_dtensor(value):
             plain: Tensor | None = value if isinstance(value, Tensor) else None
-            if plain is None or key in self.scalars or plain.dim() == 0:
+            if plain is None or key in self.scalars or plain.dim() == 0 or key == ROUNDING_KEY:
                 return value, False
             raise RuntimeError(
                 f"{name}: its state '{key}' is a tensor of shape {tuple(plain.shape)}, expected a DTensor laid out as the "
@@ -139,6 +141,8 @@ class LocalView:
         local = _sharding.local_part(value)
         if local is None:
             raise RuntimeError(f"{name}: its state '{key}' has a {type(value._local_tensor).__name__} as local tensor")
+        if key.endswith(SCALE) and _sharding.is_alike(value._spec, parts.scale_spec(p)):
+            return (seen if isinstance(seen, Tensor) else _stand_in(value)), True
         is_copied = not _sharding.sharding_groups(value._spec) and not _sharding.is_partial(value._spec)
         if is_copied and key in self.scalars:
             return local, False
@@ -292,11 +296,15 @@ class LocalView:
             changed = True
         for key, value in seen.items():
             own = entry.get(key)
+            if key == PLACE:
+                continue
             if own is value or (own is not None and value is self._known.get(id(own))):
                 continue
             changed = True
             copied = self.copies.get(stand_in, self.scalars)
-            if isinstance(value, Tensor) and key not in copied and value.shape == stand_in.shape:
+            if values.is_ours(key):
+                entry[key] = parts.wrapped(key, value.detach(), whole)
+            elif isinstance(value, Tensor) and key not in copied and value.shape == stand_in.shape:
                 entry[key] = _sharding.wrapped(value.detach(), whole)  # and `value` stands in for it
             elif isinstance(value, Tensor) and value.dim() > 0:
                 entry[key] = _sharding.wrapped_copy(value.detach(), whole)

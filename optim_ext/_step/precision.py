@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from optim_ext import _grad_control
-from optim_ext._precision import codecs, options, values
-from optim_ext._precision.options import CODES, ROUNDING_KEY, SCALE, TWINS, Keeping
+from optim_ext import _grad_control, _sharding
+from optim_ext._precision import codecs, options, parts, values
+from optim_ext._precision.options import CODES, PLACE, ROUNDING_KEY, SCALE, TWINS, Keeping
 from optim_ext._step.base import Group, OpStep
 from optim_ext._tables import TABLES
 
@@ -95,10 +96,30 @@ class KeptStep(OpStep):
             key: TABLES[self._op].places[key] for key in self._state_keys(group) if key in TABLES[self._op].places
         }
         ordered = dict(sorted(places.items(), key=lambda item: item[1]))
-        keeping = options.keeping_of(p, group, ordered, described)
-        if keeping is not None and _grad_control.is_sharded(p):
-            raise ValueError(f"{described}: param_precision and state_precision are not for sharded parameters yet")
-        return keeping
+        dtensor = self._dtensor_of(p)
+        whole = p if dtensor is None else parts.whole_of(dtensor)
+        keeping = options.keeping_of(whole, p.device, group, ordered, described)
+        if keeping is None or dtensor is None:
+            takes_chance = options.asks_for(group, "q8") or (keeping is not None and keeping.by_chance)
+            if takes_chance and _grad_control.is_flat_shard(p):
+                raise ValueError(
+                    f"{described}: it is a shard of FullyShardedDataParallel, which does not say where its elements are "
+                    f"in the whole; {parts.USE_NO_CHANCE}"
+                )
+            return keeping
+        problem = parts.why_not(keeping, dtensor)
+        if problem is None and self._needs_whole_tensors(group) and _sharding.is_cut(dtensor._spec):
+            problem = (
+                f"{type(self).__name__} is about whole tensors, and takes param_precision and state_precision for those "
+                "only of which every process has the whole; use 'native' for both"
+            )
+        if problem is not None:
+            raise ValueError(f"{described}: {problem}")
+        return dataclasses.replace(keeping, is_part=_sharding.is_cut(dtensor._spec))
+
+    def _dtensor_of(self, p: Tensor) -> Any:
+        """The DTensor that a parameter is, or that it stands in for; or None."""
+        return p if _sharding.is_dtensor(p) else None
 
     def _way(self, group: Group, index: int) -> Way:
         keeping = self._keeping(group, index) if self._keeps(group) else None
@@ -159,11 +180,14 @@ class KeptStep(OpStep):
             if name not in places:
                 raise ValueError(f"{name!r} is no parameter of this {type(self).__name__}")
             group, index = places[name]
-            if value.shape != group["params"][index].shape:
+            p = group["params"][index]
+            if value.shape != p.shape:
                 raise ValueError(
-                    f"{self._described(group, index)}: its master has shape {list(value.shape)}, expected "
-                    f"{list(group['params'][index].shape)}"
+                    f"{self._described(group, index)}: its master has shape {list(value.shape)}, expected {list(p.shape)}"
                 )
+            if not _sharding.are_alike(value, p):
+                kind = f"DTensor with {_sharding.described(p._spec)}" if _sharding.is_dtensor(p) else "plain tensor"
+                raise ValueError(f"{self._described(group, index)}: it is a {kind}, and its master has to be one")
         with torch.no_grad():
             for name, value in masters.items():
                 group, index = places[name]
@@ -172,7 +196,8 @@ class KeptStep(OpStep):
     def _master(self, p: Tensor) -> Tensor:
         if p.dtype not in (torch.bfloat16, torch.float16):
             return p.detach().clone()
-        return values.param_value(p, self.state.get(p, {})).clone()
+        value = values.param_value(p, self.state.get(p, {})).clone()
+        return _sharding.wrapped(value, p) if _sharding.is_dtensor(p) else value
 
     def _set_master(self, group: Group, index: int, value: Tensor) -> None:
         p, keeping = group["params"][index], self._keeping(group, index) if self._keeps(group) else None
@@ -180,9 +205,10 @@ class KeptStep(OpStep):
         if keeping is None or keeping.param not in TWINS:
             p.copy_(value)
             return
-        value = value.float()
-        p.copy_(codecs.half_of_master(value) if keeping.param == "remainder" else value)
-        self.state[p][TWINS[keeping.param][0]] = values.twin_of(p, keeping.param, value)
+        part, value = _sharding.local(p), _sharding.local(value).float()
+        part.copy_(codecs.half_of_master(value) if keeping.param == "remainder" else value)
+        twin = values.twin_of(part, keeping.param, value)
+        self.state[p][TWINS[keeping.param][0]] = _sharding.wrapped(twin, p) if _sharding.is_dtensor(p) else twin
 
     def _name_in_group(self, group: Group, index: int) -> str:
         names = group.get("param_names")
@@ -257,24 +283,39 @@ class KeptStep(OpStep):
     def _convert(self, group: Group, index: int) -> None:
         """Bring the state of a parameter into the form its options ask for, from any other."""
         p = group["params"][index]
-        keeping = self._keeping(group, index)
-        own = Keeping("native", tuple((key, "native") for key in TABLES[self._op].places), 0)
-        wanted, entry = keeping or own, self.state[p]
-        converted: dict[str, Tensor] = {}
-        for key, precision in wanted.state:
-            if precision == "q8" and values.is_in_blocks(p, entry, key):
-                converted |= {name: entry[name] for name in (key + CODES, key + SCALE)}
-            elif (value := self._state_value(group, p, key)) is not None:
-                converted |= values.as_kept(p, key, value, precision)
-        converted |= self._companions(group, index, wanted)
+        entry = self.state[p]
+        if not _sharding.is_dtensor(p):
+            converted = self._converted(group, index, p, entry)
+        else:
+            seen = parts.local_entry(p, entry, TABLES[self._op].scalar_state)
+            if seen is None:  # of another layout, which the next step refuses
+                return
+            made = self._converted(group, index, _sharding.local(p), seen)
+            converted = {
+                key: entry[key] if seen.get(key) is value else parts.wrapped(key, value, p)
+                for key, value in made.items()
+                if key != PLACE
+            }
         for key in entry.keys() - converted.keys():
             if values.is_ours(key) or key + CODES in converted:
                 del entry[key]
         entry.update(converted)
 
-    def _state_value(self, group: Group, p: Tensor, key: str) -> Tensor | None:
+    def _converted(self, group: Group, index: int, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the options make of the state of a parameter, or of what a process has of it, but for what they leave alone."""
+        keeping = self._keeping(group, index)
+        own = Keeping("native", tuple((key, "native") for key in TABLES[self._op].places), 0)
+        wanted = keeping or own
+        converted: dict[str, Tensor] = {}
+        for key, precision in wanted.state:
+            if precision == "q8" and values.is_in_blocks(p, entry, key):
+                converted |= {name: entry[name] for name in (key + CODES, key + SCALE)}
+            elif (value := self._state_value(group, p, entry, key)) is not None:
+                converted |= values.as_kept(p, key, value, precision)
+        return converted | self._companions(group, index, p, entry, wanted)
+
+    def _state_value(self, group: Group, p: Tensor, entry: Mapping[str, Any], key: str) -> Tensor | None:
         """A state as it is, whatever it is kept in."""
-        entry = self.state[p]
         value = values.state_value(p, entry, key)
         if value is None:
             return None
@@ -283,9 +324,10 @@ class KeptStep(OpStep):
             return torch.full_like(value, first, dtype=torch.float32)
         return value
 
-    def _companions(self, group: Group, index: int, keeping: Keeping) -> dict[str, Tensor]:
-        p, made = group["params"][index], {}
-        entry = self.state[p]
+    def _companions(
+        self, group: Group, index: int, p: Tensor, entry: Mapping[str, Any], keeping: Keeping
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
         if keeping.param in TWINS:
             key = TWINS[keeping.param][0]
             found = entry.get(key)
@@ -303,6 +345,9 @@ class KeptStep(OpStep):
                 device = "cpu" if p.is_meta else p.device  # it has a value where parameters have none
                 found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=device)
             made[ROUNDING_KEY] = found
+            place = parts.place_of(self._dtensor_of(group["params"][index])) if keeping.is_part else None
+            if place is not None:
+                made[PLACE] = place
         return made
 
     def _new_rounding_key(self, group: Group, index: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from optim_ext import _sharding
 from optim_ext._grad_control import StepControls, Verdict
@@ -30,8 +31,12 @@ class ShardedStep(PlannedStep):
     def _step_in_plain_containers(self) -> None:
         if self._viewing is not None or not self._has_dtensors():
             return super()._step_in_plain_containers()
-        for group in self.param_groups:
-            self._check_precision(group)  # in a view no parameter looks sharded
+        self._step_parts()
+
+    @_disable_dynamo(
+        recursive=True
+    )  # what breaks the graph of a compiled step leads here, and stand-ins are not traced
+    def _step_parts(self) -> None:
         with self._local_view() as view:
             before = self._plan
             self._eager_step()
@@ -52,7 +57,7 @@ class ShardedStep(PlannedStep):
         finally:
             asked.averaging = averaging
         if averaging is not None:
-            averaging.update(controls.found_inf)
+            averaging.update(controls.found_inf, self.state, self._stand_ins())
 
     def _has_dtensors(self) -> bool:
         # A view finds out by itself whether it still is one of these groups.
@@ -103,6 +108,10 @@ class ShardedStep(PlannedStep):
         if view.has_made_state:
             view.give_state(self)
         self._view = view if view.wholes else None
+
+    def _dtensor_of(self, p: Tensor) -> Any:
+        whole = None if self._viewing is None else self._viewing.whole_of(p)
+        return super()._dtensor_of(p) if whole is None else whole
 
     def _stand_ins(self) -> dict[int, Tensor]:
         return {} if self._viewing is None else self._viewing.by_local_tensor()

@@ -53,10 +53,14 @@ struct Shape {
   int64_t blocks() const { return (row + kBlock8 - 1) / kBlock8; }
 };
 
+// Where a part is in the whole: its first element, then size and stride of each dimension; nothing: it is the whole.
+using Place = std::vector<int64_t>;
+
+// What refers to it must not outlive `place`.
 struct Ready {
   Bundle bundle{};
   Companions companions{};
-  Ready(Memory& memory, const Way& way, const Shape& shape) {
+  Ready(Memory& memory, const Way& way, const Shape& shape, const Place& place) {
     const Storage storage[] = {way.param, way.param, way.state[0], way.state[1], way.state[2]};
     for (int k = 0; k < 5; ++k) {
       bundle.data[k] = memory.operands[k].data();
@@ -72,6 +76,8 @@ struct Ready {
     companions.key = kKey;
     companions.by_chance = way.by_chance;
     companions.positive = kPositive;
+    companions.place = place.empty() ? nullptr : place.data();
+    companions.place_ndim = static_cast<int>(place.size() / 2);
     bundle.companions = &companions;
   }
   Ready(const Ready&) = delete;
@@ -112,8 +118,8 @@ inline Memory draw_memory(const Way& way, const Shape& shape, Random& random) {
 // One step of the rule, in pieces of so many elements, by one instruction set.
 template <class Rule>
 void sweep_in_pieces(const Rule& rule, Memory& memory, const Way& way, const Shape& shape, const Pass& pass,
-                     cpu::Isa isa, int64_t piece) {
-  const Ready ready(memory, way, shape);
+                     cpu::Isa isa, int64_t piece, const Place& place = {}) {
+  const Ready ready(memory, way, shape, place);
   const cpu::Sweep sweep = program_of<Rule>().sweep[static_cast<int>(isa)][0];
   const cpu::ReadyRule ready_rule{sweep, &rule, Rule::kOperands, Rule::kUsed, Rule::kUpdates};
   for (int64_t begin = 0; begin < shape.numel(); begin += piece) {

@@ -7,6 +7,7 @@
 
 #include "isas.h"
 #include "kept_cases.h"
+#include "rules/lamb.h"
 #include "storage/kahan.h"
 #include "storage/master.h"
 #include "storage/remainder.h"
@@ -17,10 +18,41 @@ using namespace optim_ext::kept;
 
 namespace {
 
+int64_t index_in_whole(const Place& place, int64_t i) {
+  if (place.empty()) return i;
+  int64_t at = place[0];
+  for (auto d = static_cast<int64_t>(place.size()) - 2; d > 0; d -= 2) {
+    at += i % place[d] * place[d + 1];
+    i /= place[d];
+  }
+  return at;
+}
+
+// The whole; rows of it that are cut short, beyond 2^32 elements; and one whose order of memory is another.
+std::vector<Place> places_of(const Shape& shape) {
+  const int64_t far = (int64_t{1} << 32) - 100;
+  return {{}, {far, shape.rows, shape.row + 37, shape.row, 1}, {7, shape.rows, 1, shape.row, shape.rows + 2}};
+}
+
+// What a parameter and its twin are together.
+float kept_value(const Memory& memory, const Way& way, int64_t i) {
+  const bool is_bf16 = way.param == bf16;
+  const uint16_t param = reinterpret_cast<const uint16_t*>(memory.operands[0].data())[i];
+  const unsigned char* const twin = memory.twin.data();
+  if (way.precision == Precision::master) {
+    const float master = reinterpret_cast<const float*>(twin)[i];
+    return is_bf16 ? healed_bf16(master, param) : healed_f16(master, param);
+  }
+  if (way.precision == Precision::remainder) return join_master(param, reinterpret_cast<const int16_t*>(twin)[i]);
+  const uint16_t lost = reinterpret_cast<const uint16_t*>(twin)[i];
+  return is_bf16 ? join_compensated_bf16(param, lost) : join_compensated_f16(param, lost);
+}
+
 // What a sweep has to do, said once more and slowly.
 template <class Rule>
-void sweep_slowly(const Rule& rule, Memory& memory, const Way& way, const Shape& shape, const Pass& pass) {
-  const Ready ready(memory, way, shape);
+void sweep_slowly(const Rule& rule, Memory& memory, const Way& way, const Shape& shape, const Place& place,
+                  const Pass& pass) {
+  const Ready ready(memory, way, shape, place);
   const Bundle& bundle = ready.bundle;
   std::vector<float> opened[5];
   const bool is_bf16 = way.param == bf16;
@@ -37,15 +69,7 @@ void sweep_slowly(const Rule& rule, Memory& memory, const Way& way, const Shape&
         value[k] = load_element<float>(bundle.data[k], bundle.storage[k], i);
       }
     }
-    if (way.precision == Precision::master) {
-      const float master = reinterpret_cast<float*>(memory.twin.data())[i];
-      value[0] = is_bf16 ? healed_bf16(master, params[i]) : healed_f16(master, params[i]);
-    } else if (way.precision == Precision::remainder) {
-      value[0] = join_master(params[i], reinterpret_cast<int16_t*>(memory.twin.data())[i]);
-    } else if (way.precision == Precision::kahan) {
-      const uint16_t lost = reinterpret_cast<uint16_t*>(memory.twin.data())[i];
-      value[0] = is_bf16 ? join_compensated_bf16(params[i], lost) : join_compensated_f16(params[i], lost);
-    }
+    if (way.precision != Precision::native) value[0] = kept_value(memory, way, i);
     if (pass.unscale) {
       value[1] /= static_cast<float>(pass.grad_scale);
       store_element<float>(bundle.data[1], bundle.storage[1], i, value[1]);
@@ -58,7 +82,8 @@ void sweep_slowly(const Rule& rule, Memory& memory, const Way& way, const Shape&
     if (!((Rule::kUpdates >> k) & 1u)) continue;
     for (int64_t i = 0; i < shape.numel(); ++i) {
       const float value = opened[k][i];
-      const uint32_t word = RandomWords(kKey, i)(static_cast<uint32_t>(i));
+      const int64_t index = index_in_whole(place, i);
+      const uint32_t word = RandomWords(kKey, index)(static_cast<uint32_t>(index));
       if (bundle.storage[k] == q8) {
         uint32_t largest = 0;
         for (int64_t j = 0; j < shape.numel(); ++j) {
@@ -86,28 +111,82 @@ void sweep_slowly(const Rule& rule, Memory& memory, const Way& way, const Shape&
   }
 }
 
+// What a sweep leaves, by every instruction set and in pieces of several sizes.
+template <class Rule>
+void test(const char* rule_name, const Rule& rule, const Way& way, const Shape& shape, const Place& place,
+          const Pass& pass, const Memory& start) {
+  Memory expected = start;
+  sweep_slowly(rule, expected, way, shape, place, pass);
+  for (const auto& [isa_name, isa] : isas()) {
+    for (const int64_t piece : {shape.numel(), int64_t{256}, int64_t{7}}) {
+      Memory got = start;
+      sweep_in_pieces(rule, got, way, shape, pass, isa, piece, place);
+      check(got == expected, "%s, %s on %s, %ld rows of %ld in pieces of %ld, %zu numbers of place, unscale %d",
+            rule_name, way.name, isa_name, static_cast<long>(shape.rows), static_cast<long>(shape.row),
+            static_cast<long>(piece), place.size(), pass.unscale);
+    }
+  }
+}
+
 template <class Rule>
 void test(const char* rule_name, const Rule& rule) {
   Random random{23};
   for (const Way& way : kWays) {
     for (const Shape& shape : {Shape{1, 1}, {3, 5}, {2, 64}, {20, 63}, {9, 100}, {2, 700}, {1500, 1}}) {
       for (const bool unscale : {false, true}) {
-        if (!chosen()) continue;
         Pass pass;
         pass.unscale = unscale;
         pass.grad_scale = 3.0;
         pass.grad_factor = 0.3;
         const Memory start = draw_memory(way, shape, random);
-        Memory expected = start;
-        sweep_slowly(rule, expected, way, shape, pass);
-        check(!(expected == start), "%s, %s changes nothing", rule_name, way.name);
-        for (const auto& [isa_name, isa] : isas()) {
-          for (const int64_t piece : {shape.numel(), int64_t{256}, int64_t{7}}) {
-            Memory got = start;
-            sweep_in_pieces(rule, got, way, shape, pass, isa, piece);
-            check(got == expected, "%s, %s on %s, %ld rows of %ld in pieces of %ld, unscale %d", rule_name, way.name,
-                  isa_name, static_cast<long>(shape.rows), static_cast<long>(shape.row), static_cast<long>(piece),
-                  unscale);
+        Memory changed = start;
+        sweep_slowly(rule, changed, way, shape, {}, pass);
+        check(!(changed == start), "%s, %s changes nothing", rule_name, way.name);
+        for (const Place& place : places_of(shape)) {
+          if (place.empty() || !unscale) test(rule_name, rule, way, shape, place, pass, start);
+        }
+      }
+    }
+  }
+}
+
+// A rule that makes an operand of its own and updates nothing that is kept: wherever it begins and ends, it makes what
+// the whole has there, and writes to nothing else but gradients that it unscales.
+void test_reading() {
+  Random random{29};
+  rules::LambDirection direction{};
+  direction.step_of.beta1 = 0.9, direction.step_of.beta2 = 0.99, direction.step_of.eps = 1e-8;
+  direction.step_of.weight_decay = 0.1;
+  const rules::LambDirection rule = direction.at_step(3.0);
+  const unsigned updates = rules::LambDirection::kUpdates;
+  for (Way way : kWays) {
+    way.state[2] = f32;
+    for (const Shape& shape : {Shape{3, 5}, {9, 100}, {2, 700}, {1500, 1}}) {
+      Memory memory = draw_memory(way, shape, random);
+      memory.operands[4].assign(shape.numel() * sizeof(float), 0);
+      const Memory start = memory;
+      Memory slow = start;
+      sweep_slowly(rule, slow, way, shape, {}, Pass{});
+      const bool has_twin = way.precision != Precision::native;
+      for (const auto& [isa_name, isa] : isas()) {
+        for (const int64_t piece : {int64_t{2048}, int64_t{97}}) {
+          Memory got = start;
+          const Ready ready(got, way, shape, {});
+          const cpu::Sweep sweep = program_of<rules::LambDirection>().sweep[static_cast<int>(isa)][0];
+          const cpu::ReadyRule ready_rule{sweep, &rule, 5, rules::LambDirection::kUsed, updates};
+          std::vector<float> kept(shape.numel());
+          for (int64_t begin = 0; begin < shape.numel(); begin += piece) {
+            const int64_t end = std::min(begin + piece, shape.numel());
+            cpu::companions_kernel_for(isa)(ready_rule, ready.bundle, begin, end, Pass{});
+            if (has_twin) cpu::read_kept_kernel_for(isa)(ready.bundle, begin, end, kept.data() + begin);
+          }
+          check(got == slow, "%s read on %s, %ld rows of %ld in pieces of %ld", way.name, isa_name,
+                static_cast<long>(shape.rows), static_cast<long>(shape.row), static_cast<long>(piece));
+          if (!has_twin) continue;
+          for (int64_t i = 0; i < shape.numel(); ++i) {
+            const float value = kept_value(start, way, i);
+            check(std::memcmp(&value, &kept[i], sizeof value) == 0, "%s: element %ld is %g, expected %g on %s",
+                  way.name, static_cast<long>(i), static_cast<double>(kept[i]), static_cast<double>(value), isa_name);
           }
         }
       }
@@ -120,5 +199,6 @@ void test(const char* rule_name, const Rule& rule) {
 int main() {
   test("Adam", adam());
   test("Lion", lion());
+  test_reading();
   return verdict();
 }

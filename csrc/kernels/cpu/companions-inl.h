@@ -8,24 +8,24 @@ namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
 namespace {
 
-// A parameter of 16 bits and its twin, n elements of each, as the numbers they are together: in `buffer`, or where a
-// master has them.
-OPTIM_EXT_SHARED float* join(Precision precision, Storage storage, const uint16_t* param, void* twin, int64_t n,
-                             float* buffer) {
+// A parameter of 16 bits and its twin, n elements of each, as the numbers they are together: in `buffer`. What is a
+// master may be written in its own place, as it is where that is given as `buffer`.
+OPTIM_EXT_SHARED void join(Precision precision, Storage storage, const uint16_t* param, const void* twin, int64_t n,
+                           float* buffer) {
   const bool is_bf16 = storage == Storage::bf16;
   if (precision == Precision::master) {
-    float* const master = static_cast<float*>(twin);
+    const float* const master = static_cast<const float*>(twin);
     if (is_bf16) {
-      OPTIM_EXT_FOR(i, n) master[i] = healed_bf16(master[i], param[i]);
+      OPTIM_EXT_FOR(i, n) buffer[i] = healed_bf16(master[i], param[i]);
     } else {
-      OPTIM_EXT_FOR(i, n) master[i] = healed_f16(master[i], param[i]);
+      OPTIM_EXT_FOR(i, n) buffer[i] = healed_f16(master[i], param[i]);
     }
-    return master;
+    return;
   }
   if (precision == Precision::remainder) {
     const int16_t* const remainder = static_cast<const int16_t*>(twin);
     OPTIM_EXT_FOR(i, n) buffer[i] = join_master(param[i], remainder[i]);
-    return buffer;
+    return;
   }
   const uint16_t* const lost = static_cast<const uint16_t*>(twin);
   if (is_bf16) {
@@ -33,7 +33,6 @@ OPTIM_EXT_SHARED float* join(Precision precision, Storage storage, const uint16_
   } else {
     OPTIM_EXT_FOR(i, n) buffer[i] = join_compensated_f16(param[i], lost[i]);
   }
-  return buffer;
 }
 
 OPTIM_EXT_SHARED void split(Precision precision, Storage storage, const float* value, int64_t n, uint16_t* param,
@@ -78,6 +77,24 @@ OPTIM_EXT_SHARED void draw(uint64_t key, int64_t index, int64_t n, uint32_t* wor
   }
 }
 
+// The same for elements of a part, which have the words that they have in the whole.
+OPTIM_EXT_SHARED void draw_of_part(const Companions& companions, int64_t index, int64_t n, uint32_t* words) {
+  const int last = companions.place_ndim - 1;
+  const int64_t* const dims = companions.place + 1;
+  for (int64_t done = 0, many; done < n; done += many) {
+    int64_t rest = index + done, at = companions.place[0];
+    many = n - done;
+    for (int d = last; d >= 0; --d) {
+      const int64_t size = dims[2 * d], stride = dims[2 * d + 1], outer = rest / size, place = rest - outer * size;
+      const int64_t in_a_row = stride == 1 ? size - place : 1;
+      if (d == last && many > in_a_row) many = in_a_row;
+      at += place * stride;
+      rest = outer;
+    }
+    draw(companions.key, at, many, words + done);
+  }
+}
+
 // Rounds to numbers that bf16 has, by the bits of each word that serve a parameter or a state.
 OPTIM_EXT_SHARED void round_by_chance(float* value, const uint32_t* words, int64_t n, bool is_param, bool is_positive) {
   if (is_param) {
@@ -89,13 +106,15 @@ OPTIM_EXT_SHARED void round_by_chance(float* value, const uint32_t* words, int64
   }
 }
 
-// Calls visit(first element in the tile, elements, block) for the blocks of elements [index, index + n).
+// Calls visit(first element in the tile, elements, block) for the blocks of elements [index, index + n), and what these
+// have of blocks that reach across either end.
 template <class Visit>
 OPTIM_EXT_INLINE void over_blocks(const Companions& companions, int64_t index, int64_t n, const Visit& visit) {
   int64_t row = index / companions.row, column = index - row * companions.row;
   for (int64_t i = 0, many; i < n; i += many) {
-    const int64_t left = companions.row - column;
-    many = left < kBlock8 ? left : kBlock8;
+    const int64_t left = companions.row - column, of_block = kBlock8 - column % kBlock8;
+    many = left < of_block ? left : of_block;
+    if (many > n - i) many = n - i;
     visit(i, many, row * companions.blocks_of_row + column / kBlock8);
     column += many;
     if (column == companions.row) {
@@ -157,6 +176,7 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
   const bool is_native = companions.precision == Precision::native, is_dense = operands[0].layout == nullptr;
   const int64_t bytes_of_twin = companions.precision == Precision::master ? sizeof(float) : sizeof(uint16_t);
   const unsigned written = ready.updates | (pass.unscale ? 1u << kGradOperand : 0u);
+  const bool writes_param = written & 1u, draws = (companions.by_chance & written) != 0;
   Bundle tile{};
   for (Storage& storage : tile.storage) storage = Storage::f32;
   for (int64_t index = begin, n; index < end; index += n) {
@@ -180,13 +200,18 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
         operands[0].load(start, n, buffer[0]);
         narrow(buffer[0], moved, bundle.storage[0], {1, n, 1, 1});
       }
-      at[0] = join(companions.precision, bundle.storage[0], param, twin, n, buffer[0]);
+      at[0] = companions.precision == Precision::master && writes_param ? static_cast<float*>(twin) : buffer[0];
+      join(companions.precision, bundle.storage[0], param, twin, n, at[0]);
     }
     for (int k = 0; k < kMaxOperands; ++k) tile.data[k] = at[k];
     tile.numel = n;
     ready.sweep(ready.rule, tile, 0, n, pass);
-    if (companions.by_chance != 0) draw(companions.key, index, n, words);
-    if (!is_native) {
+    if (draws && companions.place != nullptr) {
+      draw_of_part(companions, index, n, words);
+    } else if (draws) {
+      draw(companions.key, index, n, words);
+    }
+    if (!is_native && writes_param) {
       split(companions.precision, bundle.storage[0], at[0], n, param, twin);
       if (!is_dense) {
         widen(moved, bundle.storage[0], {1, n, 1, 1}, buffer[0]);
@@ -203,6 +228,24 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
         round_by_chance(at[k], words, n, k == 0, (companions.positive >> k) & 1u);
       operands[k].close(start, n, at[k]);
     }
+  }
+}
+
+inline void read_kept(const Bundle& bundle, int64_t begin, int64_t end, float* to) {
+  const Companions& companions = *bundle.companions;
+  const TileOperand<float> param(bundle, 0);
+  const int64_t bytes_of_twin = companions.precision == Precision::master ? sizeof(float) : sizeof(uint16_t);
+  for (int64_t index = begin, n; index < end; index += n, to += n) {
+    n = end - index < kTile ? end - index : kTile;
+    alignas(64) uint16_t moved[kTile];
+    const uint16_t* at = static_cast<const uint16_t*>(bundle.data[0]) + index;
+    if (param.layout != nullptr) {
+      param.load(Start(bundle.layout, index), n, to);
+      narrow(to, moved, bundle.storage[0], {1, n, 1, 1});
+      at = moved;
+    }
+    const char* const twin = static_cast<const char*>(companions.twin) + index * bytes_of_twin;
+    join(companions.precision, bundle.storage[0], at, twin, n, to);
   }
 }
 

@@ -15,4 +15,9 @@ SweepCompanions companions_kernel_for(Isa isa) {
   return kernels[static_cast<int>(isa)];
 }
 
+ReadKept read_kept_kernel_for(Isa isa) {
+  static constexpr ReadKept kernels[] = OPTIM_EXT_OF_EACH_ISA(read_kept);
+  return kernels[static_cast<int>(isa)];
+}
+
 }  // namespace optim_ext::cpu
