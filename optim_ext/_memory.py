@@ -193,7 +193,7 @@ def _check_class(cls: Any) -> None:
 
 def _ways(cls: Any, source: _Source, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Combinations of the two options, first the one that the caller names or that is the default."""
-    takes = TABLES[cls._op].is_element_wise
+    takes = TABLES[cls._op].takes_companions
     is_half = any(p.dtype in _HALVES for p in source.parameters)
     params = precision.PARAM_PRECISIONS if takes and is_half else ("native",)
     states: tuple[Any, ...] = precision.STATE_PRECISIONS if takes else ("native",)

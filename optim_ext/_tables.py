@@ -19,8 +19,10 @@ class OpTable:
         self.partial_state = frozenset(key for _, key, role in state if role == "partial")
         self.scalar_state = frozenset(key for _, key, role in state if role in ("scalar", "steps"))
         self.hypers: list[tuple[str, str]] = [(name, kind) for name, kind, _, _ in table["hypers"]]
-        # Whether gradients may have some rows only, and parameters and state may be kept in other ways.
+        # Whether gradients may have some rows only.
         self.is_element_wise: bool = table["is_element_wise"]
+        # Whether parameters and state may be kept in other ways than the rule sees them.
+        self.takes_companions: bool = table["takes_companions"]
         # Which operand of the rule a state of the parameter's shape is.
         self.places: dict[str, int] = table["places"]
         # Options in order, each with how many hyper-parameters it holds; 0: it is one itself.

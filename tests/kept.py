@@ -9,7 +9,7 @@ from specs import SPECS
 from optim_ext._precision import codecs
 from optim_ext._tables import TABLES
 
-TAKING = [spec for spec in SPECS if TABLES[spec.op].is_element_wise]
+TAKING = [spec for spec in SPECS if TABLES[spec.op].takes_companions]
 WAYS = [
     {"param_precision": param, "state_precision": state}
     for param, state in product(("master", "remainder", "kahan", "stochastic"), ("native", "fp32", "bf16", "q8"))

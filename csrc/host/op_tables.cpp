@@ -24,6 +24,7 @@ py::dict table_of(const StepOp& op) {
   table["places"] = places;
   table["hypers"] = hypers;
   table["is_element_wise"] = op.is_element_wise;
+  table["takes_companions"] = op.takes_companions;
   return table;
 }
 

@@ -94,6 +94,18 @@ void run_tiles(const Sweep& what, const int64_t* first_tile, size_t i, int64_t& 
 
 }  // namespace
 
+double reduce_kept(cpu::Reduce reduce, const Bundle& bundle, int64_t begin, int64_t end) {
+  if (bundle.companions == nullptr || bundle.companions->precision == Precision::native)
+    return reduce(bundle, begin, end);
+  alignas(64) float opened[kReduceTile];
+  cpu::read_kept_kernel_for(current_isa())(bundle, begin, end, opened);
+  Bundle values{};
+  values.data[0] = opened;
+  values.storage[0] = Storage::f32;
+  values.numel = end - begin;
+  return reduce(values, 0, end - begin);
+}
+
 void CpuDriver::run(const std::vector<Sweep>& sweeps) {
   std::vector<size_t> first_bundle;       // of each sweep, among those of all
   std::vector<int64_t> first_tile(1, 0);  // of each bundle
@@ -128,7 +140,7 @@ class NormTiles {
     if (&bundle != at_) use(bundle);
     // Gradients count as they are, before the sweep that may unscale them.
     for (size_t k = 0; k < norms_.size(); ++k) {
-      if (!is_made(k)) take(k, reduce_(*of_[k], begin, end));
+      if (!is_made(k)) take(k, reduce_kept(reduce_, *of_[k], begin, end));
     }
     if (program_ == nullptr) return;
     make(begin, end);
@@ -150,7 +162,7 @@ class NormTiles {
       const int64_t before = begin * bytes_of(work_.storage[operand]);
       work_.data[operand] = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory_of(operand)) - before);
     }
-    sweep_of(*program_, isa_, work_.in_double)(ready_, work_, begin, end, pass_);
+    update(*program_, ready_, work_, begin, end, pass_, isa_);
   }
 
   void use(const Bundle& bundle) {

@@ -25,6 +25,10 @@ namespace optim_ext::ops {
 cpu::Isa current_isa();
 const char* isa_name(cpu::Isa isa);
 
+// What elements [begin, end) of a tensor, a tile of a reduction, come to: of a parameter that something lies beside
+// what the two are together.
+double reduce_kept(cpu::Reduce reduce, const Bundle& bundle, int64_t begin, int64_t end);
+
 struct CpuDriver {
   // Work is dealt out in tiles. A tensor smaller than one still costs its share of pointer chasing, hence a whole tile.
   static constexpr int64_t kTile = 256;
@@ -149,7 +153,8 @@ struct CpuDriver {
     Slots slots(call);
     const cpu::Reduce reduce = cpu::reduce_for<Reduction>(current_isa());
     over_tiles(call, slots, [&](auto& next_tile) {
-      for (Tile tile; next_tile(tile);) slots.value[tile.slot] = reduce(*tile.bundle, tile.begin, tile.end);
+      for (Tile tile; next_tile(tile);)
+        slots.value[tile.slot] = reduce_kept(reduce, *tile.bundle, tile.begin, tile.end);
     });
     return slots;
   }

@@ -9,6 +9,8 @@ namespace optim_ext::ops {
 namespace {
 
 struct Row : StepRow<rules::LambStep> {
+  static constexpr bool kTakesCompanions = true;
+
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -16,7 +18,8 @@ struct Row : StepRow<rules::LambStep> {
     const CallSpec spec{.op = given.op,
                         .controls = given.controls,
                         .operands = {given.operand(0), given.operand(1), given.operand(2), given.operand(3)},
-                        .state_steps = given.steps()};
+                        .state_steps = given.steps(),
+                        .takes_companions = true};
     Call call(spec, rules::LambUpdate::kOperands, rules::LambUpdate::kUsed, rules::LambUpdate::kUpdates);
     given.fill(call, update.step_of, &update, sizeof update);
     check_derived(call, update.step_of, &update);

@@ -9,13 +9,17 @@ namespace optim_ext::ops {
 namespace {
 
 struct Row : StepRow<rules::Lars> {
+  static constexpr bool kTakesCompanions = true;
+
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const StepControls& controls = given.controls;
     rules::Lars rule{};
-    const CallSpec spec{
-        .op = given.op, .controls = controls, .operands = {given.operand(0), given.operand(1), given.operand(2)}};
+    const CallSpec spec{.op = given.op,
+                        .controls = controls,
+                        .operands = {given.operand(0), given.operand(1), given.operand(2)},
+                        .takes_companions = true};
     Call call(spec, rules::Lars::kOperands, rules::Lars::kUsed, rules::Lars::kUpdates);
     given.fill(call, rule);
     if (CheckOnly::active() || call.empty() || call.skip) return;

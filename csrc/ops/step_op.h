@@ -197,6 +197,16 @@ template <class Row>
 constexpr bool runs_itself =
     requires(const StepArguments<typename Row::Options>& given) { Row::template run<CpuDriver>(given); };
 
+// Whether parameters and state of an op may be kept in other ways than its rule sees them.
+template <class Row>
+constexpr bool has_companions = [] {
+  if constexpr (requires { Row::kTakesCompanions; }) {
+    return Row::kTakesCompanions;
+  } else {
+    return !runs_itself<Row>;
+  }
+}();
+
 // The functions of an op, with the arguments its table says.
 template <class Row, OpName kName, class Lists, class Fields>
 struct StepFunctions;
@@ -241,7 +251,7 @@ class RegisteredStepOp final : public StepOp {
                                   std::make_index_sequence<std::size(Options::kFields)>>;
 
  public:
-  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), !runs_itself<Row>) {
+  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), !runs_itself<Row>, has_companions<Row>) {
     library(torch::Library::FRAGMENT, std::nullopt).def(schema());
     implement<CpuDriver>(c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU);
 #if defined(OPTIM_EXT_WITH_CUDA)

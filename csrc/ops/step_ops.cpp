@@ -33,14 +33,19 @@ const char* type_of(HyperKind kind) {
 
 }  // namespace
 
-StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(is_element_wise) {
+StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise,
+               bool takes_companions)
+    : name(name),
+      lists(std::move(lists)),
+      hypers(std::move(hypers)),
+      is_element_wise(is_element_wise),
+      takes_companions(takes_companions) {
   registered().push_back(this);
   all_by_name().emplace(name, this);
 }
 
 StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(false) {
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(false), takes_companions(false) {
   all_by_name().emplace(name, this);
 }
 

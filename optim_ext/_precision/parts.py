@@ -106,7 +106,7 @@ def wrapped(key: str, value: Any, dtensor: Any) -> Any:
     """State as the optimizer has it, of which this process has ``value``."""
     if key == ROUNDING_KEY:
         return value
-    return wrapped_scale(value, dtensor) if key.endswith(SCALE) else _sharding.wrapped(value, dtensor)
+    return (wrapped_scale if key.endswith(SCALE) else _sharding.wrapped)(value.detach(), dtensor)
 
 
 def scale_spec(dtensor: Any) -> Any:

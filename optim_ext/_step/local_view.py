@@ -303,7 +303,7 @@ class LocalView:
             changed = True
             copied = self.copies.get(stand_in, self.scalars)
             if values.is_ours(key):
-                entry[key] = parts.wrapped(key, value.detach(), whole)
+                entry[key] = parts.wrapped(key, value, whole)
             elif isinstance(value, Tensor) and key not in copied and value.shape == stand_in.shape:
                 entry[key] = _sharding.wrapped(value.detach(), whole)  # and `value` stands in for it
             elif isinstance(value, Tensor) and value.dim() > 0:

@@ -82,7 +82,7 @@ class KeptStep(OpStep):
                 f"group {number}: state_precision names {min(unknown)!r}, which is no state of {type(self).__name__}; it "
                 f"has {', '.join(map(repr, TABLES[self._op].places))}"
             )
-        if not (TABLES[self._op].is_element_wise and self._takes_dense):
+        if not (TABLES[self._op].takes_companions and self._takes_dense):
             name = next(iter(options.given(group)))
             raise ValueError(
                 f"{type(self).__name__} keeps parameters and state as they are: it does not take {name} yet"

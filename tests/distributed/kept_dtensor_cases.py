@@ -139,7 +139,7 @@ def pair(spec, way, dtype=torch.bfloat16, rows=None, **options):
 
 
 def steps_have_the_bits_of_one_process():
-    for number, spec in enumerate(TAKING):
+    for number, spec in enumerate(spec for spec in TAKING if not spec.whole_tensors):
         for way in WAYS if spec is ADAMW else FEW[number % 3 :][:1]:
             wholes, params, single, optimizer = pair(spec, way)
             for index in range(3):
@@ -284,6 +284,25 @@ def clipping_skipping_scaling_and_groups_meet_it():
             assert int(optimizer.skipped_steps) == 1
 
 
+def rules_about_whole_tensors_take_it_for_copies():
+    """LAMB and LARS step tensors of which every process has the whole; others they refuse, by name."""
+    rows = {"copies": (line(), [Replicate()], (32, 80))}
+    for spec in TAKING:
+        if not spec.whole_tensors:
+            continue
+        for way in FEW:
+            wholes, params, single, optimizer = pair(spec, way, rows=rows)
+            for index in range(3):
+                give_grads(wholes, params, index)
+                single.step()
+                optimizer.step()
+            assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}")
+            if dist.get_world_size() > 1:
+                cut = nn.Parameter(spread(wholes["copies"].detach(), line(), [Shard(0)]))
+                with pytest.raises(ValueError, match=f"parameter 'weight': {spec.name} is about whole tensors"):
+                    spec.ours([("weight", cut)], **way)
+
+
 class Holder(nn.Module):
     def __init__(self, params):
         super().__init__()
@@ -404,18 +423,22 @@ def assert_network(model, optimizer, whole, single, what):
 
 
 def state_loads_back():
-    """Into an optimizer that has stepped and into one that has not, by torch.distributed.checkpoint's functions."""
-    for way in WAYS:
-        for flat in (False, True):
-            options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    """Into an optimizer that has not stepped, by torch.distributed.checkpoint's functions: sharded, nested or flattened, and
+    gathered, which torch cannot do with the 16-bit integers of a remainder."""
+    for number, way in enumerate(WAYS):
+        kinds = [{"flatten_optimizer_state_dict": number % 2 == 0}]
+        if way["param_precision"] != "remainder":
+            kinds.append({"full_state_dict": True})
+        for kind in kinds:
+            options = StateDictOptions(**kind)
             model, optimizer, whole, single = network(way)
             train(model, optimizer, whole, single, range(2))
             weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
             other, resumed, _, _ = network(way)
             set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
-            assert_network(other, resumed, whole, single, f"{name_of(way)}, flat={flat}")
+            assert_network(other, resumed, whole, single, f"{name_of(way)}, {kind}")
             train(other, resumed, whole, single, range(2, 4))
-            assert_network(other, resumed, whole, single, f"{name_of(way)}, flat={flat}, trained on")
+            assert_network(other, resumed, whole, single, f"{name_of(way)}, {kind}, trained on")
 
 
 def then_saves():
@@ -444,7 +467,7 @@ def then_resumes():
 CASES = [
     steps_have_the_bits_of_one_process, float32_parameters_have_state_in_few_bits,
     local_tensors_and_state_may_be_replaced, what_a_layout_does_not_allow_is_refused_alike,
-    strided_shards_are_kept_without_chance, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
+    strided_shards_are_kept_without_chance, rules_about_whole_tensors_take_it_for_copies, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
     masters_come_out_and_go_in, a_compiled_step_is_taken_eagerly, flat_shards_of_fsdp_take_what_goes_by_elements,
     state_loads_back, then_saves, then_resumes,
 ]  # fmt: skip

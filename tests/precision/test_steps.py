@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from kept import SHAPES, TAKING, WAYS, everything, give_grads, make, name_of, same, train, value_of
-from lockstep import random
+from lockstep import copy_of, random
 
 import optim_ext as optim
+from optim_ext._precision import values
+from optim_ext._tables import TABLES
 from optim_ext.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 PAIRS = ("master", "remainder", "kahan")
@@ -72,6 +74,25 @@ def test_a_master_has_the_bits_of_a_float32_parameter(taking, dtype):
         assert torch.equal(p, other.to(dtype))
         for key, value in reference.state[other].items():
             assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "q8"])
+def test_a_rule_sees_what_is_kept(taking, state):
+    """A step is that of a float32 parameter with what the state says: norms of whole tensors, too, are those of the master."""
+    optimizer, (p,) = make(taking, {"param_precision": "master", "state_precision": state}, shapes=((64, 100),))
+    train(optimizer, [p], 2)
+    for step in range(2, 5):
+        entry = optimizer.state[p]
+        wide = torch.nn.Parameter(entry["master_param"].clone())
+        reference = taking.ours([wide], **copy_of(taking.typical))
+        plain = {key: copy.deepcopy(value) for key, value in entry.items() if not values.is_ours(key)}
+        seen = {key: values.state_value(p, entry, key) for key in TABLES[taking.op].places}
+        reference.state[wide] = plain | {key: value.float().clone() for key, value in seen.items() if value is not None}
+        give_grads([p], step)
+        wide.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(entry["master_param"], wide)
 
 
 def test_a_remainder_is_its_master_bit_for_bit(taking):
@@ -178,6 +199,23 @@ def test_gradscaler_hands_the_rule_the_unrounded_gradient():
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
             optimizer.step()
     assert torch.equal(ours.state[p]["master_param"], wide)
+
+
+def test_gradients_are_unscaled_in_place_once(taking, way):
+    """Also by rules that sweep twice: those of GradScaler are divided by four, and the step is that of what is left."""
+    scaled, params = make(taking, way, shapes=((64, 100), (7,)))
+    plain, others = make(taking, way, shapes=((64, 100), (7,)))
+    scaled._step_supports_amp_scaling = True
+    for step in range(3):
+        give_grads(params, step)
+        give_grads(others, step)
+        for p in params:
+            p.grad.mul_(4)
+        scaled.grad_scale, scaled.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        scaled.step()
+        plain.step()
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(params, others, strict=True))
+    assert same(everything(scaled), everything(plain))
 
 
 def test_averages_follow_the_parameters_bit_for_bit(way):
