@@ -284,29 +284,54 @@ def clipping_skipping_scaling_and_groups_meet_it():
             assert int(optimizer.skipped_steps) == 1
 
 
+class Holder(nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        self.params = nn.ParameterList(params)
+
+
+def averaged_by(optimizer, params, masters):
+    """An average of the parameters that the steps of an optimizer keep."""
+    model = Holder(list(params.values()))
+    dtype = {"dtype": torch.float32} if masters else {}
+    averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), **dtype)
+    optimizer.average_into(averaged, model, masters=masters)
+    return averaged, model
+
+
+def assert_same_averages(ours, theirs, what):
+    for mine, other in zip(ours[0].parameters(), theirs[0].parameters(), strict=True):
+        assert_same_bits(mine, other, f"average, {what}")
+
+
 def rules_about_whole_tensors_take_it_for_copies():
-    """LAMB and LARS step tensors of which every process has the whole; others they refuse, by name."""
-    rows = {"copies": (line(), [Replicate()], (32, 80))}
+    """LAMB and LARS step tensors of which every process has the whole, also beside others that are cut and kept as torch
+    does. Those that are cut are refused otherwise, by name."""
+    rows = {"copies": (line(), [Replicate()], (32, 80)), "cut": (line(), [Shard(0)], (33, 7))}
     for spec in TAKING:
         if not spec.whole_tensors:
             continue
         for way in FEW:
-            wholes, params, single, optimizer = pair(spec, way, rows=rows)
+            wholes, params = made(rows=rows)
+            options = {**copy_of(spec.typical), "min_q8_size": 256}
+            single, optimizer = (
+                spec.ours(
+                    [{"params": [("cut", of["cut"])]}, {"params": [(n, of[n]) for n in ("copies", "plain")], **way}],
+                    **copy_of(options),
+                )
+                for of in (wholes, params)
+            )
+            theirs, ours = (averaged_by(each, of, True) for each, of in ((single, wholes), (optimizer, params)))
             for index in range(3):
                 give_grads(wholes, params, index)
                 single.step()
                 optimizer.step()
             assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}")
+            assert_same_averages(ours, theirs, f"{spec.name} {name_of(way)}")
             if dist.get_world_size() > 1:
                 cut = nn.Parameter(spread(wholes["copies"].detach(), line(), [Shard(0)]))
                 with pytest.raises(ValueError, match=f"parameter 'weight': {spec.name} is about whole tensors"):
                     spec.ours([("weight", cut)], **way)
-
-
-class Holder(nn.Module):
-    def __init__(self, params):
-        super().__init__()
-        self.params = nn.ParameterList(params)
 
 
 def averages_follow():
@@ -314,20 +339,13 @@ def averages_follow():
     for masters in (False, True):
         for way in FEW:
             wholes, params, single, optimizer = pair(ADAMW, way)
-            averages = []
-            for of, each in ((wholes, single), (params, optimizer)):
-                model = Holder(list(of.values()))
-                dtype = {"dtype": torch.float32} if masters else {}
-                averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), **dtype)
-                each.average_into(averaged, model, masters=masters)
-                averages.append((model, averaged))
+            theirs, ours = (averaged_by(each, of, masters) for each, of in ((single, wholes), (optimizer, params)))
             for index in range(4):
                 give_grads(wholes, params, index)
                 single.step()
                 optimizer.step()
             assert_same(params, optimizer, wholes, single, name_of(way))
-            for mine, theirs in zip(averages[1][1].parameters(), averages[0][1].parameters(), strict=True):
-                assert_same_bits(mine, theirs, f"average, masters={masters}, {name_of(way)}")
+            assert_same_averages(ours, theirs, f"masters={masters}, {name_of(way)}")
 
 
 def masters_come_out_and_go_in():
