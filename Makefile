@@ -8,6 +8,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+MATRIX_ARGS ?=
 # Of the tests in frameworks, those of these: FRAMEWORKS="lightning peft". All of them if none is named.
 FRAMEWORKS ?=
 # Of the tests that take long where they run, on CUDA tensors (`make double`) or on emulated processors, every so manieth.
@@ -23,7 +24,7 @@ BUILD_TOOLS := 'setuptools>=64' ninja numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize arm-check arm-tools old-cpu-check old-cpu-tools cuda-check double double-build frameworks clean
+.PHONY: help demo test bench wheel sdist docs docs-browser lint format cpp-test sanitize arm-check arm-tools old-cpu-check old-cpu-tools cuda-check double double-build frameworks matrix clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +40,7 @@ help:
 	@echo 'make cuda-check  compile the CUDA part against $(CUDA_TORCH) and test that build, without a GPU'
 	@echo 'make double      tests on CUDA tensors, on a double of the CUDA runtime without a GPU (EVERY=12: one of 12 tests)'
 	@echo 'make frameworks  short trainings in Lightning, transformers and others (FRAMEWORKS="lightning peft": these alone)'
+	@echo 'make matrix      build and test with every torch and every Python (MATRIX_ARGS="--every 5 2.12.1 2.13.0/3.12")'
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_digits.py $(DEMO_ARGS)
@@ -205,6 +207,10 @@ frameworks: $(VENV)/test.stamp .venv-frameworks/frameworks.stamp
 	  $(if $(FRAMEWORKS),$(FRAMEWORKS:%=tests/frameworks/test_%.py),tests/frameworks $(STATE_OF_OTHERS))
 # These, too, want packages that no other environment has to have.
 STATE_OF_OTHERS := $(addprefix tests/precision/test_peers.py::test_the_real_,torchao bitsandbytes deepspeed)
+
+# Other versions of torch and of Python, each in an environment that is removed again.
+matrix:
+	$(PYTHON) .ci/matrix.py --workers $(WORKERS) $(MATRIX_ARGS)
 
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
 CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops
