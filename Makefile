@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 CUDA_TREE := build/cuda-check
 ON_DOUBLE := build/double/run/python .venv-cuda/bin/pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 PIP := pip install --disable-pip-version-check --no-input
-BUILD_TOOLS := 'setuptools>=64' ninja numpy
+BUILD_TOOLS := 'setuptools>=70.1' ninja numpy
 # What the native module is made of: a change here rebuilds it (ninja compiles only what the change reaches).
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda_double -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
@@ -38,6 +39,12 @@ NEEDS_NINJA = (
     "ninja is missing; without it one source is compiled at a time, and every one after each change. Run: "
     "pip install ninja (or set OPTIM_EXT_NINJA=0 to build without it)"
 )
+
+NEEDS_SETUPTOOLS = (
+    "setuptools is too old to make wheels, as those of new environments of Python 3.10 and 3.11 are. Run: "
+    "pip install 'setuptools>=70.1'"
+)
+MAKE_WHEELS = {"bdist_wheel", "dist_info", "editable_wheel"}
 
 
 def sources(*suffixes):
@@ -182,6 +189,9 @@ def native_build():
     """The setup() arguments of a build; a source distribution needs none of this, and no torch."""
     # A virtual environment's own ninja is found although the environment may not be activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    makes_wheels = find_spec("setuptools.command.bdist_wheel") or find_spec("wheel")
+    if MAKE_WHEELS & set(sys.argv) and not makes_wheels:
+        sys.exit(NEEDS_SETUPTOOLS)
     switches = build_switches()
     print("\n".join(f"optim_ext {key} = {value}" for key, value in switches.items()), flush=True)
     wait_for_other_builds(ROOT / "build")

@@ -28,6 +28,7 @@ FOLDER = ROOT / "build/matrix"
 # Every torch with the Python that runs this, every Python with the torch of `make test`.
 DEFAULT = ["2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0", *(f"2.13.0/3.{minor}" for minor in range(10, 15))]
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+BUILD_TOOLS = ["setuptools>=70.1", "ninja"]
 # What depends on torch or Python. The C++ tests do on neither.
 TESTS = ["tests/optim", "tests/lbfgs", "tests/ops", "tests/package", "--ignore=tests/package/test_cpp.py"]
 NOT_COPIED = shutil.ignore_patterns(
@@ -124,10 +125,10 @@ class Row:
         python = FOLDER / "venv/bin/python"
         pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
         try:
-            self.run("installing torch", *pip, f"torch=={self.torch}")
+            self.run("installing torch", *pip, f"torch=={self.torch}", *BUILD_TOOLS)
         except Failed:
             raise Unobtainable(self.first_error()) from None
-        self.run("installing what tests need", *pip, "setuptools>=64", "ninja", *needs_of("test"))
+        self.run("installing what tests need", *pip, *needs_of("test"))
         build = [*pip, "--no-build-isolation", "--no-deps", "--verbose", "-e", "."]
         self.result["built_in_s"] = self.run("building", *build, OPTIM_EXT_CUDA="0")
         self.test(python)

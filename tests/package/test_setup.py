@@ -137,6 +137,13 @@ def test_without_ninja_it_stops_with_one_sentence(setup, monkeypatch, tmp_path):
         setup.native_build()
 
 
+def test_with_old_setuptools_it_stops_with_one_sentence(setup, monkeypatch):
+    monkeypatch.setitem(setup.native_build.__globals__, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "dist_info"])
+    with pytest.raises(SystemExit, match="setuptools is too old.*pip install 'setuptools>=70.1'"):
+        setup.native_build()
+
+
 def test_the_ninja_of_an_environment_that_is_not_activated_is_found(setup, monkeypatch, tmp_path):
     """pip does not put its environment's programs on PATH."""
     (tmp_path / "ninja").write_text("#!/bin/sh\n")

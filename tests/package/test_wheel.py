@@ -56,10 +56,11 @@ def wheel(root, kernel_objects, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory):
-    """Runs Python in an empty folder, with the wheel's files and no others of this project."""
+    """Runs Python in an empty folder, with the wheel that pip has installed and no other files of this project."""
     site = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as opened:
-        opened.extractall(site)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site, wheel]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     def run(*arguments, cwd, **environment):
         variables = {
