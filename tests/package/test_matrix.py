@@ -56,3 +56,18 @@ def test_failures_and_faults_are_in_the_table_and_make_a_row_bad(matrix):
         "| 2.12.0 | 3.11 | 301 | 69 | 1 | |",
         "| 2.13.0 | 3.11 | | | | building failed, see build/matrix-2.13.0-3.11.log |",
     ]
+
+
+def test_a_report_is_counted_and_none_is_a_fault(matrix, tmp_path):
+    row, report = matrix.Row("2.13.0", every=20, workers=1), tmp_path / "report.xml"
+    for went_well in (True, False):
+        with pytest.raises(matrix.Failed, match="without a result"):
+            row.count(report, went_well)
+    cases = '<testcase classname="t" name="a"/><testcase classname="t" name="b"><{0}/></testcase>'
+    for kind, went_well, failed in (("skipped", True, []), ("failure", False, ["t::b"]), ("error", False, ["t::b"])):
+        report.write_text(f"<testsuites><testsuite>{cases.format(kind)}</testsuite></testsuites>")
+        row.count(report, went_well)
+        assert (row.result["passed"], row.result["failed"]) == (2 - len(failed), failed)
+    report.write_text("<testsuites><testsuite/></testsuites>")
+    with pytest.raises(matrix.Failed, match="without a result"):  # no test at all
+        row.count(report, True)
