@@ -78,6 +78,24 @@ class Processes:
             rank.communicate()
 
 
+class Worlds:
+    """Processes of one program and folder, by their number: those of the last case go on with the next one if they are as
+    many, as they take seconds to start."""
+
+    def __init__(self, program, folder):
+        self.program, self.folder, self.processes = program, folder, None
+
+    def expect(self, world, case):
+        if self.processes is None or self.processes.world != world or self.processes.stopped:
+            self.stop()  # few are to wait while others work
+            self.processes = Processes(self.program, world, self.folder)
+        self.processes.expect(case)
+
+    def stop(self):
+        if self.processes is not None:
+            self.processes.stop()
+
+
 def how_it_ended(rank):
     """Nothing for a process that is still there."""
     try:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from optim_ext import _sharding
 from optim_ext._grad_control import StepControls, Verdict
@@ -31,12 +30,6 @@ class ShardedStep(PlannedStep):
     def _step_in_plain_containers(self) -> None:
         if self._viewing is not None or not self._has_dtensors():
             return super()._step_in_plain_containers()
-        self._step_parts()
-
-    @_disable_dynamo(
-        recursive=True
-    )  # what breaks the graph of a compiled step leads here, and stand-ins are not traced
-    def _step_parts(self) -> None:
         with self._local_view() as view:
             before = self._plan
             self._eager_step()

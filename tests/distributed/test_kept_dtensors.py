@@ -3,29 +3,35 @@
 from pathlib import Path
 
 import pytest
-from ranks import Processes, cases_in
+from ranks import Worlds, cases_in
 
 PROGRAM = Path(__file__).with_name("kept_dtensor_cases.py")
+CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_")]
 pytestmark = pytest.mark.about_the_cpu("precision options are for parameters there")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_on_several_processes(world, tmp_path):
-    """One case after the other on the same processes, which take seconds to start."""
-    processes = Processes(PROGRAM, world, tmp_path)
-    try:
-        for case in cases_in(PROGRAM):
-            if not case.startswith("then_"):
-                processes.expect(case)
-    finally:
-        processes.stop()
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    worlds = Worlds(PROGRAM, tmp_path_factory.mktemp("ranks"))
+    yield worlds
+    worlds.stop()
 
 
-def test_a_checkpoint_goes_on_with_other_numbers_of_processes(tmp_path):
-    """Saved on two, it is loaded on four and on one."""
-    for world, case in ((2, "then_saves"), (4, "then_resumes"), (1, "then_resumes")):
-        processes = Processes(PROGRAM, world, tmp_path)
-        try:
-            processes.expect(case)
-        finally:
-            processes.stop()
+@pytest.fixture(scope="module", params=[2, 4, 1])  # all tests of one number first
+def world(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def saved(worlds):
+    """A checkpoint is in the folder, of as many processes as come first."""
+    worlds.expect(2, "then_saves")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_several_processes(case, world, worlds):
+    worlds.expect(world, case)
+
+
+def test_a_checkpoint_goes_on_with_other_numbers_of_processes(world, saved, worlds):
+    worlds.expect(world, "then_resumes")

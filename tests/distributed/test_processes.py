@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from device import ON_CPU
-from ranks import Processes, cases_in
+from ranks import Worlds, cases_in
 
 PROGRAM = Path(__file__).with_name("cases.py")
 WORLD = 2 if ON_CPU else 1
@@ -17,20 +17,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """A function that gives the processes, those that the last case has left in order if there are any."""
-    folder, kept = tmp_path_factory.mktemp("ranks"), []
-
-    def processes():
-        if not kept or kept[0].stopped:
-            kept[:] = [Processes(PROGRAM, WORLD, folder)]
-        return kept[0]
-
-    yield processes
-    for processes in kept:
-        processes.stop()
+def worlds(tmp_path_factory):
+    worlds = Worlds(PROGRAM, tmp_path_factory.mktemp("ranks"))
+    yield worlds
+    worlds.stop()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_on_processes(case, running):
-    running().expect(case)
+def test_on_processes(case, worlds):
+    worlds.expect(WORLD, case)
