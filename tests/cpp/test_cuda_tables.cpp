@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "kernels/cuda/block.h"
+#include "kernels/cuda/table.h"
 
 using namespace optim_ext;
 
@@ -31,7 +32,7 @@ void test_beyond_32_bits() {
   cuda::Batch<Count> batch{};
   batch.chunk = cuda::chunk_for(elements, 132);
   batch.count = 3;
-  const auto shape = cuda::fitting<Count>(bundles.data(), 3, INT64_MAX);
+  const auto shape = cuda::fitting(cuda::shape_of<Count>(), bundles.data(), 3, INT64_MAX);
   std::vector<unsigned char> table(shape.bytes());
   const int64_t chunks = cuda::fill_table(bundles.data(), shape, batch.chunk, table.data());
   size_t tensor = 0;

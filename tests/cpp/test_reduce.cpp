@@ -5,6 +5,7 @@
 
 #include "isas.h"
 #include "kernels/cuda/reduce_block.h"
+#include "kernels/cuda/table.h"
 #include "reduce_cases.h"
 #include "rules/reductions.h"
 
@@ -29,7 +30,8 @@ double combined(std::vector<double> lane) {
 template <class Reduction>
 std::vector<double> slots_on_host(const std::vector<const Bundle*>& bundles) {
   using Job = cuda::ReduceJob<Reduction>;
-  const auto shape = cuda::fitting<Job>(bundles.data(), static_cast<int64_t>(bundles.size()), INT64_MAX);
+  const auto shape =
+      cuda::fitting(cuda::shape_of<Job>(), bundles.data(), static_cast<int64_t>(bundles.size()), INT64_MAX);
   std::vector<unsigned char> table(shape.bytes());
   cuda::Batch<Job> batch{};
   batch.chunk = kReduceChunk;
@@ -174,7 +176,8 @@ void test_fibers(const char* name) {
     bundles.push_back(&made[t]);
   }
   using Job = cuda::FiberJob<Reduction>;
-  const auto shape = cuda::fitting<Job>(bundles.data(), static_cast<int64_t>(bundles.size()), INT64_MAX);
+  const auto shape =
+      cuda::fitting(cuda::shape_of<Job>(), bundles.data(), static_cast<int64_t>(bundles.size()), INT64_MAX);
   std::vector<unsigned char> table(shape.bytes());
   cuda::Batch<Job> batch{};
   batch.chunk = cuda::kMinChunk;

@@ -1,9 +1,9 @@
-// What one launch carries: the rule, the values it reads on the device, and a table of the tensors to sweep. Plain C++:
-// the CPU tests pack these tables and walk them without a GPU.
+// What one launch carries: the rule, the values it reads on the device, and a table of the tensors to sweep. The host
+// packs it without the rule's type (table.h), kernels know that. Plain C++: the CPU tests pack these tables and walk
+// them without a GPU.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "../../rules/rule.h"
 #include "../../rules/average.h"
@@ -20,17 +20,23 @@ constexpr int64_t kMinChunk = 2048;  // elements: what the threads of a block ta
 constexpr int64_t kArgumentBytes = 32760;
 
 // A rule's operands without those its variant does not have: slot s of an entry is the s-th bit set in kUsed.
+OPTIM_EXT_HOST_DEVICE constexpr int slot_in(unsigned used, int operand) {
+  return __builtin_popcount(used & ((1u << operand) - 1u));
+}
+OPTIM_EXT_HOST_DEVICE constexpr int nth_operand(unsigned used, int slot) {
+  int operand = 0;
+  while (!((used >> operand) & 1u) || slot_in(used, operand) != slot) ++operand;
+  return operand;
+}
 template <class Rule>
 constexpr int kSlots = __builtin_popcount(Rule::kUsed);
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE constexpr int slot_of(int operand) {
-  return __builtin_popcount(Rule::kUsed & ((1u << operand) - 1u));
+  return slot_in(Rule::kUsed, operand);
 }
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE constexpr int operand_of(int slot) {
-  int operand = 0;
-  while (!((Rule::kUsed >> operand) & 1u) || slot_of<Rule>(operand) != slot) ++operand;
-  return operand;
+  return nth_operand(Rule::kUsed, slot);
 }
 
 // A hyper-parameter that lives on the device; it replaces the double at this offset of the rule.
@@ -48,24 +54,27 @@ struct ScalarStates {
 template <>
 struct ScalarStates<0> {};
 
-// One tensor with its state.
-template <class Rule>
-struct Entry : ScalarStates<rules::kScalarsOf<Rule>> {
-  void* data[kSlots<Rule>];
+// What is said of one tensor whatever the rule.
+struct EntryHead {
   int64_t numel;
   double step;              // where the host knows it
   const void* device_step;  // else where it lives (f32 or f64), less `step`; null on the host
+  void* average;            // the running average of the updated parameter; null: none
   int32_t layout;           // where its Layout lies, in bytes from the start of the table; 0: dense, all in one order
   int32_t average_layout;   // the same for the average and the parameter
-  void* average;            // the running average of the updated parameter; null: none
-  Storage storage[kSlots<Rule>];
+  Storage storage[kMaxOperands];  // by slot
   Storage step_storage, average_storage;
   bool vector, average_vector;  // dense, of one storage, aligned: 16 bytes at a time
 };
 
+// One tensor with its state.
 template <class Rule>
-struct Batch {
-  Rule rule;
+struct Entry : EntryHead, ScalarStates<rules::kScalarsOf<Rule>> {
+  void* data[kSlots<Rule>];
+};
+
+// What is said of a launch whatever the rule.
+struct BatchHead {
   LiveHyper hypers[kMaxLiveHypers];
   int32_t hyper_count;
   int32_t count;  // entries in the table
@@ -76,6 +85,11 @@ struct Batch {
   const unsigned char* remote;  // the table in device memory; null: it follows in the arguments
 };
 
+template <class Rule>
+struct Batch : BatchHead {
+  Rule rule;
+};
+
 // Kernel arguments of one size, table included.
 template <class Rule, int64_t kBytes>
 struct alignas(8) Args {
@@ -84,93 +98,33 @@ struct alignas(8) Args {
   unsigned char room[kRoom];
 };
 
-// A table: the first chunk of each entry (int32, compact because it is searched), the entries, the layouts they need.
-template <class Rule>
-struct TableShape {
-  int64_t count = 0, layouts = 0;
+// What the host has to know of a rule to pack its arguments: entries are a head, the scalars and the data of each slot;
+// arguments a head, the rule and the table.
+struct RuleShape {
+  int64_t bytes;  // of the rule, in whole doubles
+  unsigned used;
+  int scalars;
 
-  OPTIM_EXT_HOST_DEVICE int64_t entries_at() const { return (count * 4 + 7) / 8 * 8; }
-  OPTIM_EXT_HOST_DEVICE int64_t layouts_at() const {
-    return entries_at() + count * static_cast<int64_t>(sizeof(Entry<Rule>));
-  }
-  OPTIM_EXT_HOST_DEVICE int64_t bytes() const { return layouts_at() + layouts * static_cast<int64_t>(sizeof(Layout)); }
-  void add(const Bundle& bundle) {
-    ++count;
-    layouts += (bundle.layout != nullptr) + (bundle.average && bundle.average->layout);
+  OPTIM_EXT_HOST_DEVICE constexpr int slots() const { return __builtin_popcount(used); }
+  OPTIM_EXT_HOST_DEVICE constexpr int64_t entry_bytes() const {
+    return static_cast<int64_t>(sizeof(EntryHead) + sizeof(ScalarState) * static_cast<unsigned>(scalars) +
+                                sizeof(void*) * static_cast<unsigned>(slots()));
   }
 };
 
-// Elements per block: enough blocks to keep every multiprocessor supplied to the end, few enough that opening a block
-// (a search and, for Adam, two powers) costs nothing beside its work.
-inline int64_t chunk_for(int64_t elements, int multiprocessors) {
-  int64_t chunk = kMinChunk;
-  while (chunk < 32 * kMinChunk && elements / chunk > 64 * static_cast<int64_t>(multiprocessors)) chunk *= 2;
-  return chunk;
-}
-
 template <class Rule>
-Entry<Rule> make_entry(const Bundle& bundle, int32_t layout, int32_t average_layout) {
-  Entry<Rule> entry{};
-  entry.numel = bundle.numel;
-  entry.step = bundle.step;
-  entry.device_step = bundle.device_step;
-  entry.step_storage = bundle.step_storage;
-  if constexpr (rules::kScalarsOf<Rule> > 0) {
-    for (int k = 0; k < Rule::kScalars; ++k) entry.scalars[k] = bundle.scalars[k];
-  }
-  entry.layout = layout;
-  entry.vector = layout == 0;
-  for (int s = 0; s < kSlots<Rule>; ++s) {
-    const int operand = operand_of<Rule>(s);
-    entry.data[s] = bundle.data[operand];
-    entry.storage[s] = bundle.storage[operand];
-    entry.vector &= entry.storage[s] == entry.storage[0] && reinterpret_cast<uintptr_t>(entry.data[s]) % 16 == 0;
-  }
-  if (bundle.average) {
-    const auto average = make_entry<rules::Average>(*bundle.average, average_layout, 0);
-    entry.average = average.data[0];
-    entry.average_storage = average.storage[0];
-    entry.average_vector = average.vector;
-    entry.average_layout = average_layout;
-  }
-  return entry;
-}
-
-// Writes the table of `count` bundles to `to` (TableShape says how large) and returns how many chunks they make, which
-// is the number of blocks to launch.
-template <class Rule>
-int64_t fill_table(const Bundle* const* bundles, const TableShape<Rule>& shape, int64_t chunk, unsigned char* to) {
-  int64_t chunks = 0, layout_at = shape.layouts_at();
-  const auto place = [&](const Layout* layout) {
-    if (layout == nullptr) return 0;
-    std::memcpy(to + layout_at, layout, sizeof(Layout));
-    layout_at += static_cast<int64_t>(sizeof(Layout));
-    return static_cast<int32_t>(layout_at - static_cast<int64_t>(sizeof(Layout)));
-  };
-  for (int64_t i = 0; i < shape.count; ++i) {
-    const Bundle& bundle = *bundles[i];
-    const int32_t first = static_cast<int32_t>(chunks);
-    std::memcpy(to + i * 4, &first, 4);
-    const int32_t layout = place(bundle.layout);
-    const Entry<Rule> entry =
-        make_entry<Rule>(bundle, layout, place(bundle.average ? bundle.average->layout : nullptr));
-    std::memcpy(to + shape.entries_at() + i * static_cast<int64_t>(sizeof entry), &entry, sizeof entry);
-    chunks += (bundle.numel + chunk - 1) / chunk;
-  }
-  return chunks;
-}
-
-// The longest run of bundles, from the first, whose table fits into `room` bytes.
-template <class Rule>
-TableShape<Rule> fitting(const Bundle* const* bundles, int64_t count, int64_t room) {
-  TableShape<Rule> shape;
-  while (shape.count < count) {
-    TableShape<Rule> longer = shape;
-    longer.add(*bundles[shape.count]);
-    if (longer.bytes() > room) break;
-    shape = longer;
-  }
+OPTIM_EXT_HOST_DEVICE constexpr RuleShape shape_of() {
+  constexpr RuleShape shape{(sizeof(Rule) + 7) / 8 * 8, Rule::kUsed, rules::kScalarsOf<Rule>};
+  static_assert(alignof(Rule) <= 8 && sizeof(Entry<Rule>) == shape.entry_bytes() &&
+                sizeof(Batch<Rule>) == sizeof(BatchHead) + shape.bytes);
   return shape;
 }
+
+// The compilers of host and device lay these out alike.
+static_assert(sizeof(EntryHead) == 56 && sizeof(ScalarState) == 24 && sizeof(LiveHyper) == 24 &&
+              sizeof(DeviceControls) == 40 && sizeof(BatchHead) == 176 && sizeof(Layout) == 1096);
+
+// Where the entries of a table begin: after the first chunk of each (int32, compact because it is searched).
+OPTIM_EXT_HOST_DEVICE int64_t entries_at(int64_t count) { return (count * 4 + 7) / 8 * 8; }
 
 }  // namespace optim_ext::cuda

@@ -67,7 +67,7 @@ OPTIM_EXT_HOST_DEVICE Rule ready_rule(const Batch<Rule>& batch, const Entry<Rule
 
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE const Entry<Rule>* entries_of(const Batch<Rule>& batch, const unsigned char* table) {
-  return reinterpret_cast<const Entry<Rule>*>(table + TableShape<Rule>{batch.count, 0}.entries_at());
+  return reinterpret_cast<const Entry<Rule>*>(table + entries_at(batch.count));
 }
 
 // Stores what the scalar state of one tensor is after the step, once every block has read what it was before.
@@ -269,7 +269,7 @@ template <class Access, class Rule, class V, int... S>
 OPTIM_EXT_HOST_DEVICE void sweep_range(const Block<Rule>& block, const Rule& rule, int32_t from, int32_t to, int thread,
                                        std::integer_sequence<int, S...>) {
   constexpr int kCount = kSlots<Rule>, kPack = Access::kPack;
-  constexpr int kUnroll = kPack >= 8 ? 1 : kCount <= 2 ? 4 : 2;
+  constexpr int kUnroll = kPack >= 8 || kCount > 5 ? 1 : kCount <= 2 ? 4 : 2;
   constexpr int32_t kStride = kThreads * kPack;
   const V grad_factor = V(block.grad_factor);
   const Access access[] = {Access(block.entry.data[S], block.entry.storage[S], block.begin)...};

@@ -29,11 +29,12 @@ class Driver {
 
   // One launch for all tensors computed in float and one for those in double, if there are any. While a graph is
   // captured a table has to travel in the arguments, so a call of hundreds of tensors becomes several launches.
-  template <class Rule, class Call>
-  void run(const Rule& rule, const Call& call) const {
+  template <class Call>
+  void run(const Program& program, const void* rule, const Call& call) const {
     if (call.steps_on_device) advance_counters(call);
-    Batch<Rule> batch{};
-    batch.rule = rule;
+    Packed args;
+    std::memcpy(args.rest, rule, static_cast<size_t>(program.shape.bytes));
+    BatchHead& batch = args.batch;
     batch.controls = call.pass.on_device;
     batch.average_weight = call.pass.average_weight;
     Place::require(call.device_hypers.size() <= static_cast<size_t>(kMaxLiveHypers),
@@ -41,8 +42,13 @@ class Driver {
     for (const auto& hyper : call.device_hypers) {
       batch.hypers[batch.hyper_count++] = {hyper.offset, hyper.value, hyper.storage};
     }
-    sweep<float>(batch, call);
-    sweep<double>(batch, call);
+    for (const bool in_double : {false, true}) sweep(program, args, call, in_double);
+  }
+  template <class Rule, class Call>
+  void run(const Rule& rule, const Call& call) const {
+    alignas(8) unsigned char bytes[shape_of<Rule>().bytes] = {};
+    std::memcpy(bytes, &rule, sizeof rule);
+    run(program_of<Rule>(), bytes, call);
   }
 
   // Adds one to every step counter that lives on the device, unless the step is skipped there.
@@ -87,16 +93,18 @@ class Driver {
     auto* const finished = static_cast<unsigned*>(scratch.data());
     auto* slots = static_cast<double*>(scratch.data()) + 1;
     Place::check(device::zero(finished, sizeof(unsigned), place_.stream));
-    Batch<ReduceJob<Reduction>> batch{};
-    batch.chunk = kReduceChunk;
-    batch.rule.finished = finished;
-    batch.rule.blocks = static_cast<unsigned>(chunks);
-    batch.rule.all_slots = slots;
-    batch.rule.outcome = outcome;
-    batch.rule.count = count;
-    for_each_table(batch, bundles, [&](auto& args, int64_t of_table) {
-      args.batch.rule.slots = slots;
-      Place::check(launch_reduce<Reduction>(args, of_table, place_.stream));
+    using Job = ReduceJob<Reduction>;
+    Packed args;
+    args.batch.chunk = kReduceChunk;
+    Job& job = args.put(Job{});
+    job.finished = finished;
+    job.blocks = static_cast<unsigned>(chunks);
+    job.all_slots = slots;
+    job.outcome = outcome;
+    job.count = count;
+    for_each_table(shape_of<Job>(), args, bundles, [&](int64_t of_table) {
+      job.slots = slots;
+      Place::check(launch_reduce<Reduction>(args.as<Job>(), of_table, place_.stream));
       slots += of_table * kReduceSlots;
     });
   }
@@ -112,14 +120,16 @@ class Driver {
     }
     const typename Place::Scratch scratch(chunks * kReduceSlots * static_cast<int64_t>(sizeof(double)));
     auto* slots = static_cast<double*>(scratch.data());
-    Batch<ReduceJob<Reduction>> batch{};
-    batch.chunk = kReduceChunk;
-    for_each_table(batch, bundles, [&](auto& args, int64_t of_table) {
-      args.batch.rule.slots = slots;
-      args.batch.rule.each = results;
-      args.batch.rule.chunks = static_cast<int32_t>(of_table);
-      Place::check(launch_reduce<Reduction>(args, of_table, place_.stream));
-      Place::check(launch_finish_each<Reduction>(args, place_.stream));
+    using Job = ReduceJob<Reduction>;
+    Packed args;
+    args.batch.chunk = kReduceChunk;
+    Job& job = args.put(Job{});
+    for_each_table(shape_of<Job>(), args, bundles, [&](int64_t of_table) {
+      job.slots = slots;
+      job.each = results;
+      job.chunks = static_cast<int32_t>(of_table);
+      Place::check(launch_reduce<Reduction>(args.as<Job>(), of_table, place_.stream));
+      Place::check(launch_finish_each<Reduction>(args.as<Job>(), place_.stream));
       slots += of_table * kReduceSlots;
       results += args.batch.count;
     });
@@ -137,10 +147,12 @@ class Driver {
       bundles.push_back(&all[t]);
       threads += all[t].numel;
     }
-    Batch<FiberJob<Reduction>> batch{};
-    batch.chunk = chunk_for(threads, place_.multiprocessors);
-    for_each_table(batch, bundles, [&](const auto& args, int64_t chunks) {
-      Place::check(launch_fibers<Reduction>(args, chunks, place_.stream));
+    using Job = FiberJob<Reduction>;
+    Packed args;
+    args.batch.chunk = chunk_for(threads, place_.multiprocessors);
+    args.put(Job{});
+    for_each_table(shape_of<Job>(), args, bundles, [&](int64_t chunks) {
+      Place::check(launch_fibers<Reduction>(args.as<Job>(), chunks, place_.stream));
     });
   }
 
@@ -176,63 +188,57 @@ class Driver {
   }
 
  private:
-  template <class V, class Rule, class Call>
-  void sweep(Batch<Rule> batch, const Call& call) const {
+  template <class Call>
+  void sweep(const Program& program, Packed& args, const Call& call, bool in_double) const {
     std::vector<const Bundle*> bundles;
     bundles.reserve(call.bundles.size());
     int64_t elements = 0;
+    args.batch.averaged = false;
     for (const Bundle& bundle : call.bundles) {
-      if (bundle.in_double != (sizeof(V) == sizeof(double))) continue;
-      if (bundle.numel == 0 && !rules::kStoresScalars<Rule>) continue;
+      if (bundle.in_double != in_double || (bundle.numel == 0 && !program.stores_scalars)) continue;
       bundles.push_back(&bundle);
       elements += bundle.numel;
+      args.batch.averaged |= bundle.average != nullptr;
     }
-    batch.chunk = chunk_for(elements, place_.multiprocessors);
-    batch.averaged = false;
-    for (const Bundle* bundle : bundles) batch.averaged |= bundle->average != nullptr;
-    for_each_table(batch, bundles, [&](const auto& args, int64_t chunks) {
-      Place::check(launch_sweep<Rule, V>(args, chunks, place_.stream));
+    args.batch.chunk = chunk_for(elements, place_.multiprocessors);
+    for_each_table(program.shape, args, bundles, [&](int64_t chunks) {
+      Place::check(program.sweep[in_double](program.of, args, chunks, place_.stream));
     });
   }
 
   // Launches with as few tables as hold all tensors.
-  template <class Rule, class Launch>
-  void for_each_table(const Batch<Rule>& batch, const std::vector<const Bundle*>& bundles, const Launch& launch) const {
-    const int64_t room = Args<Rule, kArgumentBytes>::kRoom;
+  template <class Launch>
+  void for_each_table(const RuleShape& rule, Packed& args, const std::vector<const Bundle*>& bundles,
+                      const Launch& launch) const {
+    const int64_t room = Packed::room(rule);
     const auto count = static_cast<int64_t>(bundles.size());
     for (int64_t done = 0; done < count;) {
       const Bundle* const* const next = bundles.data() + done;
-      auto shape = fitting<Rule>(next, count - done, room);
+      auto shape = fitting(rule, next, count - done, room);
       if (shape.count < count - done && !place_.capturing) {
-        shape = fitting<Rule>(next, count - done, INT64_MAX);
-        launch_remote(batch, next, shape, launch);
+        shape = fitting(rule, next, count - done, INT64_MAX);
+        launch_remote(args, next, shape, launch);
       } else {
-        launch_local(batch, next, shape, launch);
+        launch_local(args, next, shape, launch);
       }
       done += shape.count;
     }
   }
 
-  template <class Rule, class Launch>
-  void launch_local(const Batch<Rule>& batch, const Bundle* const* bundles, const TableShape<Rule>& shape,
-                    const Launch& launch) const {
-    Args<Rule, kArgumentBytes> args;  // the room that no table fills stays as it is
-    args.batch = batch;
+  template <class Launch>
+  void launch_local(Packed& args, const Bundle* const* bundles, const TableShape& shape, const Launch& launch) const {
     args.batch.count = static_cast<int32_t>(shape.count);
-    const int64_t chunks = fill_table(bundles, shape, batch.chunk, args.room);
-    launch(args, chunks);
+    args.batch.remote = nullptr;
+    launch(fill_table(bundles, shape, args.batch.chunk, args.table(shape.rule)));
   }
 
-  template <class Rule, class Launch>
-  void launch_remote(const Batch<Rule>& batch, const Bundle* const* bundles, const TableShape<Rule>& shape,
-                     const Launch& launch) const {
+  template <class Launch>
+  void launch_remote(Packed& args, const Bundle* const* bundles, const TableShape& shape, const Launch& launch) const {
     typename Place::Table table(place_, shape.bytes());
-    Args<Rule, kArgumentBytes> args;
-    args.batch = batch;
     args.batch.count = static_cast<int32_t>(shape.count);
-    const int64_t chunks = fill_table(bundles, shape, batch.chunk, table.host());
+    const int64_t chunks = fill_table(bundles, shape, args.batch.chunk, table.host());
     args.batch.remote = table.send();
-    launch(args, chunks);
+    launch(chunks);
   }
 
   // Sends what a task keeps on the host, one block of 8-byte values after the other, to the device.

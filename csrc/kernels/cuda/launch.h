@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "../../device/device.h"
-#include "batch.h"
+#include "table.h"
 
 namespace optim_ext::cuda {
 
@@ -33,6 +33,28 @@ constexpr bool kCanAverage = !std::is_same_v<Rule, rules::Average>;
 // One block per chunk. V is the type the rule computes in: float, or double as soon as one operand is stored as f64.
 template <class Rule, class V, int64_t kBytes>
 device::Status launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, device::Stream stream);
+
+// A rule without its type: the shape of its arguments, and what launches the kernels that know it.
+struct Program {
+  RuleShape shape;
+  bool stores_scalars;
+  // In float, in double. `of`: the kernels, where they are not those of a type.
+  device::Status (*sweep[2])(const void* of, const Packed& args, int64_t chunks, device::Stream stream);
+  const void* of;
+};
+
+template <class Rule>
+Program program_of() {
+  return {shape_of<Rule>(),
+          rules::kStoresScalars<Rule>,
+          {[](const void*, const Packed& args, int64_t chunks, device::Stream stream) {
+             return launch_sweep<Rule, float>(args.as<Rule>(), chunks, stream);
+           },
+           [](const void*, const Packed& args, int64_t chunks, device::Stream stream) {
+             return launch_sweep<Rule, double>(args.as<Rule>(), chunks, stream);
+           }},
+          nullptr};
+}
 
 // One block per chunk of kReduceChunk elements.
 template <class Reduction>

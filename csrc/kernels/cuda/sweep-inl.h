@@ -1,39 +1,22 @@
-// The kernel around a block's work. Each family of rules is a translation unit that includes its header and this file
+// The kernels around a block's work. Each family of rules is a translation unit that includes its header and this file
 // and instantiates the kernel for its rules: to change a rule recompiles its own family only.
-#include "../../device/kernel.h"
-#include "block.h"
 #include "launch.h"
+#include "sweep_block.h"
 
 namespace optim_ext::cuda {
 
 namespace {
 
-// Blocks a multiprocessor must be able to hold: leaves a thread 80 registers, which every rule fits without spilling.
-constexpr int kMinBlocks = 3;
-
-// A step that also averages is a kernel of its own with more registers, so that other steps do not pay for it.
 template <class Rule, class V, int64_t kBytes, bool kAveraged>
-OPTIM_EXT_KERNEL(kThreads, kAveraged ? kMinBlocks - 1 : kMinBlocks)
+OPTIM_EXT_KERNEL(kThreads, kMinBlocks<Rule, kAveraged>)
 sweep(OPTIM_EXT_ARGUMENT(Args<Rule, kBytes>) args) {
-  OPTIM_EXT_SHARED(block, Block<Rule>);
-  const unsigned char* const table = args.batch.remote ? args.batch.remote : args.room;
-  if (device::thread_x() == 0) open_block(args.batch, table, device::block_x(), block);
-  device::barrier();
-  if (block.skip) return;
-  sweep_thread<Rule, V>(block, static_cast<int>(device::thread_x()));
-  if constexpr (kAveraged) {
-    OPTIM_EXT_SHARED(average, Block<rules::Average>);
-    if (device::thread_x() == 0) open_average(args.batch, table, block, average);
-    device::barrier();
-    if (!average.skip) average_thread(average, static_cast<int>(device::thread_x()));
-  }
+  sweep_block<Rule, V, kAveraged>(args);
 }
 
 template <class Rule, int64_t kBytes>
 OPTIM_EXT_KERNEL(kThreads)
 advance_scalars(OPTIM_EXT_ARGUMENT(Args<Rule, kBytes>) args) {
-  const int32_t index = static_cast<int32_t>(device::block_x()) * kThreads + static_cast<int32_t>(device::thread_x());
-  if (index < args.batch.count) store_scalars(args.batch, args.batch.remote ? args.batch.remote : args.room, index);
+  advance_scalars_of_thread(args);
 }
 
 }  // namespace

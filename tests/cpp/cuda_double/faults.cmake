@@ -27,12 +27,12 @@ set(race "WARNING: ThreadSanitizer: data race")
 set(race_or_poison "${race}|SEGV on unknown address")
 
 # Barriers.
-fault(sweep_without_barrier sweeps "${race_or_poison}" kernels/cuda/sweep-inl.h
+fault(sweep_without_barrier sweeps "${race_or_poison}" kernels/cuda/sweep_block.h
 [[  device::barrier();
   if (block.skip) return;]]
 [[  if (!FAULT) device::barrier();
   if (block.skip) return;]])
-fault(average_without_barrier sweeps "${race_or_poison}" kernels/cuda/sweep-inl.h
+fault(average_without_barrier sweeps "${race_or_poison}" kernels/cuda/sweep_block.h
 [[    device::barrier();
     if (!average.skip)]]
 [[    if (!FAULT) device::barrier();
@@ -100,7 +100,7 @@ fault(counting_without_atomic reductions "${race}" kernels/cuda/reduce.cu
 fault(table_off_by_one sweeps "failed: " kernels/cuda/block.h
 [[(first_chunk[middle] <= index ? found : beyond) = middle;]]
 [[(first_chunk[middle] <= index - FAULT ? found : beyond) = middle;]])
-fault(storages_swapped sweeps "failed: |SEGV|heap-use-after-free" kernels/cuda/batch.h
+fault(storages_swapped sweeps "failed: |SEGV|heap-use-after-free" kernels/cuda/table.h
 [[entry.storage[s] = bundle.storage[operand];]]
 [[entry.storage[s] = bundle.storage[FAULT && operand < 2 ? 1 - operand : operand];]])
 fault(average_starts_at_the_tensor sweeps "failed: .*average" kernels/cuda/block.h

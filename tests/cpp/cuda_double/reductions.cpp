@@ -148,7 +148,7 @@ void test_rounds() {
   args->batch = {};
   args->batch.chunk = kReduceChunk;
   args->batch.count = 1;
-  const auto shape = cuda::fitting<Job>(&only, 1, args->kRoom);
+  const auto shape = cuda::fitting(cuda::shape_of<Job>(), &only, 1, args->kRoom);
   check(cuda::fill_table(&only, shape, kReduceChunk, args->room) == kChunks, "a tensor has another number of chunks");
   double result = -1.0;
   args->batch.rule.slots = slots.data();
