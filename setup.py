@@ -179,7 +179,10 @@ def copy_headers(to):
     """What rules written in Python are compiled with (optim_ext/_rules/compiler.py)."""
     for path in [*map(Path, sources(".h")), Path("csrc/compile_flags.txt")]:
         inside = path.relative_to("csrc")
-        if inside.parts[0] not in ("rules", "storage", "kernels", "compile_flags.txt") or "cuda" in inside.parts:
+        if (
+            inside.parts[0] not in ("rules", "storage", "kernels", "device", "compile_flags.txt")
+            or "double" in inside.parts
+        ):
             continue
         (to / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, to / inside)

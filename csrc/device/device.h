@@ -5,6 +5,8 @@
 //   launch(kernel, grid, threads, stream, arguments...)
 //   zero(memory, bytes, stream), upload(to, from, bytes, stream)
 //   capturing(stream, answer), multiprocessors(device), takes_arguments()
+//   load(image, module), find(module, name, kernel), launch(kernel, grid, threads, stream, argument): where there is
+//   torch
 //
 // Nothing here waits for the device.
 #pragma once

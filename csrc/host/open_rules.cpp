@@ -90,6 +90,20 @@ OpenParts parts_in(const py::dict& given) {
   return parts;
 }
 
+// The same variant under another name, run on one GPU by what was compiled for it.
+int64_t define_on_gpu([[maybe_unused]] const std::string& name, [[maybe_unused]] int64_t of, [[maybe_unused]] int gpu,
+                      [[maybe_unused]] const std::string& image, [[maybe_unused]] const std::string& averaging) {
+#if defined(OPTIM_EXT_WITH_CUDA)
+  const OpenVariant& from = OpenVariants::numbered(of);
+  const OpenKernels* const kernels = load_kernels(from, gpu, image, averaging);
+  const int64_t number = OpenVariants::define(name, from.parts);
+  OpenVariants::numbered(number).use(gpu, kernels);
+  return number;
+#else
+  TORCH_CHECK(false, "this build of optim_ext has no CUDA kernels (see python -m optim_ext)");
+#endif
+}
+
 }  // namespace
 
 void bind_open_rules(py::module_& m) {
@@ -130,6 +144,19 @@ void bind_open_rules(py::module_& m) {
         });
       },
       py::arg("number"), py::arg("other"));
+  m.def(
+      "define_rule_on_gpu",
+      [](const std::string& name, int64_t of, int gpu, const py::bytes& image, const py::bytes& averaging) {
+        return as_torch_raises([&] { return define_on_gpu(name, of, gpu, image, averaging); });
+      },
+      py::arg("name"), py::arg("of"), py::arg("gpu"), py::arg("image"), py::arg("averaging"));
+  m.def(
+      "run_rule_on_gpu_by",
+      [](int64_t number, int64_t other, int gpu) {
+        as_torch_raises(
+            [&] { OpenVariants::numbered(number).use(gpu, OpenVariants::numbered(other).kernels_on(gpu)); });
+      },
+      py::arg("number"), py::arg("other"), py::arg("gpu"));
 }
 
 }  // namespace optim_ext::ops

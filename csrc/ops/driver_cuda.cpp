@@ -32,6 +32,12 @@ CudaScratch::CudaScratch(int64_t bytes)
 
 void CudaPlace::check(device::Status status) { C10_CUDA_CHECK(status); }
 
+void CudaDriver::run(const cuda::Program& program, const void* rule, const Work& call) {
+  const c10::DeviceGuard guard(call.device);
+  const CudaPlace place(call.device);
+  cuda::Driver(place).run(program, rule, call);
+}
+
 void CudaDriver::history_dots(at::Device device, const HistoryDots& task, double* out) {
   const c10::DeviceGuard guard(device);
   const CudaPlace place(device);

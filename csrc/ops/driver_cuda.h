@@ -63,6 +63,8 @@ struct CudaDriver {
     const CudaPlace place(call.device);
     cuda::Driver(place).run(rule, call);
   }
+  // The same without the rule's type, on a GPU.
+  static void run(const cuda::Program& program, const void* rule, const Work& call);
 
   // One result for all tensors of the call.
   template <class Reduction>

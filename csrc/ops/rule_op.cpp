@@ -211,16 +211,15 @@ void check_faults(const Call& call, const OpenVariant& variant, const OpenRule& 
 }
 
 // The first sweep of a rule with norms: gives each parameter those that its second one takes.
-template <class Driver>
 void measure(const OpenVariant& variant, const RuleProgram* program, const OpenRule& rule, Call& call) {
   OpenRule first = rule;
   if (program) first.code = &variant.parts.for_norms->code;
   const size_t count = call.bundles.size();
   std::vector<double> results(variant.parts.norms.size() * count);
-  std::vector<typename Driver::Norm> norms;
+  std::vector<CpuDriver::Norm> norms;
   for (const auto& [operand, is_mean] : variant.parts.norms)
     norms.push_back({operand, is_mean, results.data() + norms.size() * count});
-  Driver::run_for_norms(program, &first, call, norms);
+  CpuDriver::run_for_norms(program, &first, call, norms);
   for (size_t k = 0; k < norms.size(); ++k) {
     double* const of = norms[k].results;
     // Of the gradients as the rule will see them.
@@ -233,7 +232,20 @@ void measure(const OpenVariant& variant, const RuleProgram* program, const OpenR
   if (program) call.begin_second_rule();
 }
 
-template <class Driver>
+// On a GPU. Rules that take norms have no kernels there.
+void run_on_gpu([[maybe_unused]] const OpenVariant& variant, [[maybe_unused]] Call& call,
+                [[maybe_unused]] const OpenRule& rule) {
+#if defined(OPTIM_EXT_WITH_CUDA)
+  TORCH_CHECK_VALUE(variant.parts.norms.empty(), "optim_ext::rule_: rules that take norms run on the CPU only, found ",
+                    call.device);
+  const OpenKernels* const kernels = variant.kernels_on(call.device.index());
+  check_kernels(kernels, variant, call);
+  if (call.empty() || call.skip || CheckOnly::active()) return;
+  call.commit(*variant.programs().rule, &rule);
+  run_kernels(*kernels, rule, call);
+#endif
+}
+
 void run_variant(const OpenVariant& variant, const StepControls& controls, const OpenLists& lists, TensorList hypers) {
   const auto name_of = [&](int place) {
     const auto& names = variant.lists;
@@ -265,16 +277,17 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
     OpenRule rule{&variant.code, {}};
     fill(call, variant, hypers, rule);
     check_faults(call, variant, rule);
+    if (!call.device.is_cpu()) return run_on_gpu(variant, call, rule);
     const RulePrograms& programs = variant.programs();
     if (call.empty() || call.skip || call.leave(*programs.rule, &rule) || CheckOnly::active()) return;
     if (has_norms) {
       call.commit();
-      measure<Driver>(variant, programs.for_norms, rule, call);
+      measure(variant, programs.for_norms, rule, call);
       call.store_scalars(*programs.rule, &rule);
     } else {
       call.commit(*programs.rule, &rule);
     }
-    Driver::run({Sweep(*programs.rule, &rule, call.bundles, call.pass)});
+    CpuDriver::run({Sweep(*programs.rule, &rule, call.bundles, call.pass)});
   };
   static_assert(kOpenStates == 8 && kMaxScalars == 2);
   switch (variant.code.scalars) {
@@ -284,7 +297,6 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
   }
 }
 
-template <class Driver>
 void rule_(TensorList params, TensorList grads, TensorList state0, TensorList state1, TensorList state2,
            TensorList state3, TensorList state4, TensorList state5, TensorList state6, TensorList state7,
            TensorList scalar0, TensorList scalar1, TensorList state_steps, c10::string_view rule, TensorList hypers,
@@ -295,11 +307,11 @@ void rule_(TensorList params, TensorList grads, TensorList state0, TensorList st
   in_turns(kOp, controls, params, [&](const StepControls& here, const Members& of) {
     const OpenLists lists{of(params), of(grads),  of(state0), of(state1),  of(state2),  of(state3),     of(state4),
                           of(state5), of(state6), of(state7), of(scalar0), of(scalar1), of(state_steps)};
-    run_variant<Driver>(variant, here, lists, hypers);
+    run_variant(variant, here, lists, hypers);
   });
 }
 
-using Signature = decltype(rule_<CpuDriver>);
+using Signature = decltype(rule_);
 
 constexpr const char* kSchema =
     "rule_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] state0, Tensor(d!)[] state1, Tensor(e!)[] state2, "
@@ -314,7 +326,10 @@ const c10::TypedOperatorHandle<Signature>& handle() {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(optim_ext, m) { m.def(step_schema(kSchema, /*companions=*/false)); }
-TORCH_LIBRARY_IMPL(optim_ext, CPU, m) { m.impl("rule_", &rule_<CpuDriver>); }
+TORCH_LIBRARY_IMPL(optim_ext, CPU, m) { m.impl("rule_", &rule_); }
+#if defined(OPTIM_EXT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) { m.impl("rule_", &rule_); }
+#endif
 
 void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* values, const StepControls& controls,
                      bool check_only) const {
@@ -337,7 +352,7 @@ void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* val
   };
   if (check_only) {
     const CheckOnly guard;
-    call(rule_<CpuDriver>);
+    call(rule_);
   } else {
     call([](auto&&... arguments) { handle().call(arguments...); });
   }

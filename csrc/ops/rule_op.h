@@ -1,6 +1,7 @@
 // Rules that are not known when this library is built, behind one op: rule_(params, grads, state0, ..., rule, hypers).
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -54,6 +55,9 @@ struct OpenParts {
   std::string problem() const;
 };
 
+// Its kernels on one GPU (rule_kernels_cuda.cpp).
+struct OpenKernels;
+
 // One rule with everything that was compiled into it. Lives for as long as the process: graphs and plans name it.
 class OpenVariant {
  public:
@@ -64,6 +68,15 @@ class OpenVariant {
   const RulePrograms& programs() const { return *programs_.load(std::memory_order_acquire); }
   void use(const RulePrograms* programs) { programs_.store(programs, std::memory_order_release); }
   void interpret() { use(&interpreted_); }
+
+  // What it is run by on a GPU; null: nothing. Kernels stay when others take their place.
+  static constexpr int kMostGpus = 64;
+  const OpenKernels* kernels_on(int gpu) const {
+    return gpu < kMostGpus ? kernels_[static_cast<size_t>(gpu)].load(std::memory_order_acquire) : nullptr;
+  }
+  void use(int gpu, const OpenKernels* kernels) {
+    kernels_.at(static_cast<size_t>(gpu)).store(kernels, std::memory_order_release);
+  }
 
   const std::string name;  // what is in it, as a hash
   const OpenParts parts;
@@ -76,6 +89,7 @@ class OpenVariant {
   const std::array<RuleProgram, 2> interpreted_programs_;
   const RulePrograms interpreted_;
   std::atomic<const RulePrograms*> programs_;
+  std::array<std::atomic<const OpenKernels*>, kMostGpus> kernels_{};
 };
 
 // All variants of this process. Throws c10::ValueError where there is none of this name or number.
@@ -88,6 +102,17 @@ class OpenVariants {
   static int64_t define_compiled(std::string name, int64_t of, const std::string& path);
   static const OpenVariant& named(std::string_view name);
 };
+
+#if defined(OPTIM_EXT_WITH_CUDA)
+// Loads what was compiled for a rule without norms and a GPU (optim_ext/_rules/cuda.py), which stays. `averaging`: the
+// kernels of steps that average; may be empty. Throws c10::Error where it cannot be loaded.
+const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::string& image,
+                                const std::string& averaging);
+
+// Throws c10::ValueError where a call cannot be run by these kernels, which may be null.
+void check_kernels(const OpenKernels* kernels, const OpenVariant& variant, const Work& call);
+void run_kernels(const OpenKernels& kernels, const OpenRule& rule, const Work& call);
+#endif
 
 // Loads a library compiled for a rule and returns its programs, which stay. Throws c10::Error where it cannot be loaded
 // or was made for another build of this one.

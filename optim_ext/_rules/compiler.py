@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 from optim_ext._load import _C
@@ -47,13 +48,12 @@ def _flags() -> tuple[str, ...]:
 
 
 @functools.cache
-def _headers() -> str:
-    """A hash of everything a rule is compiled with."""
+def hash_of_headers(kind: str) -> str:
+    """A hash of everything a rule is compiled with for the CPU, or for CUDA."""
     found = hashlib.sha256()
     root = Path(include_paths()[0])
-    for path in sorted(
-        [*root.glob("rules/*.h"), *root.glob("storage/*.h"), *root.glob("kernels/*.h"), *root.glob("kernels/cpu/*.h")]
-    ):
+    folders = ["rules", "storage", "kernels", f"kernels/{kind}", *(["device", "device/cuda"] if kind == "cuda" else [])]
+    for path in sorted(path for folder in folders for path in root.glob(f"{folder}/*.h")):
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
@@ -85,12 +85,17 @@ class _Running:
     def __init__(self) -> None:
         self.lock, self.all, self.is_over = threading.Lock(), set[subprocess.Popen[str]](), False
 
-    def run(self, command: list[str]) -> None:
+    def run(self, command: list[str], environment: dict[str, str] | None) -> None:
         with self.lock:
             if self.is_over:
                 raise CannotCompile("the process ends")
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                env=environment,
             )
             self.all.add(process)
         try:
@@ -120,6 +125,15 @@ class _Running:
 _running = _Running()
 
 
+def run_compiler(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a compiler to its end.
+
+    Raises:
+        CannotCompile: it fails.
+    """
+    _running.run(command, environment)
+
+
 def compile_now(variant: Variant, politely: bool = False) -> None:
     """Compile a variant, or find it compiled, and let it run from now on.
 
@@ -138,10 +152,12 @@ def compile_now(variant: Variant, politely: bool = False) -> None:
     def build(where: Path) -> bytes:
         source, library = where / "rule.cpp", where / "rule.so"
         source.write_text(unit)
-        _running.run([*command, str(source), "-o", str(library)])
+        run_compiler([*command, str(source), "-o", str(library)])
         return library.read_bytes()
 
-    key = hashlib.sha256("\0".join([unit, isa, identity, " ".join(_flags()), _headers()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\0".join([unit, isa, identity, " ".join(_flags()), hash_of_headers("cpu")]).encode()
+    ).hexdigest()
     try:
         library = cache.find_or_build(key, build)
     except OSError as error:
@@ -163,16 +179,16 @@ class Background:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.wanted: queue.SimpleQueue[Variant | None] = queue.SimpleQueue()
-        self.asked: set[Variant] = set()
+        self.wanted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.asked: set[Hashable] = set()
         self.thread: threading.Thread | None = None
 
-    def want(self, variant: Variant) -> None:
+    def want(self, what: Hashable, work: Callable[[], None]) -> None:
         with self.lock:
-            if variant in self.asked:
+            if what in self.asked:
                 return
-            self.asked.add(variant)
-            self.wanted.put(variant)
+            self.asked.add(what)
+            self.wanted.put(work)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._work, name="optim_ext rules", daemon=True)
                 self.thread.start()
@@ -185,13 +201,10 @@ class Background:
 
     def _work(self) -> None:
         while True:
-            variant = self.wanted.get()
-            if variant is None or _running.is_over:
+            work = self.wanted.get()
+            if work is None or _running.is_over:
                 return
-            try:
-                compile_now(variant, politely=True)
-            except (CannotCompile, RuleError) as error:
-                variant.problem = str(error).splitlines()[0]
+            work()
 
 
 _background = Background()
@@ -205,8 +218,20 @@ def _end() -> None:
 
 def compile_soon(variant: Variant) -> None:
     """Have a variant compiled in the background. Until then, and where that fails, it is interpreted: with the same bits."""
+
+    def compile_politely() -> None:
+        try:
+            compile_now(variant, politely=True)
+        except (CannotCompile, RuleError) as error:
+            variant.problem = str(error).splitlines()[0]
+
     if not variant.compiled:
-        _background.want(variant)
+        compile_in_background(variant, compile_politely)
+
+
+def compile_in_background(what: Hashable, work: Callable[[], None]) -> None:
+    """Have work done by the thread that compiles, once for each `what`. It does not raise."""
+    _background.want(what, work)
 
 
 def _start_anew() -> None:

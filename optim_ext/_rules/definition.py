@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,9 +34,15 @@ class Variant:
     name: str  # what is in it, as a hash
     number: int  # of the native module
     used: tuple[bool, ...]  # by state
+    rule_bytes: int  # of the struct
     has_norms: bool = False
     compiled: bool = False  # what it is run by has been compiled for it
     problem: str | None = None  # why it has not
+    # Of GPUs: what was compiled, by architecture and whether it averages; where it is loaded, by index and the same; and why
+    # it is not.
+    images: dict[tuple[int, bool], bytes] = field(default_factory=dict)
+    on_gpus: set[tuple[int | None, bool]] = field(default_factory=set)
+    gpu_problems: dict[torch.device, str] = field(default_factory=dict)
 
     @property
     def state_keys(self) -> tuple[str | None, ...]:
@@ -167,7 +173,8 @@ class Definition:
         name = hashlib.sha256(content.encode()).hexdigest()[:32]
         used = tuple(bool(code["used"] >> (2 + place) & 1) for place in range(len(self.states)))
         number = _C.define_rule(name, {**code, "lists": [*self.states, *self.scalars]})
-        variant = Variant(self, constants, translation, struct, name, number, used, bool(code["norms"]))
+        rule_bytes = 8 * (1 + len(code["hypers"]) + len(code["fields"]))
+        variant = Variant(self, constants, translation, struct, name, number, used, rule_bytes, bool(code["norms"]))
         if self.backend != "torch":
             check_variant(variant, variant.name)
         return variant

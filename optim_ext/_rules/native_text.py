@@ -263,3 +263,22 @@ using namespace rules;
 
 OPTIM_EXT_EXPORT_RULE(optim_ext::written::Rule)
 """
+
+
+def cuda_unit_of(struct: str, rule_bytes: int, averaging: bool = False) -> str:
+    """The file with the kernels of a rule for CUDA.
+
+    averaging: of steps that also average their parameters.
+    """
+    line = "OPTIM_EXT_EXPORT_AVERAGING_SWEEPS" if averaging else "OPTIM_EXT_EXPORT_SWEEPS"
+    return f"""#include "kernels/cuda/one_rule.h"
+
+namespace optim_ext::written {{
+
+using namespace rules;
+
+{struct}
+}}  // namespace optim_ext::written
+
+{line}(optim_ext::written::Rule, {rule_bytes})
+"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optim_ext._averaging.step import StepAveraging
 from optim_ext._beyond_torch import BeyondTorch, _count
 from optim_ext._constructor import refuse_unknown
-from optim_ext._grad_control import Verdict
+from optim_ext._grad_control import StepControls, Verdict
 from optim_ext._load import _C
-from optim_ext._rules.compiler import compile_now, compile_soon
+from optim_ext._rules import cuda
+from optim_ext._rules.compiler import CannotCompile, compile_now, compile_soon
 from optim_ext._rules.definition import (
     DEFINITIONS,
     Definition,
@@ -23,7 +26,7 @@ from optim_ext._rules.definition import (
     state_keys_of,
 )
 from optim_ext._rules.function_step import FunctionStep
-from optim_ext._rules.native_text import unit_of
+from optim_ext._rules.native_text import cuda_unit_of, unit_of
 from optim_ext._rules.options import POLICY
 from optim_ext._step import Group
 
@@ -36,12 +39,26 @@ def _compile_in_time(variant: Variant) -> None:
 
 def _name_of(index: int, constants: tuple[Any, ...]) -> str:
     """What compiled graphs call a variant."""
-    variant = DEFINITIONS[index].variant(constants)
-    _compile_in_time(variant)
-    return variant.name
+    return DEFINITIONS[index].variant(constants).name
+
+
+def _reason_while_tracing(index: int, constants: tuple[Any, ...], on_cpu: bool, gpus: tuple[int, ...]) -> str | None:
+    """Why a graph takes the function of a rule; it waits for what is compiled for GPUs."""
+    definition = DEFINITIONS[index]
+    variant = definition.variant(constants)
+    if on_cpu:
+        _compile_in_time(variant)
+    for device in (torch.device("cuda", gpu) for gpu in gpus):
+        if definition.backend in ("auto", "compiled"):
+            cuda.load_in_time(variant, device, averaging=False, wait=True)
+        reason = cuda.reason_against(variant, device, averaging=False)
+        if reason is not None:
+            return f"a parameter is on {device}, and {reason}"
+    return None
 
 
 constant_while_tracing(_name_of)
+constant_while_tracing(_reason_while_tracing)
 
 
 class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each has a step, the first one calls the second
@@ -69,17 +86,25 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        variant = self._variant(self.param_groups[-1])  # a rule is refused before training begins
+        group = self.param_groups[-1]
+        variant = self._variant(group)  # a rule is refused before training begins
         if self._definition.backend == "compiled":
-            compile_now(variant)
+            kinds = {p.device.type for p in group["params"]}
+            if "cpu" in kinds:
+                compile_now(variant)
+            if "cuda" in kinds:
+                self._load_kernels(group, wait=True)
 
     @property
     def _native_how(self) -> str:
         ways = set()
         for group in self.param_groups:
             variant = self._variant(group)
-            why = f" ({variant.problem})" if variant.problem else ""
-            ways.add("compiled" if variant.compiled else f"interpreted{why}")
+            if any(p.device.type == "cuda" for p in group["params"]):
+                ways.add("compiled for CUDA")
+            if any(p.device.type == "cpu" for p in group["params"]):
+                why = f" ({variant.problem})" if variant.problem else ""
+                ways.add("compiled" if variant.compiled else f"interpreted{why}")
         return f"one call of optim_ext::rule_ per device, {' and '.join(sorted(ways))}"
 
     def _variant(self, group: Group) -> Variant:
@@ -92,10 +117,48 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             return reason
         if self._definition.backend == "torch":
             return 'the rule has backend="torch"'
+        if all(p.device.type == "cpu" for p in group["params"]):
+            return None
+        variant, averaging = self._variant(group), self._asked().averaging is not None
         for index, p in enumerate(group["params"]):
-            if p.device.type != "cpu" and (p.grad is not None or (ahead and p.requires_grad)):
-                return f"{self._described(group, index)}: it is on {p.device}, and rules have kernels for the CPU"
+            if p.device.type == "cpu" or not (p.grad is not None or (ahead and p.requires_grad)):
+                continue
+            if p.device.type != "cuda":
+                problem: str | None = "rules have kernels for the CPU and CUDA"
+            else:
+                problem = cuda.reason_against(variant, p.device, averaging) or self._too_many_tensors(group, p.device)
+            if problem is not None:
+                return f"{self._described(group, index)}: it is on {p.device}, and {problem}"
         return None
+
+    def _too_many_tensors(self, group: Group, device: torch.device) -> str | None:
+        values = self._definition.options.numbers_of(group, self._entries)
+        count = sum(isinstance(value, Tensor) and value.device == device for value in values)
+        if count <= cuda.MOST_TENSOR_OPTIONS:
+            return None
+        return f"{count} of its options are tensors there, of which kernels take {cuda.MOST_TENSOR_OPTIONS}"
+
+    def _planning_step(self, signature: list[Any], controls: StepControls, averaging: StepAveraging | None) -> None:
+        for group in self.param_groups:
+            kinds = {p.device.type for p in group["params"]}
+            if "cpu" in kinds and self._definition.backend == "auto":
+                compile_soon(self._variant(group))
+            if "cuda" in kinds and self._definition.backend in ("auto", "compiled"):
+                # What a function in torch's operations cannot do is worth waiting for.
+                asked = controls.grad_scale, controls.found_inf, controls.grad_factor
+                self._load_kernels(group, wait=any(value is not None for value in asked))
+        super()._planning_step(signature, controls, averaging)
+
+    def _load_kernels(self, group: Group, wait: bool) -> None:
+        """Have a group's rule run on its GPUs, now or soon; with backend="compiled" now."""
+        if super()._torch_reason(group) is not None:
+            return
+        variant, averaging = self._variant(group), self._asked().averaging is not None
+        for device in {p.device for p in group["params"] if p.device.type == "cuda"}:
+            if self._definition.backend == "auto":
+                cuda.load_in_time(variant, device, averaging, wait)
+            elif not torch.cuda.is_current_stream_capturing():
+                cuda.load_now(variant, device, averaging)
 
     def _measures(self, group: Group) -> bool:
         return self._variant(group).has_norms
@@ -109,7 +172,6 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
 
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         numbers, variant = self._definition.options.numbers_of(group, self._entries), self._variant(group)
-        _compile_in_time(variant)
         return (variant.number, bool(group["maximize"]), *numbers)
 
     def _entries(self, group: Mapping[str, Any], option: str, count: int) -> tuple[Any, ...]:
@@ -160,6 +222,16 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
                     if key in self._definition.states and isinstance(value, Tensor):
                         self.state[p][key] = value.to(self.state[p][key].device)
 
+    def _traced_torch_reason(self, group: Group) -> str | None:
+        reason = super()._traced_torch_reason(group)
+        if reason is not None:
+            return reason
+        devices = [p.device for p in group["params"] if p.grad is not None]
+        gpus = tuple({device.index: None for device in devices if device.type == "cuda"})
+        on_cpu = any(device.type == "cpu" for device in devices)
+        definition = self._definition
+        return _reason_while_tracing(definition.index, definition.options.constants_of(group), on_cpu, gpus)
+
     def _traced_call(self, group: Group, lists: list[list[Tensor]], verdict: Verdict) -> None:
         definition = self._definition
         count = len(definition.states)
@@ -179,7 +251,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         )
 
     @classmethod
-    def source(cls, kind: Literal["cpu"] = "cpu", **options: Any) -> str:
+    def source(cls, kind: Literal["cpu", "cuda"] = "cpu", **options: Any) -> str:
         """The native text of the rule.
 
         Args:
@@ -190,26 +262,41 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             ValueError: another kind.
             TypeError: the rule has no such option.
         """
-        if kind != "cpu":
-            raise ValueError(f"kind is {kind!r}, expected 'cpu'")
-        return unit_of(cls._variant_with(options).struct, _C.isa())
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"kind is {kind!r}, expected 'cpu' or 'cuda'")
+        variant = cls._variant_with(options)
+        if kind == "cpu":
+            return unit_of(variant.struct, _C.isa())
+        if variant.has_norms:
+            raise ValueError(f"{cls.__name__} takes norms, and such rules have kernels for the CPU")
+        return cuda_unit_of(variant.struct, variant.rule_bytes)
 
     @classmethod
-    def compile(cls, device: Literal["cpu"] = "cpu", **options: Any) -> None:
+    def compile(cls, device: str = "cpu", **options: Any) -> None:
         """Compile the rule now, and keep what comes out, so that later processes with the same cache start with it.
 
         Args:
-            device: the kind of device to compile for, in the way that suits the machine at hand.
+            device: ``"cpu"``, in the way that suits the machine at hand; ``"cuda"``, for the GPUs at hand; or their
+                architecture, such as ``"sm_90"``, where there is none.
             options: those that are compiled in (truth values, strings, None), where not as by default.
 
         Raises:
-            ValueError: another kind of device.
+            ValueError: another device.
             TypeError: the rule has no such option.
-            RuntimeError: there is no compiler, or it fails.
+            RuntimeError: there is no compiler, or it fails, or there is no GPU.
         """
-        if device != "cpu":
-            raise ValueError(f"device is {device!r}, expected 'cpu'")
-        compile_now(cls._variant_with(options))
+        variant = cls._variant_with(options)
+        if device == "cpu":
+            compile_now(variant)
+        elif device == "cuda":
+            if not torch.cuda.is_available():
+                raise CannotCompile('there is no GPU; say for which architecture to compile, such as "sm_90"')
+            for index in range(torch.cuda.device_count()):
+                cuda.load_now(variant, torch.device("cuda", index), averaging=False)
+        elif re.fullmatch(r"sm_\d+", device):
+            cuda.image_of(variant, int(device.removeprefix("sm_")))
+        else:
+            raise ValueError(f"device is {device!r}, expected 'cpu', 'cuda' or an architecture such as 'sm_90'")
 
     @classmethod
     def _variant_with(cls, options: Mapping[str, Any]) -> Variant:

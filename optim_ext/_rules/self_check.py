@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _ELEMENTS, _STEPS = 257, 4
 _CLOSE = 1e-9
 _IN_PLACE_OF_ZERO = 0.01
+_CPU = torch.device("cpu")
 
 
 def check_variant(variant: Variant, name: str) -> None:
@@ -44,33 +45,53 @@ def check_same_bits(variant: Variant, name: str) -> None:
     Raises:
         RuleError: they do not.
     """
+    _compare_bits(variant, name, _CPU, averaging=False)
+
+
+def check_on_gpu(variant: Variant, name: str, device: torch.device, averaging: bool) -> None:
+    """The same of kernels on a GPU; ``averaging``: of those that also average their parameters."""
+    asked = torch.cuda.get_sync_debug_mode()
+    if asked:
+        torch.cuda.set_sync_debug_mode("default")  # results are waited for
+    try:
+        for averages in {False, averaging}:
+            _compare_bits(variant, name, device, averages)
+    finally:
+        if asked:
+            torch.cuda.set_sync_debug_mode(asked)
+
+
+def _compare_bits(variant: Variant, name: str, device: torch.device, averaging: bool) -> None:
     definition, generator = variant.definition, torch.Generator("cpu").manual_seed(1)
     options = definition.options.with_constants(variant.constants)
     options = {key: _moved(value) for key, value in options.items()}
+    names = [definition.operands[0], *definition.states, *(["average"] if averaging else [])]
     with _undisturbed():
         wide = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             param = wide.to(dtype)
             values = [param, *start_of(definition, param, options)]
+            average = param.clone() if averaging else None
             scalars = definition.first_scalars(options)
             for step in range(1, _STEPS + 1):
                 grad = gradient(generator).clamp(-6e4, 6e4).to(dtype)
+                arguments = values, grad, scalars, step, options
                 try:
-                    found, found_scalars = by_op(variant, name, values, grad, scalars, step, options)
+                    found, found_scalars = by_op(variant, name, *arguments, device, average)
                 except (ArithmeticError, ValueError):
                     return  # options that the rule has no step for
-                expected, scalars = by_op(variant, variant.name, values, grad, scalars, step, options)
-                for what, mine, other in zip(
-                    [definition.operands[0], *definition.states], found, expected, strict=True
-                ):
+                expected, scalars = by_op(variant, variant.name, *arguments, average=average)
+                for what, mine, other in zip(names, found, expected, strict=True):
                     bad = ~((mine == other) | (mine.isnan() & other.isnan()))
                     if bad.any() or found_scalars != scalars:
                         at = int(bad.nonzero()[0]) if bad.any() else -1
+                        where = "" if device.type == "cpu" else f" for {device}"
                         raise _refusal(
                             definition,
-                            f"compiled it differs from interpreted in {dtype} at step {step}, element {at} of {what}; please "
-                            "report it",
+                            f"compiled{where} it differs from interpreted in {dtype} at step {step}, element {at} of {what}; "
+                            "please report it",
                         )
+                average = expected.pop() if averaging else None
                 values = expected
 
 
@@ -160,25 +181,30 @@ def by_op(
     scalars: list[float],
     step: int,
     options: dict[str, Any],
+    device: torch.device = _CPU,
+    average: Tensor | None = None,
 ) -> tuple[list[Tensor], list[float]]:
-    """The same as the native module takes it."""
+    """The same as the native module takes it, on a device; behind the states the average, where there is one."""
     from optim_ext._rules.definition import arranged
 
     definition = variant.definition
-    own = [value.clone() for value in values]
+    own = [value.to(device, copy=True) for value in values]
+    averages = [] if average is None else [average.to(device, copy=True)]
     numbers = definition.options.numbers_of(options, lambda group, option, count: tuple(group[option]))
-    own_scalars = [torch.tensor(scalar, dtype=torch.float64, device="cpu") for scalar in scalars]
+    own_scalars = [torch.tensor(scalar, dtype=torch.float64, device=device) for scalar in scalars]
     states = [[state] if used else [] for state, used in zip(own[1:], variant.used, strict=True)]
-    steps = [torch.tensor(step - 1.0, dtype=torch.float32, device="cpu")] if definition.options.counts_steps else []
+    steps = [torch.tensor(step - 1.0, dtype=torch.float32, device=device)] if definition.options.counts_steps else []
     torch.ops.optim_ext.rule_(
         [own[0]],
-        [grad.clone()],
+        [grad.to(device, copy=True)],
         *arranged(states, [[scalar] for scalar in own_scalars], list),
         steps,
         rule=name,
         hypers=[torch.tensor(float(number), dtype=torch.float64, device="cpu") for number in (1.0, *numbers)],
+        averages=averages,
+        average_weight=None if average is None else torch.tensor(0.25, dtype=torch.float64, device="cpu"),
     )
-    return own, [float(scalar) for scalar in own_scalars]
+    return [value.cpu() for value in (*own, *averages)], [float(scalar) for scalar in own_scalars]
 
 
 def _same(definition: Definition, step: int, what: str, mine: Tensor, other: Tensor) -> None:

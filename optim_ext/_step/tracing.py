@@ -49,8 +49,7 @@ class TracedStep(ShardedStep):
             grad_factor=verdict.grad_factor,
         )
 
-    @staticmethod
-    def _traced_torch_reason(group: Group) -> str | None:
+    def _traced_torch_reason(self, group: Group) -> str | None:
         """As _torch_reason, for what a compiler can trace."""
         if group.get("differentiable"):
             return RECORDED

@@ -86,6 +86,7 @@ def test_it_holds_the_module_its_types_and_what_rules_are_compiled_with(wheel):
     assert {
         "optim_ext/csrc/compile_flags.txt",
         "optim_ext/csrc/kernels/cpu/one_rule.h",
+        "optim_ext/csrc/kernels/cuda/one_rule.h",
         "optim_ext/csrc/rules/rule.h",
     } <= inside
     assert len([name for name in inside if name.endswith(".so")]) == 1

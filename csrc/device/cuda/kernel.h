@@ -1,6 +1,9 @@
 // The words of kernels on a GPU: CUDA's own.
 #pragma once
 
+#if defined(__CUDACC_RTC__)
+#include "runtime_compiled.h"
+#else
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -8,6 +11,7 @@
 
 #if CUDART_VERSION < 12010
 #error "optim_ext needs CUDA 12.1 or newer"
+#endif
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
 #error "optim_ext needs compute capability 7.0 or newer; narrow TORCH_CUDA_ARCH_LIST"

@@ -21,6 +21,16 @@ Status capturing(Stream stream, bool& answer);
 
 int multiprocessors(int device);
 
+// Kernels that were compiled while the process runs: a module is loaded for the current device, and stays; kernels are
+// found in it by name, and launched with one argument.
+struct Module_;
+struct Kernel_;
+using Module = Module_*;
+using Kernel = Kernel_*;
+Status load(const void* image, Module& module);
+Status find(Module module, const char* name, Kernel& kernel);
+Status launch(Kernel kernel, const Grid& grid, int threads, Stream stream, const void* argument);
+
 // Whether the driver at hand takes kMaxArgumentBytes.
 bool takes_arguments();
 
