@@ -4,11 +4,21 @@
 #include "sweep_block.h"
 #include "../../rules/words.h"
 
-// Kernels are found by their names. `bytes` is the size that the host takes the rule for.
-#define OPTIM_EXT_EXPORT_SWEEP(name, Rule, V, averaged)                                               \
-  extern "C" OPTIM_EXT_KERNEL(optim_ext::cuda::kThreads, optim_ext::cuda::kMinBlocks<Rule, averaged>) \
-      name(OPTIM_EXT_ARGUMENT(optim_ext::cuda::Args<Rule, optim_ext::cuda::kArgumentBytes>) args) {   \
-    optim_ext::cuda::sweep_block<Rule, V, averaged>(args);                                            \
+namespace optim_ext::cuda {
+
+// With five operands and more these rules, which are longer than ours, need more than 80 registers.
+template <class Rule>
+constexpr int min_blocks_of(bool averaged) {
+  return kSlots<Rule> > 4 ? 2 : min_blocks(averaged);
+}
+
+}  // namespace optim_ext::cuda
+
+// Kernels are found by their names. `bytes_of_rule` is the size that the host takes it for.
+#define OPTIM_EXT_EXPORT_SWEEP(name, Rule, V, averaged)                                                  \
+  extern "C" OPTIM_EXT_KERNEL(optim_ext::cuda::kThreads, optim_ext::cuda::min_blocks_of<Rule>(averaged)) \
+      name(OPTIM_EXT_ARGUMENT(optim_ext::cuda::Args<Rule, optim_ext::cuda::kArgumentBytes>) args) {      \
+    optim_ext::cuda::sweep_block<Rule, V, averaged>(args);                                               \
   }
 
 #define OPTIM_EXT_EXPORT_SWEEPS(Rule, bytes_of_rule)                                           \

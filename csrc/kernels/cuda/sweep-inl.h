@@ -8,7 +8,7 @@ namespace optim_ext::cuda {
 namespace {
 
 template <class Rule, class V, int64_t kBytes, bool kAveraged>
-OPTIM_EXT_KERNEL(kThreads, kMinBlocks<Rule, kAveraged>)
+OPTIM_EXT_KERNEL(kThreads, min_blocks(kAveraged))
 sweep(OPTIM_EXT_ARGUMENT(Args<Rule, kBytes>) args) {
   sweep_block<Rule, V, kAveraged>(args);
 }

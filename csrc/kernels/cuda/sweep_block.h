@@ -7,11 +7,10 @@
 
 namespace optim_ext::cuda {
 
-// Blocks a multiprocessor must be able to hold: three leave a thread 80 registers, which every rule fits without
-// spilling that has no more than five operands. A step that also averages is a kernel of its own with more registers,
-// so that other steps do not pay for it.
-template <class Rule, bool kAveraged>
-constexpr int kMinBlocks = kAveraged || kSlots<Rule> > 5 ? 2 : 3;
+// Blocks a multiprocessor must be able to hold: three leave a thread 80 registers, which every rule of this library
+// fits without spilling. A step that also averages is a kernel of its own with more registers, so that other steps do
+// not pay for it.
+constexpr int min_blocks(bool averaged) { return averaged ? 2 : 3; }
 
 template <class Rule, class V, bool kAveraged, int64_t kBytes>
 OPTIM_EXT_DEVICE void sweep_block(const Args<Rule, kBytes>& args) {
