@@ -274,6 +274,27 @@ def test_kernels_that_differ_are_refused(device, monkeypatch):
         tiger()(make_params(SHAPES, device=device))
 
 
+def test_kernels_are_compiled_ahead_for_an_architecture(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIM_EXT_CACHE", str(tmp_path / "cache"))
+    tiger().compile("sm_90")
+    assert len(list((tmp_path / "cache").glob("*.rule"))) == 1
+    with pytest.raises(CannotCompile, match="compute capability 7.0 or newer, found sm_61"):
+        tiger().compile("sm_61")
+
+
+@pytest.mark.only_where(torch.cuda.device_count() > 1, reason="there are no two GPUs")
+def test_every_gpu_has_kernels_of_its_own(device):
+    other = torch.device("cuda", 1)
+    params = [*make_params(SHAPES, device=device), *make_params(SHAPES, device=other)]
+    twins = make_params(SHAPES, device="cpu")
+    for optimizer, its in ((tiger()(params), params), (tiger("interpreted")(twins), twins)):
+        for step in range(2):
+            give_grads(its[: len(SHAPES)], step)
+            give_grads(its[len(SHAPES) :], step)
+            optimizer.step()
+    assert [bits(p) for p in params] == [bits(p) for p in twins] * 2
+
+
 def test_an_op_without_kernels_refuses_before_it_writes(device):
     made = tiger("interpreted")
     variant = made._variant_with({})

@@ -35,6 +35,14 @@ def test_a_class_shows_its_text_for_cuda():
         EXAMPLES["lamb"].source("cuda")
 
 
+@pytest.mark.only_where(torch.version.cuda is None, reason="torch is built for CUDA")
+def test_without_cuda_there_is_nothing_to_compile_for_it():
+    with pytest.raises(RuntimeError, match="torch is built without CUDA"):
+        EXAMPLES["tiger"].compile("sm_90")
+    with pytest.raises(RuntimeError, match='there is no GPU; say for which architecture to compile, such as "sm_90"'):
+        EXAMPLES["tiger"].compile("cuda")
+
+
 # ---- on fibers ----
 
 MOST_OPERANDS, MOST_SCALARS = 10, 2
