@@ -213,7 +213,7 @@ matrix:
 	$(PYTHON) .ci/matrix.py --workers $(WORKERS) $(MATRIX_ARGS)
 
 .venv-cuda/torch.stamp: override TORCH = $(CUDA_TORCH)
-CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops
+CUDA_CHECK_TESTS ?= tests/cuda tests/kernels tests/ops tests/user_rules/test_cuda_text.py
 
 clean:
 	rm -rf build dist *.egg-info .venv .venv-cuda .venv-docs .venv-frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis
