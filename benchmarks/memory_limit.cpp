@@ -11,7 +11,7 @@
 
 namespace {
 
-// The widest vector of this machine. An asm statement that claims to change it keeps the compiler from dropping the
+// The widest vector of the instruction set it is compiled for. An asm statement that claims to change it keeps the compiler from dropping the
 // load or the store; it stands for no instruction.
 typedef char Vector __attribute__((vector_size(__BIGGEST_ALIGNMENT__), aligned(1), may_alias));
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-"""What measures the memory limit of a step: on the CPU a bare loop (memory_limit.cpp, compiled here for this very
-machine), on a GPU a copy within its memory."""
+"""What measures the memory limit of a step: on the CPU a bare loop (memory_limit.cpp, compiled for the
+instruction set that the kernels have chosen), on a GPU a copy within its memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optim_ext import _C
+
 SOURCE = Path(__file__).with_suffix(".cpp")
+# The loop moves memory in the registers that the kernels use on this processor.
+REGISTERS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2"], "baseline": []}
 
 
 def _load() -> ctypes.CDLL:
@@ -23,7 +27,7 @@ def _load() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     with tempfile.TemporaryDirectory() as folder:
         objects, library = str(Path(folder, "loop.o")), str(Path(folder, "loop.so"))
-        flags = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp"]
+        flags = ["-std=c++17", "-O3", *REGISTERS[_C.isa()], "-fPIC", "-fopenmp"]
         subprocess.run([*compiler, *flags, "-c", str(SOURCE), "-o", objects], check=True)
         subprocess.run([*compiler, "-shared", objects, "-o", library], check=True)
         return ctypes.CDLL(library)

@@ -102,6 +102,14 @@ def with_optim_ext():
     forked.stop()
 
 
+@pytest.fixture(scope="module")
+def one_cache_of_rules(tmp_path_factory):
+    """What one test of a module has compiled is there for the others, and nothing that was there before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTIM_EXT_CACHE", str(tmp_path_factory.mktemp("rules") / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _like_the_first():
     """A test's random numbers, and what torch compiles for it, do not depend on those before it: all classes share the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,16 +72,16 @@ def decode(p: Tensor, codes: Tensor, exponents: Tensor, positive: bool) -> Tenso
     return _from_blocks(p, value.masked_fill_(exponent == _NOT_FINITE, torch.nan))
 
 
-def blocks_of_row(p: Tensor) -> int:
+def blocks_of_row(shape: Sequence[int]) -> int:
     """How many blocks an index of the first dimension has."""
-    return -(-math.prod(p.shape[1:]) // BLOCK)
+    return -(-math.prod(shape[1:]) // BLOCK)
 
 
 def _by_blocks(p: Tensor, value: Tensor) -> Tensor:
     """Rows in blocks of 64 elements in memory order, the last of each filled up with zeros: (rows, blocks, 64)."""
     rows, of_row = p.shape[0], math.prod(p.shape[1:])
     flat = torch.as_strided(like(p, value), (rows, of_row), (of_row, 1))
-    return torch.nn.functional.pad(flat, (0, -of_row % BLOCK)).view(rows, blocks_of_row(p), BLOCK)
+    return torch.nn.functional.pad(flat, (0, -of_row % BLOCK)).view(rows, blocks_of_row(p.shape), BLOCK)
 
 
 def _from_blocks(p: Tensor, blocks: Tensor) -> Tensor:

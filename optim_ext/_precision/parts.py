@@ -159,7 +159,7 @@ def _extent(spec: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _blocks_of_row(spec: Any) -> int | None:
     """How many blocks an index of the first dimension has; None where the layout cuts one."""
     shape = spec.tensor_meta.shape
-    blocks: int = -(-math.prod(shape[1:]) // codecs.BLOCK)
+    blocks = codecs.blocks_of_row(shape)
     cuts = [
         (place.dim, count)
         for place, count in zip(spec.placements, spec.mesh.shape, strict=True)

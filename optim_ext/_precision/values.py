@@ -61,7 +61,7 @@ def is_in_blocks(p: Tensor, entry: Mapping[str, Any], key: str) -> bool:
         codes.dtype is scale.dtype is torch.uint8
         and codes.stride() == codecs.dense_strides(p)
         and codes.shape == p.shape
-        and scale.shape == (p.shape[0], codecs.blocks_of_row(p))
+        and scale.shape == (p.shape[0], codecs.blocks_of_row(p.shape))
         and scale.is_contiguous()
     )
 

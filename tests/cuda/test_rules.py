@@ -1,6 +1,5 @@
 """Rules written in Python on CUDA tensors: compiled by NVRTC, loaded, launched by the same loop as the built-in rules."""
 
-import os
 import time
 
 import pytest
@@ -17,15 +16,7 @@ from optim_ext.math import norm, sign
 
 SHAPES = [(257,), (), (0,), (33, 40), (5,)]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kept(tmp_path_factory):
-    """One cache for all of these tests."""
-    before = os.environ.get("OPTIM_EXT_CACHE")
-    os.environ["OPTIM_EXT_CACHE"] = str(tmp_path_factory.mktemp("rules") / "cache")
-    yield
-    os.environ.pop("OPTIM_EXT_CACHE") if before is None else os.environ.update(OPTIM_EXT_CACHE=before)
+pytestmark = pytest.mark.usefixtures("one_cache_of_rules")
 
 
 def tiger(backend="compiled"):

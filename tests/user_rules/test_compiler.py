@@ -16,15 +16,7 @@ from optim_ext._rules import compiler
 from optim_ext.math import sign
 
 ROOT = Path(optim_ext.__file__).parents[1]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kept(tmp_path_factory):
-    """One cache for all of these tests."""
-    before = os.environ.get("OPTIM_EXT_CACHE")
-    os.environ["OPTIM_EXT_CACHE"] = str(tmp_path_factory.mktemp("rules") / "cache")
-    yield
-    os.environ.pop("OPTIM_EXT_CACHE") if before is None else os.environ.update(OPTIM_EXT_CACHE=before)
+pytestmark = pytest.mark.usefixtures("one_cache_of_rules")
 
 
 def tiger(**more):
