@@ -117,13 +117,18 @@ def test_the_constructors_norm_is_timms_clip():
     assert_alike(train(optim_ext, max_norm=0.5), train(torch.optim, clip=0.5))
 
 
+# With 0.01, which is right in float32, two of torch's own implementations end 0.2 apart in 16 bits: a weight that differs in
+# its last bit is rounded to the next number, and batches of eight make of that what they like.
+RATE_IN_HALF = 0.001
+
+
 def test_bfloat16():
-    assert_alike(*both(train, dtype=torch.bfloat16), NEAR_IN_HALF)
+    assert_alike(*both(train, dtype=torch.bfloat16, lr=RATE_IN_HALF), NEAR_IN_HALF)
 
 
 @pytest.mark.parametrize("options", [{}, {"clip": 0.5}, {"fused": True}], ids=str)
 def test_float16_with_a_scaler(options):
-    assert_alike(*both(train, steps=range(12), dtype=torch.float16, **options), NEAR_IN_HALF)
+    assert_alike(*both(train, steps=range(12), dtype=torch.float16, lr=RATE_IN_HALF, **options), NEAR_IN_HALF)
 
 
 def saving(file, at):
