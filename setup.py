@@ -44,12 +44,36 @@ NEEDS_SETUPTOOLS = (
     "setuptools is too old to make wheels, as those of new environments of Python 3.10 and 3.11 are. Run: "
     "pip install 'setuptools>=70.1'"
 )
+# The rooms (folders of csrc) whose files include torch, and how many of them are compiled at once at most.
+IN_UNITS = {(), ("call",), ("host",), ("ops",)}
+UNIT_FILES = 12
 MAKE_WHEELS = {"bdist_wheel", "dist_info", "editable_wheel"}
 
 
 def sources(*suffixes):
     found = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
     return [str(path.relative_to(ROOT)) for path in found]
+
+
+def in_units(files, folder):
+    """What is compiled for these sources: of the rooms that include torch, units of several files, because its headers take
+    ten times as long as what is behind them. They are written into `folder`."""
+    whole, rooms = [], {}
+    for file in map(Path, files):
+        if file.suffix == ".cpp" and file.parts[1:-1] in IN_UNITS:
+            rooms.setdefault(file.parent.name, []).append(file)
+        else:
+            whole.append(str(file))
+    for room, members in rooms.items():
+        count = -(-len(members) // UNIT_FILES)
+        for i in range(count):
+            unit = Path(folder, f"{room}_{i + 1}.cpp")
+            text = "".join(f'#include "{os.path.relpath(file, folder)}"\n' for file in members[i::count])
+            if not unit.exists() or unit.read_text() != text:  # it is compiled again only where it changes
+                unit.parent.mkdir(parents=True, exist_ok=True)
+                unit.write_text(text)
+            whole.append(str(unit))
+    return whole
 
 
 def toolkit_candidates():
@@ -230,7 +254,7 @@ def native_build():
     threads = ["--threads=2"] if ";" in (switches["cuda_archs"] or "") else []
     module = (CUDAExtension if switches["cuda"] else CppExtension)(
         "optim_ext._C",
-        files,
+        in_units(files, f"{base}/units"),
         depends=[*sources(".h", ".cuh"), "csrc/compile_flags.txt", "setup.py"],
         define_macros=[("OPTIM_EXT_WITH_CUDA", None)] if switches["cuda"] else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + threads},

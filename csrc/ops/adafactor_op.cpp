@@ -259,7 +259,7 @@ struct AdafactorStep {
   }
 };
 
-struct Row : StepRow<rules::Adafactor> {
+struct AdafactorRow : StepRow<rules::Adafactor> {
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -330,7 +330,7 @@ struct Row : StepRow<rules::Adafactor> {
   }
 };
 
-const RegisteredStepOp<"adafactor_", Row> adafactor;
+const RegisteredStepOp<"adafactor_", AdafactorRow> adafactor;
 
 }  // namespace
 

@@ -5,15 +5,15 @@ namespace optim_ext::ops {
 
 namespace {
 
-struct Row : StepRow<rules::Adam<false>> {
+struct AdamRow : StepRow<rules::Adam<false>> {
   template <class Use>
   static void choose(const Options& options, const Use& use) {
     options.amsgrad ? use(rules::Adam<true>{}) : use(rules::Adam<false>{});
   }
 };
 
-const RegisteredStepOp<"adam_", Row> adam;
-const RegisteredStepOp<"adamw_", Row> adamw;
+const RegisteredStepOp<"adam_", AdamRow> adam;
+const RegisteredStepOp<"adamw_", AdamRow> adamw;
 
 }  // namespace
 

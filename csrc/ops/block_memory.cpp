@@ -14,7 +14,7 @@ namespace optim_ext::ops {
 
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20, kPage = 4096, kLine = 64;
+constexpr int64_t kPage = 4096, kLine = 64;
 
 int64_t rounded_up(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
 

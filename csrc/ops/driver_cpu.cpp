@@ -27,7 +27,7 @@ const char* isa_name(cpu::Isa isa) {
 
 namespace {
 bool forked = false;
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+[[maybe_unused]] const int registered_at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 }  // namespace
 
 bool in_forked_child() { return forked; }

@@ -8,7 +8,7 @@ namespace optim_ext::ops {
 
 namespace {
 
-struct Row : StepRow<rules::LambStep> {
+struct LambRow : StepRow<rules::LambStep> {
   static constexpr bool kTakesCompanions = true;
 
   template <class Driver>
@@ -39,7 +39,7 @@ struct Row : StepRow<rules::LambStep> {
   }
 };
 
-const RegisteredStepOp<"lamb_", Row> lamb;
+const RegisteredStepOp<"lamb_", LambRow> lamb;
 
 }  // namespace
 

@@ -8,7 +8,7 @@ namespace optim_ext::ops {
 
 namespace {
 
-struct Row : StepRow<rules::Lars> {
+struct LarsRow : StepRow<rules::Lars> {
   static constexpr bool kTakesCompanions = true;
 
   template <class Driver>
@@ -39,7 +39,7 @@ struct Row : StepRow<rules::Lars> {
   }
 };
 
-const RegisteredStepOp<"lars_", Row> lars;
+const RegisteredStepOp<"lars_", LarsRow> lars;
 
 }  // namespace
 

@@ -31,7 +31,7 @@ Tensor orthogonalized(const rules::Muon& options, Tensor matrices) {
   return is_tall ? matrices.mT() : matrices;
 }
 
-struct Row : StepRow<rules::Muon> {
+struct MuonRow : StepRow<rules::Muon> {
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -96,7 +96,7 @@ struct Row : StepRow<rules::Muon> {
   }
 };
 
-const RegisteredStepOp<"muon_", Row> muon;
+const RegisteredStepOp<"muon_", MuonRow> muon;
 
 }  // namespace
 

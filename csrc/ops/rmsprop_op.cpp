@@ -5,7 +5,7 @@ namespace optim_ext::ops {
 
 namespace {
 
-struct Row : StepRow<rules::RMSprop<false, false>> {
+struct RMSpropRow : StepRow<rules::RMSprop<false, false>> {
   template <class Use>
   static void choose(const Options& options, const Use& use) {
     if (options.centered) {
@@ -16,7 +16,7 @@ struct Row : StepRow<rules::RMSprop<false, false>> {
   }
 };
 
-const RegisteredStepOp<"rmsprop_", Row> rmsprop;
+const RegisteredStepOp<"rmsprop_", RMSpropRow> rmsprop;
 
 }  // namespace
 

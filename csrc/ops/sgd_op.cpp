@@ -5,14 +5,14 @@ namespace optim_ext::ops {
 
 namespace {
 
-struct Row : StepRow<rules::Sgd<false>> {
+struct SgdRow : StepRow<rules::Sgd<false>> {
   template <class Use>
   static void choose(const Options& options, const Use& use) {
     options.momentum != 0.0 ? use(rules::Sgd<true>{}) : use(rules::Sgd<false>{});
   }
 };
 
-const RegisteredStepOp<"sgd_", Row> sgd;
+const RegisteredStepOp<"sgd_", SgdRow> sgd;
 
 }  // namespace
 

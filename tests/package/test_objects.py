@@ -1,5 +1,5 @@
-"""The C++ tests of the host (`make cpp-test` has those of device code too), what the objects of the torch-free rooms are
-allowed to contain, and which files a rule recompiles."""
+"""What the objects of the torch-free rooms are allowed to contain, and which files a rule recompiles. Their tests in C++ are
+run by `make cpp-test`."""
 
 import platform
 import re
@@ -14,12 +14,6 @@ from optim_ext import _C
 
 ROOT = Path(__file__).parents[2]
 on_x86 = pytest.mark.only_where(platform.machine() == "x86_64", reason="one instruction set only")
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests/cpp").glob("*.cpp")))
-def test_cpp(cpp_build, name):
-    done = subprocess.run([cpp_build / name], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # The widest registers of each namespace, and who else may use them.
@@ -128,7 +122,7 @@ SHARED = {"rule", "adafactor", "average", "norm", "lbfgs", "clip"}
 
 
 def test_a_rule_is_included_by_its_own_files():
-    """Touching it recompiles these and no others; the list of names has all rules."""
+    """Touching it recompiles these and no others, its op with the unit of ops it is in; the list of names has all rules."""
     csrc = ROOT / "csrc"
     units = {path: included(path) for path in [*csrc.rglob("*.cpp"), *csrc.rglob("*.cu")]}
     rules = {path.stem for path in (csrc / "rules").glob("*.h") if (csrc / f"ops/{path.stem}_op.cpp").exists()} - SHARED
