@@ -23,7 +23,6 @@ import optim_ext
 from optim_ext import _command_line, _grad_control
 from optim_ext._precision import options as precision
 from optim_ext._step import FusedStep
-from optim_ext._tables import TABLES
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -193,7 +192,7 @@ def _check_class(cls: Any) -> None:
 
 def _ways(cls: Any, source: _Source, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Combinations of the two options, first the one that the caller names or that is the default."""
-    takes = TABLES[cls._op].takes_companions
+    takes = cls._keeps_otherwise()
     is_half = any(p.dtype in _HALVES for p in source.parameters)
     params = precision.PARAM_PRECISIONS if takes and is_half else ("native",)
     states: tuple[Any, ...] = precision.STATE_PRECISIONS if takes else ("native",)

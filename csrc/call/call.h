@@ -84,7 +84,7 @@ class Call : public Work {
     int count, leader;
     unsigned used, updates, written;  // written: updated, or unscaled in place
     bool is_used(int k) const { return (used >> k) & 1u; }
-    bool may_be_q8(int k) const { return k > kGradOperand && is_updated(k); }
+    bool may_be_q8(int k) const { return k > kGradOperand && is_used(k); }
     bool is_updated(int k) const { return (updates >> k) & 1u; }
     bool is_written(int k) const { return (written >> k) & 1u; }
     bool reads_grads() const { return count > kGradOperand && is_used(kGradOperand) && !is_written(kGradOperand); }

@@ -62,8 +62,8 @@ void Call::add_companion(size_t kind, int64_t i, Companions& made) {
       refuse(name, i, text("has shape ", tensor.sizes(), ", expected 3 numbers"));
     const int64_t* const key = tensor.const_data_ptr<int64_t>();
     made.key = key_at_step(static_cast<uint64_t>(key[kKey]), static_cast<uint64_t>(key[kDraws]) + 1);
-    made.by_chance = static_cast<unsigned>(key[kByChance] & 0xff);
-    made.positive = static_cast<unsigned>(key[kByChance] >> 8 & 0xff);
+    made.by_chance = static_cast<unsigned>(key[kByChance] & 0xffff);
+    made.positive = static_cast<unsigned>(key[kByChance] >> 16 & 0xffff);
     if ((made.by_chance & 1u) && (storage != Storage::bf16 || made.precision != Precision::native))
       refuse(name, i, text("rounds a parameter of dtype ", param.scalar_type(), " by chance, expected BFloat16 alone"));
     return;

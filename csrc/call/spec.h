@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
 
@@ -61,7 +62,9 @@ struct PartialList {
 
 // Names of the kinds of companions: those of all parameters of one kind follow each other in the list.
 constexpr const char* kCompanions[] = {"companions[0]", "companions[1]", "companions[2]", "companions[3]",
-                                       "companions[4]", "companions[5]", "companions[6]"};
+                                       "companions[4]", "companions[5]", "companions[6]", "companions[7]",
+                                       "companions[8]", "companions[9]", "companions[10]"};
+static_assert(std::size(kCompanions) == 3 + kMaxOperands - 2, "as many as Call::add_companions tells apart");
 
 struct CallSpec {
   const char* op;  // its name, for messages

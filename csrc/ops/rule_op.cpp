@@ -171,6 +171,18 @@ void fill(Call& call, const OpenVariant& variant, TensorList hypers, OpenRule& r
   }
 }
 
+// Refuses states in 8 bits of which a norm is to be taken: reductions read none.
+void check_measured(const Call& call, const OpenVariant& variant) {
+  for (const OpenNorm& norm : variant.parts.norms) {
+    const auto place = static_cast<size_t>(norm.operand) - 2;
+    if (norm.operand < 2 || norm.operand >= variant.code.operands) continue;
+    for (size_t i = 0; i < call.bundles.size(); ++i) {
+      if (call.bundles[i].storage[norm.operand] == Storage::q8)
+        throw BadInput(kOp, variant.lists[place], static_cast<int64_t>(i), "is in 8 bits, and the rule takes its norm");
+    }
+  }
+}
+
 // Refuses a step for which one of its codes has no number.
 void check_faults(const OpenVariant& variant, const OpenCode& from, const OpenRule& rule, double step,
                   const rules::Scalar* scalars) {
@@ -271,12 +283,15 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
                                      state(7)},
                         .state_steps = variant.counts ? std::optional(lists[kSteps]) : std::nullopt,
                         .scalars = scalars,
-                        .any_order = !has_norms};
+                        .takes_sparse = !has_norms,
+                        .any_order = !has_norms,
+                        .takes_companions = true};
     Call call(spec, variant.code.operands, variant.code.used, variant.code.updates,
               has_norms ? nullptr : Handover::current());
     OpenRule rule{&variant.code, {}};
     fill(call, variant, hypers, rule);
     check_faults(call, variant, rule);
+    check_measured(call, variant);
     if (!call.device.is_cpu()) return run_on_gpu(variant, call, rule);
     const RulePrograms& programs = variant.programs();
     if (call.empty() || call.skip || call.leave(*programs.rule, &rule) || CheckOnly::active()) return;
@@ -301,10 +316,11 @@ void rule_(TensorList params, TensorList grads, TensorList state0, TensorList st
            TensorList state3, TensorList state4, TensorList state5, TensorList state6, TensorList state7,
            TensorList scalar0, TensorList scalar1, TensorList state_steps, c10::string_view rule, TensorList hypers,
            const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalTensor& grad_factor,
-           TensorList averages, const OptionalTensor& average_weight) {
+           TensorList averages, const OptionalTensor& average_weight, TensorList companions) {
   const OpenVariant& variant = OpenVariants::named({rule.data(), rule.size()});
-  const StepControls controls{grad_scale, found_inf, grad_factor, averages, average_weight};
-  in_turns(kOp, controls, params, [&](const StepControls& here, const Members& of) {
+  const StepControls controls{grad_scale, found_inf, grad_factor, averages, average_weight, companions};
+  in_turns(kOp, controls, params, [&](const StepControls& all, const Members& of) {
+    const StepControls here = all.with_companions(of.of_each_kind(all.companions, params.size()));
     const OpenLists lists{of(params), of(grads),  of(state0), of(state1),  of(state2),  of(state3),     of(state4),
                           of(state5), of(state6), of(state7), of(scalar0), of(scalar1), of(state_steps)};
     run_variant(variant, here, lists, hypers);
@@ -325,10 +341,12 @@ const c10::TypedOperatorHandle<Signature>& handle() {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(optim_ext, m) { m.def(step_schema(kSchema, /*companions=*/false)); }
+TORCH_LIBRARY_FRAGMENT(optim_ext, m) { m.def(step_schema(kSchema)); }
 TORCH_LIBRARY_IMPL(optim_ext, CPU, m) { m.impl("rule_", &rule_); }
+TORCH_LIBRARY_IMPL(optim_ext, SparseCPU, m) { m.impl("rule_", &rule_); }
 #if defined(OPTIM_EXT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(optim_ext, CUDA, m) { m.impl("rule_", &rule_); }
+TORCH_LIBRARY_IMPL(optim_ext, SparseCUDA, m) { m.impl("rule_", &rule_); }
 #endif
 
 void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* values, const StepControls& controls,
@@ -348,7 +366,7 @@ void OpenRuleOp::run(const std::vector<TensorList>& given, const HyperValue* val
   const auto call = [&](const auto& function) {
     function(in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], in[8], in[9], in[10], in[11], in[12],
              c10::string_view(variant.name), numbers, controls.grad_scale, controls.found_inf, controls.grad_factor,
-             controls.averages, controls.average_weight);
+             controls.averages, controls.average_weight, controls.companions);
   };
   if (check_only) {
     const CheckOnly guard;

@@ -45,7 +45,7 @@ StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<Hyp
 }
 
 StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(false), takes_companions(false) {
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(true), takes_companions(true) {
   all_by_name().emplace(name, this);
 }
 
@@ -66,16 +66,15 @@ c10::FunctionSchema StepOp::schema() const {
   for (const rules::List& list : lists) text << "Tensor(" << alias++ << "!)[] " << list.name << ", ";
   text << '*';
   for (const HyperInfo& hyper : hypers) text << ", " << type_of(hyper.kind) << ' ' << hyper.name;
-  return step_schema(text.str(), /*companions=*/true);
+  return step_schema(text.str());
 }
 
 // `averages` and `companions` are empty where they are not given: the text of a schema cannot say that of a list of
 // tensors.
-c10::FunctionSchema step_schema(const std::string& own, bool companions) {
+c10::FunctionSchema step_schema(const std::string& own) {
   const std::string text = own +
                            ", Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, "
-                           "Tensor(y!)[] averages, Tensor? average_weight=None" +
-                           (companions ? ", Tensor(z!)[] companions" : "") + ") -> ()";
+                           "Tensor(y!)[] averages, Tensor? average_weight=None, Tensor(z!)[] companions) -> ()";
   const c10::FunctionSchema parsed = torch::schema(text.c_str());
   std::vector<c10::Argument> arguments = parsed.arguments();
   for (c10::Argument& argument : arguments) {

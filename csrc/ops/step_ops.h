@@ -66,14 +66,14 @@ class StepOp {
  protected:
   StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise,
          bool takes_companions);
-  // One that is not of this library, but steps by an op of it.
+  // One that is not of this library, but steps element by element by an op of it.
   struct Unlisted {};
   StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers);
   c10::FunctionSchema schema() const;
 };
 
 // The schema of an op that steps, from what is its own: "name(lists, *, hyper-parameters".
-c10::FunctionSchema step_schema(const std::string& own, bool companions);
+c10::FunctionSchema step_schema(const std::string& own);
 
 // What at_step cannot make of hyper-parameters.
 class DerivedProblem {

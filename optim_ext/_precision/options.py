@@ -45,7 +45,7 @@ class Keeping:
 
     param: str  # one of PARAM_PRECISIONS but "auto"
     state: tuple[tuple[str, str], ...]  # (key, one of STATE_PRECISIONS), in the order of the op's lists
-    by_chance: int  # bit k: operand k is rounded by chance; bit k + 8: operand k has no sign
+    by_chance: int  # bit k: operand k is rounded by chance; bit k + 16: operand k has no sign
     is_part: bool = False  # of a tensor that several processes have parts of
 
     @property
@@ -125,7 +125,7 @@ def keeping_of(
         precision = _of_state(p, key, wanted, param, group.get("min_q8_size", DEFAULTS["min_q8_size"]), described)
         state.append((key, precision))
         if precision in ("bf16", "q8"):
-            by_chance |= 1 << place | has_no_sign(key) << (place + 8)
+            by_chance |= 1 << place | has_no_sign(key) << (place + 16)
     if param == "native" and all(precision == "native" for _, precision in state):
         return None
     if device.type not in ("cpu", "meta"):

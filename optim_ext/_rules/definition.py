@@ -35,7 +35,7 @@ class Variant:
     number: int  # of the native module
     used: tuple[bool, ...]  # by state
     rule_bytes: int  # of the struct
-    has_norms: bool = False
+    norms: tuple[int, ...] = ()  # the operands, or what is made like them, of which norms are taken
     compiled: bool = False  # what it is run by has been compiled for it
     problem: str | None = None  # why it has not
     # Of GPUs: what was compiled, by architecture and whether it averages; where it is loaded, by index and the same; and why
@@ -43,6 +43,10 @@ class Variant:
     images: dict[tuple[int, bool], bytes] = field(default_factory=dict)
     on_gpus: set[tuple[int | None, bool]] = field(default_factory=set)
     gpu_problems: dict[torch.device, str] = field(default_factory=dict)
+
+    @property
+    def has_norms(self) -> bool:
+        return bool(self.norms)
 
     @property
     def state_keys(self) -> tuple[str | None, ...]:
@@ -174,7 +178,8 @@ class Definition:
         used = tuple(bool(code["used"] >> (2 + place) & 1) for place in range(len(self.states)))
         number = _C.define_rule(name, {**code, "lists": [*self.states, *self.scalars]})
         rule_bytes = 8 * (1 + len(code["hypers"]) + len(code["fields"]))
-        variant = Variant(self, constants, translation, struct, name, number, used, rule_bytes, bool(code["norms"]))
+        norms = tuple(place for _, place in code["norms"])
+        variant = Variant(self, constants, translation, struct, name, number, used, rule_bytes, norms)
         if self.backend != "torch":
             check_variant(variant, variant.name)
         return variant

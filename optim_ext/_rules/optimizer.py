@@ -15,6 +15,7 @@ from optim_ext._beyond_torch import BeyondTorch, _count
 from optim_ext._constructor import refuse_unknown
 from optim_ext._grad_control import StepControls, Verdict
 from optim_ext._load import _C
+from optim_ext._precision.options import has_no_sign
 from optim_ext._rules import cuda
 from optim_ext._rules.compiler import CannotCompile, compile_now, compile_soon
 from optim_ext._rules.definition import (
@@ -27,7 +28,8 @@ from optim_ext._rules.definition import (
 )
 from optim_ext._rules.function_step import FunctionStep
 from optim_ext._rules.native_text import cuda_unit_of, unit_of
-from optim_ext._rules.options import POLICY
+from optim_ext._rules.options import ADDED
+from optim_ext._rules.self_check import becoming_negative
 from optim_ext._step import Group
 
 
@@ -74,20 +76,24 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             raise TypeError(f"{type(self).__name__}() {error}") from None
         bound.apply_defaults()
         options = {name: value for name, value in bound.arguments.items() if name != "params"}
-        policy = {name: options.pop(name) for name in POLICY}
+        added = {name: options.pop(name) for name in ADDED}
         if options["fused"] and options["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._definition.options.validate(options)
-        super().__init__(params, options, **policy)
+        super().__init__(params, options, **added)
         if options["fused"]:
             self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        variant = self._variant(group)  # a rule is refused before training begins
+        try:
+            variant = self._variant(group)  # a rule is refused before training begins
+        except BaseException:
+            self._take_back_group()
+            raise
         if self._definition.backend == "compiled":
             kinds = {p.device.type for p in group["params"]}
             if "cpu" in kinds:
@@ -160,6 +166,40 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             elif not torch.cuda.is_current_stream_capturing():
                 cuda.load_now(variant, device, averaging)
 
+    def _takes_rows(self, group: Group) -> bool:
+        return super()._takes_rows(group) and not self._variant(group).has_norms
+
+    @classmethod
+    def _keeps_otherwise(cls) -> bool:
+        return cls._definition.state_dtype is None
+
+    def _check_precision(self, group: Group) -> None:
+        definition, number = self._definition, self._number_of(group)
+        if not self._keeps(group):
+            return
+        if definition.state_dtype is not None:
+            raise ValueError(
+                f"group {number}: {type(self).__name__} keeps its state in {definition.state_dtype}, as its decorator says, and "
+                "takes no param_precision and state_precision; make the rule without state_dtype"
+            )
+        super()._check_precision(group)
+        kept = [self._keeping(group, index) for index in range(len(group["params"]))]
+        coded = {key for keeping in kept if keeping for key, precision in keeping.state if precision == "q8"}
+        rounded = {key for keeping in kept if keeping for key, precision in keeping.state if precision == "bf16"}
+        variant = self._variant(group)
+        measured = {key for place, key in enumerate(definition.states) if place + 2 in variant.norms} & coded
+        if measured:
+            raise ValueError(
+                f"group {number}: {type(self).__name__} takes the norm of {min(measured)!r}, which cannot be in 8 bits then"
+            )
+        # By their names: what is said to have no sign is rounded as if it had none.
+        unsigned = [key for key in definition.states if key in coded | rounded and has_no_sign(key)]
+        for key in becoming_negative(variant, group, unsigned) if unsigned else ():
+            raise ValueError(
+                f"group {number}: the state {key!r} of {type(self).__name__} becomes negative, and what has this name is kept "
+                "without a sign; give it another name"
+            )
+
     def _measures(self, group: Group) -> bool:
         return self._variant(group).has_norms
 
@@ -194,6 +234,9 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             elif key is not None:
                 made[key] = self._started(group, p, key)
         return made
+
+    def _begins_as_the_parameter(self) -> bool:
+        return any(start == "param" or callable(start) for start in self._definition.states.values())
 
     def _started(self, group: Group, p: Tensor, key: str) -> Tensor:
         definition = self._definition

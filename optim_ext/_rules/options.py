@@ -16,6 +16,8 @@ from optim_ext._constructor import keywords_of
 from optim_ext._native_step import NativeStep
 from optim_ext._rules.errors import Source
 from optim_ext._rules.values import Graph, Item
+from optim_ext._step.lazy import LazyStep
+from optim_ext._step.precision import KeptStep
 
 # What every optimizer of torch takes besides.
 FLAGS: dict[str, Any] = {
@@ -26,8 +28,12 @@ FLAGS: dict[str, Any] = {
     "differentiable": False,
 }
 # What every optimizer of this package takes besides.
-POLICY = {each.name: each.replace(annotation=inspect.Parameter.empty) for each in keywords_of(NativeStep.__init__)}
-_TAKEN = {*FLAGS, *POLICY, "params", "self", "defaults"}
+ADDED = {
+    each.name: each.replace(annotation=inspect.Parameter.empty)
+    for layer in (LazyStep, KeptStep, NativeStep)
+    for each in keywords_of(layer.__init__)
+}
+_TAKEN = {*FLAGS, *ADDED, "params", "self", "defaults"}
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 _BELOW_ONE = ("beta*", "rho", "alpha")
 
@@ -112,7 +118,7 @@ class Options:
         shown += [inspect.Parameter(option.name, kind, default=option.default) for option in self.all]
         for name, default in FLAGS.items():
             shown.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
-        return inspect.Signature([*shown, *POLICY.values()])
+        return inspect.Signature([*shown, *ADDED.values()])
 
     def constants_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What of a group's options is compiled in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,13 @@ def _moved(value: Any) -> Any:
     return _IN_PLACE_OF_ZERO if is_zero else value
 
 
+def _as_number(value: Any) -> Any:
+    """An option as it is given, without tensors."""
+    if isinstance(value, tuple):
+        return tuple(_as_number(part) for part in value)
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def gradient(generator: torch.Generator) -> Tensor:
     grad = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
     grad[::17] = 0.0
@@ -156,6 +163,28 @@ def _compare(variant: Variant, name: str, options: dict[str, Any], largest: floa
                 if not math.isclose(mine_number, other_number, rel_tol=_CLOSE) and mine_number == mine_number:
                     raise _differs(definition, step, what, mine_number, other_number)
             values, scalars = expected, expected_scalars
+
+
+def becoming_negative(variant: Variant, options: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Those of some states that a few steps make negative, from values that are not."""
+    definition, generator = variant.definition, torch.Generator("cpu").manual_seed(2)
+    names, found = list(definition.states), set()
+    chosen = {option.name: _as_number(options[option.name]) for option in definition.options.all}
+    with _undisturbed():
+        values = [
+            torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
+            for _ in range(1 + len(names))
+        ]
+        for key in keys:
+            values[1 + names.index(key)].abs_()
+        scalars = definition.first_scalars(chosen)
+        for step in range(1, _STEPS + 1):
+            try:
+                values, scalars = by_function(definition, values, gradient(generator), scalars, step, chosen)
+            except (ArithmeticError, ValueError):
+                break  # options that the rule has no step for
+            found |= {key for key in keys if (values[1 + names.index(key)] < 0.0).any()}
+    return [key for key in keys if key in found]
 
 
 def by_function(

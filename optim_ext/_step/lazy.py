@@ -23,12 +23,17 @@ class LazyStep(KeptStep):
         given = param_group.get(LAZY_ROWS, self.defaults.get(LAZY_ROWS, False))
         if not isinstance(given, bool):
             raise ValueError(f"group {len(self.param_groups)}: {LAZY_ROWS} is {given!r}, expected True or False")
-        if given and not (TABLES[self._op].is_element_wise and self._takes_dense):
+        super().add_param_group(param_group)
+        if given and not self._takes_rows(self.param_groups[-1]):
+            self._take_back_group()
             why = "takes dense gradients only" if self._takes_dense else "steps the rows of sparse gradients as it is"
             raise ValueError(f"{type(self).__name__} {why}: it does not take {LAZY_ROWS}")
-        super().add_param_group(param_group)
 
     add_param_group.__doc__ = KeptStep.add_param_group.__doc__
+
+    def _takes_rows(self, group: Group) -> bool:
+        """Whether each element is stepped on its own, so that some rows can be."""
+        return TABLES[self._op].is_element_wise and self._takes_dense
 
     def load_state_dict(self, state_dict: dict[str, Any], *, copy: bool = False) -> None:
         lazy = [self._is_lazy(group) for group in self.param_groups]

@@ -51,11 +51,15 @@ class KeptStep(OpStep):
         try:
             self._check_precision(self.param_groups[-1])
         except BaseException:
-            self.param_groups.pop()
-            self._ask()
+            self._take_back_group()
             raise
 
     add_param_group.__doc__ = torch.optim.Optimizer.add_param_group.__doc__
+
+    def _take_back_group(self) -> None:
+        """Of a group that was added, and turns out to be one that cannot be stepped."""
+        self.param_groups.pop()
+        self._ask()
 
     def load_state_dict(self, state_dict: dict[str, Any], *, copy: bool = False) -> None:
         self._options_kept = [options.given(group) for group in self.param_groups]
@@ -65,6 +69,11 @@ class KeptStep(OpStep):
             del self._options_kept
 
     load_state_dict.__doc__ = OpStep.load_state_dict.__doc__
+
+    @classmethod
+    def _keeps_otherwise(cls) -> bool:
+        """Whether the class takes any of these options."""
+        return TABLES[cls._op].takes_companions and cls._takes_dense
 
     def _keeps(self, group: Group) -> bool:
         return bool(options.given(group))
@@ -82,7 +91,7 @@ class KeptStep(OpStep):
                 f"group {number}: state_precision names {min(unknown)!r}, which is no state of {type(self).__name__}; it "
                 f"has {', '.join(map(repr, TABLES[self._op].places))}"
             )
-        if not (TABLES[self._op].takes_companions and self._takes_dense):
+        if not self._keeps_otherwise():
             name = next(iter(options.given(group)))
             raise ValueError(
                 f"{type(self).__name__} keeps parameters and state as they are: it does not take {name} yet"
@@ -246,12 +255,12 @@ class KeptStep(OpStep):
         return made
 
     def _make_state(self, group: Group, p: Tensor) -> None:
-        """What torch would make for a float32 parameter, as conversions of float32 lose nothing of what it begins with, and
-        for a dense gradient."""
+        """What torch would make for a float32 parameter of this value, as conversions of float32 lose nothing of what it begins
+        with, and for a dense gradient."""
         kept = self._keeps(group) or self._is_strange(p)
         dtype = torch.float32 if kept and p.dtype in (torch.bfloat16, torch.float16) else p.dtype
         by_itself = dtype is p.dtype and not (p.grad is not None and p.grad.is_sparse)
-        like = p if by_itself else torch.empty_like(p, dtype=dtype, requires_grad=True)
+        like = p if by_itself else self._value_in(dtype, p).requires_grad_()
         if not by_itself:
             like.grad = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
         keys = self._state_keys(group)
@@ -263,6 +272,20 @@ class KeptStep(OpStep):
                 entry[key] = torch.zeros_like(like, requires_grad=False)
         if entry:
             self.state[p] = entry
+
+    def _value_in(self, dtype: torch.dtype, p: Tensor) -> Tensor:
+        """A copy of a parameter with what it is kept in besides itself: a state may begin as the parameter is."""
+        if not self._begins_as_the_parameter():
+            return torch.empty_like(p, dtype=dtype, requires_grad=False)
+        entry = self.state.get(p, {})
+        if dtype is p.dtype or not values.has_twin(p, entry):
+            return p.detach().to(dtype, copy=True)
+        value = values.param_value(p, entry)
+        return _sharding.wrapped(value, p) if _sharding.is_dtensor(p) else value.clone()
+
+    def _begins_as_the_parameter(self) -> bool:
+        """Whether some state is made from the values of its parameter; memory is enough for the others."""
+        return False
 
     def _keep_made_state(self) -> None:
         """State that a constructor makes (Adagrad's) is kept as asked from the beginning: what loads into the keys that are

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+from user_rules import twins
 
 import optim_ext
 from optim_ext import checkpoints, swa_utils
@@ -148,6 +149,24 @@ def steps_have_the_bits_of_one_process():
                 optimizer.step()
             assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}")
             assert all(report.native for report in optim_ext.explain(optimizer))
+
+
+def rules_written_in_python_have_the_bits_of_the_built_in_one():
+    for way in FEW:
+        wholes, params, single, _ = pair(ADAMW, way)
+        optimizer = twins.Adam(
+            list(params.items()),
+            **copy_of(ADAMW.typical),
+            **way,
+            **({} if "weight_decay" in ADAMW.typical else {"weight_decay": 1e-2}),
+            decoupled_weight_decay=True,
+            min_q8_size=256,
+        )
+        for index in range(3):
+            give_grads(wholes, params, index)
+            single.step()
+            optimizer.step()
+        assert_same(params, optimizer, wholes, single, f"rule {name_of(way)}")
 
 
 def float32_parameters_have_state_in_few_bits():
@@ -483,7 +502,8 @@ def then_resumes():
 
 
 CASES = [
-    steps_have_the_bits_of_one_process, float32_parameters_have_state_in_few_bits,
+    steps_have_the_bits_of_one_process, rules_written_in_python_have_the_bits_of_the_built_in_one,
+    float32_parameters_have_state_in_few_bits,
     local_tensors_and_state_may_be_replaced, what_a_layout_does_not_allow_is_refused_alike,
     strided_shards_are_kept_without_chance, rules_about_whole_tensors_take_it_for_copies, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
     masters_come_out_and_go_in, a_compiled_step_is_taken_eagerly, flat_shards_of_fsdp_take_what_goes_by_elements,

@@ -278,10 +278,17 @@ def test_loading_keeps_the_optimizers_own_option():
         assert torch.equal(value, saved["state"][0][key])
 
 
-def test_a_rule_of_ones_own_takes_dense_gradients_only():
+def test_a_rule_of_ones_own_refuses_what_torch_does_without_the_option():
     @optim_ext.rule
     def Plain(param, grad, *, lr=0.1):
         return param - lr * grad
 
-    with pytest.raises(ValueError, match="Plain takes dense gradients only: it does not take lazy_rows"):
-        Plain([{"params": [table()], "lazy_rows": True}])
+    for options in ({}, {"differentiable": True, "lazy_rows": True}):
+        param = table()
+        param.grad = sparse(0)
+        before = bits(param)
+        with pytest.raises(
+            RuntimeError, match="lazy_rows needs a native step" if options else "Plain does not support"
+        ):
+            Plain([param], **options).step()
+        assert bits(param) == before

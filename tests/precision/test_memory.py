@@ -76,9 +76,20 @@ def Drift(param, grad, velocity, slow, *, step, lr=1e-3):
     return param - lr * velocity, velocity, slow + param
 
 
+@optim.rule(("velocity", "slow"), backend="interpreted")
+def Kept(param, grad, velocity, slow, *, step, lr=1e-3):
+    velocity = 0.9 * velocity + grad
+    return param - lr * velocity, velocity, slow + param
+
+
 def test_a_rule_of_ones_own():
     (row,) = optim.memory(parameters(), Drift).rows
     assert numbers(row) == held_after_a_step(Drift, parameters())
+    rows = optim.memory(parameters(), Kept).rows
+    assert {row.param_precision for row in rows} > {"native", "master", "kahan"}
+    for row in rows:
+        way = {"param_precision": row.param_precision, "state_precision": row.state_precision}
+        assert numbers(row) == held_after_a_step(Kept, parameters(), **way), way
 
 
 @pytest.mark.parametrize("size", [0, 1, 6400, 6401])

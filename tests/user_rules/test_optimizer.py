@@ -56,7 +56,8 @@ def test_the_class_has_the_functions_name_and_text():
     assert Tiger.__doc__.startswith("The sign of a momentum.") and "clip_grad_norm" in Tiger.__doc__
     assert str(inspect.signature(Tiger)) == (
         "(params, lr=0.001, beta=0.965, weight_decay=0.01, *, maximize=False, foreach=None, fused=None, capturable=False, "
-        "differentiable=False, max_norm=None, norm_type=2.0, skip_nonfinite=False, skip_above=None)"
+        "differentiable=False, lazy_rows=False, param_precision='native', state_precision='native', rounding_seed=0, "
+        "min_q8_size=4096, max_norm=None, norm_type=2.0, skip_nonfinite=False, skip_above=None)"
     )
     x = torch.ones(3, dtype=torch.float64)
     assert torch.equal(Tiger.reference(x, x, x, lr=0.5)[0], x * (1 - 0.5 * 0.01) - 0.5)
