@@ -89,6 +89,23 @@ def test_a_rule_written_again_has_the_bits_of_the_built_in_one(name, device):
     assert stepped(again, device, **of.adapted({}))[0] == stepped(built_in, device)[0]
 
 
+def test_rows_that_sparse_gradients_hold_have_the_bits_of_the_cpu(device):
+    def give_rows(optimizer, step):
+        for p in optimizer.param_groups[0]["params"]:
+            if p.dim() > 0 and p.numel() > 0:
+                held = torch.tensor([[p.shape[0] - 1, step, p.shape[0] - 1]], device=p.device)
+                p.grad = torch.sparse_coo_tensor(held, p.grad[:3], p.shape)
+
+    optimizer = same_bits(tiger, device, before_step=give_rows, lazy_rows=True)
+    (report,) = optim_ext.explain(optimizer)
+    assert report.native
+
+
+def test_parameters_and_state_are_kept_as_they_are_there(device):
+    with pytest.raises(ValueError, match="param_precision and state_precision are for parameters on the CPU so far"):
+        tiger("interpreted")(make_params(SHAPES, torch.bfloat16, device=device), param_precision="master")
+
+
 def test_everything_a_step_may_be_told_stays_on_the_device(device):
     """Clipping and skipping, a rate in a tensor, counters and scalars there."""
 
