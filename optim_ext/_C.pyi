@@ -197,9 +197,9 @@ def define_compiled_rule(name: str, of: int, path: str) -> int:
 def run_rule_by(number: int, other: int | None) -> None:
     """What a variant is run by from now on: what another one is, or the interpreter."""
 
-def define_rule_on_gpu(name: str, of: int, gpu: int, image: bytes, averaging: bytes) -> int:
-    """The same variant, run on one GPU by kernels that were compiled for it; ``averaging``: those of steps that average, or
-    nothing."""
+def define_rule_on_gpu(name: str, of: int, gpu: int, images: list[bytes]) -> int:
+    """The same variant, run on one GPU by kernels that were compiled for it, one image of each kind; empty where there is
+    none."""
 
 def run_rule_on_gpu_by(number: int, other: int, gpu: int) -> None:
     """What a variant is run by on a GPU from now on: what another one is."""

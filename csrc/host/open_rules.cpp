@@ -92,10 +92,10 @@ OpenParts parts_in(const py::dict& given) {
 
 // The same variant under another name, run on one GPU by what was compiled for it.
 int64_t define_on_gpu([[maybe_unused]] const std::string& name, [[maybe_unused]] int64_t of, [[maybe_unused]] int gpu,
-                      [[maybe_unused]] const std::string& image, [[maybe_unused]] const std::string& averaging) {
+                      [[maybe_unused]] const std::vector<std::string>& images) {
 #if defined(OPTIM_EXT_WITH_CUDA)
   const OpenVariant& from = OpenVariants::numbered(of);
-  const OpenKernels* const kernels = load_kernels(from, gpu, image, averaging);
+  const OpenKernels* const kernels = load_kernels(from, gpu, images);
   const int64_t number = OpenVariants::define(name, from.parts);
   OpenVariants::numbered(number).use(gpu, kernels);
   return number;
@@ -146,10 +146,10 @@ void bind_open_rules(py::module_& m) {
       py::arg("number"), py::arg("other"));
   m.def(
       "define_rule_on_gpu",
-      [](const std::string& name, int64_t of, int gpu, const py::bytes& image, const py::bytes& averaging) {
-        return as_torch_raises([&] { return define_on_gpu(name, of, gpu, image, averaging); });
+      [](const std::string& name, int64_t of, int gpu, const std::vector<py::bytes>& images) {
+        return as_torch_raises([&] { return define_on_gpu(name, of, gpu, {images.begin(), images.end()}); });
       },
-      py::arg("name"), py::arg("of"), py::arg("gpu"), py::arg("image"), py::arg("averaging"));
+      py::arg("name"), py::arg("of"), py::arg("gpu"), py::arg("images"));
   m.def(
       "run_rule_on_gpu_by",
       [](int64_t number, int64_t other, int gpu) {

@@ -14,17 +14,20 @@ struct OpenKernels {
   cuda::Program program;
 };
 
-const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::string& image,
-                                const std::string& averaging) {
+const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::vector<std::string>& images) {
   static std::mutex mutex;
   static std::deque<OpenKernels> all;
   TORCH_CHECK_VALUE(gpu >= 0 && gpu < OpenVariant::kMostGpus, "optim_ext: rules run on the first ",
                     OpenVariant::kMostGpus, " GPUs of a process, found cuda:", gpu);
+  TORCH_CHECK_VALUE(images.size() == size_t{cuda::kKindsOfKernels}, "optim_ext: ", images.size(), " images, expected ",
+                    cuda::kKindsOfKernels);
   const RuleCode& code = variant.code;
   const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(gpu)));
-  cuda::LoadedRule rule;
-  CudaPlace::check(
-      cuda::load_rule(image.data(), averaging.empty() ? nullptr : averaging.data(), code.scalars > 0, rule));
+  cuda::LoadedRule rule{{}, nullptr, code.scalars > 0};
+  for (int kind = 0; kind < cuda::kKindsOfKernels; ++kind) {
+    const std::string& image = images[static_cast<size_t>(kind)];
+    if (!image.empty()) CudaPlace::check(cuda::load_kernels(image.data(), kind, rule));
+  }
   const std::lock_guard lock(mutex);
   OpenKernels& kernels = all.emplace_back(OpenKernels{rule, {}});
   kernels.program = cuda::program_of(kernels.rule, {code.bytes(), code.used, code.numbers()});
@@ -32,12 +35,18 @@ const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::
 }
 
 void check_kernels(const OpenKernels* kernels, const OpenVariant& variant, const Work& call) {
-  TORCH_CHECK_VALUE(kernels != nullptr, "optim_ext::rule_: this process has no kernels of rule ", variant.name, " for ",
-                    call.device, "; have its class compiled with compile(\"cuda\") there first");
   const bool averages = std::any_of(call.bundles.begin(), call.bundles.end(),
                                     [](const Bundle& bundle) { return bundle.average != nullptr; });
-  TORCH_CHECK_VALUE(!averages || kernels->rule.sweep[1][0] != nullptr, "optim_ext::rule_: this process has no kernels ",
-                    "of rule ", variant.name, " that average on ", call.device);
+  for (const Bundle& bundle : call.bundles) {
+    for (const bool averaging : {false, averages}) {
+      const bool is_there =
+          kernels != nullptr && kernels->rule.sweep[cuda::kind_of_kernel(averaging, bundle.in_double)] != nullptr;
+      TORCH_CHECK_VALUE(is_there, "optim_ext::rule_: this process has no kernels of rule ", variant.name, " for ",
+                        call.device, " that compute in ", bundle.in_double ? "double" : "float",
+                        averaging ? " and average" : "",
+                        "; have its class compiled with compile(\"cuda\") there first");
+    }
+  }
   TORCH_CHECK_VALUE(call.device_hypers.size() <= static_cast<size_t>(cuda::kMaxLiveHypers),
                     "optim_ext::rule_: ", call.device_hypers.size(), " hyper-parameters are on ", call.device,
                     ", and kernels take ", cuda::kMaxLiveHypers, " at most from there");

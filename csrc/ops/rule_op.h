@@ -104,10 +104,10 @@ class OpenVariants {
 };
 
 #if defined(OPTIM_EXT_WITH_CUDA)
-// Loads what was compiled for a rule without norms and a GPU (optim_ext/_rules/cuda.py), which stays. `averaging`: the
-// kernels of steps that average; may be empty. Throws c10::Error where it cannot be loaded.
-const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::string& image,
-                                const std::string& averaging);
+// Loads what was compiled for a rule without norms and a GPU (optim_ext/_rules/cuda.py), which stays: one image of each
+// kind of kernels (kernels/cuda/loaded_rule.h), empty where it was not compiled. Throws c10::Error where one cannot be
+// loaded.
+const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::vector<std::string>& images);
 
 // Throws c10::ValueError where a call cannot be run by these kernels, which may be null.
 void check_kernels(const OpenKernels* kernels, const OpenVariant& variant, const Work& call);

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from optim_ext._rules.compiler import (
 )
 from optim_ext._rules.definition import Variant
 from optim_ext._rules.errors import RuleError
-from optim_ext._rules.native_text import cuda_unit_of
+from optim_ext._rules.native_text import KINDS_OF_KERNELS, Kernels, cuda_unit_of
 from optim_ext._rules.self_check import check_on_gpu
 
 # As setup.py has nvcc compile the kernels of built-in rules. What -fmad, -prec and -ftz say is what makes bits equal.
@@ -84,8 +85,8 @@ def _loaded_from(name: str) -> str:
     return found[0] if found else name
 
 
-def image_of(variant: Variant, architecture: int, averaging: bool = False, politely: bool = False) -> bytes:
-    """The kernels of a variant for GPUs of an architecture such as 90, compiled or found compiled.
+def image_of(variant: Variant, architecture: int, kind: Kernels, politely: bool = False) -> bytes:
+    """Kernels of a variant for GPUs of an architecture such as 90, compiled or found compiled.
 
     Raises:
         CannotCompile: the rule has none, or there is no NVRTC, or it fails.
@@ -94,10 +95,10 @@ def image_of(variant: Variant, architecture: int, averaging: bool = False, polit
         raise CannotCompile("rules that take norms have kernels for the CPU")
     if architecture < OLDEST_ARCHITECTURE:
         raise CannotCompile(f"kernels need compute capability 7.0 or newer, found sm_{architecture}")
-    known = variant.images.get((architecture, averaging))
+    known = variant.images.get((architecture, kind))
     if known is not None:
         return known
-    unit, nvrtc = cuda_unit_of(variant.struct, variant.rule_bytes, averaging), find_nvrtc()
+    unit, nvrtc = cuda_unit_of(variant.struct, variant.rule_bytes, kind), find_nvrtc()
     if not sys.executable:
         raise CannotCompile("NVRTC is run by a Python of its own, and sys.executable names none")
     nice = shutil.which("nice") if politely else None
@@ -120,7 +121,7 @@ def image_of(variant: Variant, architecture: int, averaging: bool = False, polit
         image = cache.find_or_build(key, build)
     except OSError as error:
         raise CannotCompile(f"a compiled rule cannot be stored: {error}") from error
-    variant.images[architecture, averaging] = image
+    variant.images[architecture, kind] = image
     return image
 
 
@@ -129,47 +130,50 @@ def architecture_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def runs_on(variant: Variant, device: torch.device, averaging: bool) -> bool:
+def kinds_of(in_double: Iterable[bool], averaging: bool) -> frozenset[Kernels]:
+    """Those that a step needs. in_double: of its parameters."""
+    return frozenset(Kernels(each, averages) for each in in_double for averages in {False, averaging})
+
+
+def runs_on(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) -> bool:
     """Whether its kernels are loaded there."""
-    return (device.index, averaging) in variant.on_gpus
+    return kinds <= variant.on_gpus.get(device.index, frozenset())
 
 
-def load_now(variant: Variant, device: torch.device, averaging: bool) -> None:
+def load_now(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) -> None:
     """Have a variant run on a GPU from now on, and wait until it does.
 
     Raises:
         CannotCompile: it has no kernels, or they cannot be compiled or loaded.
         RuleError: they do not do what the rule does.
     """
-    if runs_on(variant, device, averaging):
+    if runs_on(variant, device, kinds):
         return
     architecture = architecture_of(device)
-    image = image_of(variant, architecture)
-    more = image_of(variant, architecture, averaging=True) if averaging else b""
-    name = f"{variant.name} on cuda:{device.index}{' with averages' if averaging else ''}"
+    loaded = variant.on_gpus.get(device.index, frozenset())
+    together = loaded | kinds
+    images = [image_of(variant, architecture, kind) if kind in together else b"" for kind in KINDS_OF_KERNELS]
+    name = f"{variant.name} on cuda:{device.index}, {' '.join(sorted(kind.name for kind in together))}"
     try:
-        number = _C.define_rule_on_gpu(name, variant.number, device.index, image, more)
+        number = _C.define_rule_on_gpu(name, variant.number, device.index, images)
     except RuntimeError as error:
         raise CannotCompile(str(error)) from error
-    check_on_gpu(variant, name, device, averaging)
+    check_on_gpu(variant, name, device, kinds - loaded)
     _C.run_rule_on_gpu_by(variant.number, number, device.index)
-    variant.on_gpus.add((device.index, False))
-    if averaging:
-        variant.on_gpus.add((device.index, True))
+    variant.on_gpus[device.index] = together
 
 
-def load_in_time(variant: Variant, device: torch.device, averaging: bool, wait: bool) -> None:
+def load_in_time(variant: Variant, device: torch.device, kinds: frozenset[Kernels], wait: bool) -> None:
     """The same where a step is about to be taken. Without `wait` what is not compiled yet is compiled in the background; what
     goes wrong is noted as the variant's problem with this GPU."""
-    if variant.has_norms or runs_on(variant, device, averaging) or device in variant.gpu_problems:
+    if variant.has_norms or runs_on(variant, device, kinds) or device in variant.gpu_problems:
         return
     if torch.cuda.is_current_stream_capturing():
         return
     architecture = architecture_of(device)
-    needed = [(architecture, False), *([(architecture, True)] if averaging else [])]
     try:
-        if wait or all(each in variant.images for each in needed):
-            load_now(variant, device, averaging)
+        if wait or all((architecture, kind) in variant.images for kind in kinds):
+            load_now(variant, device, kinds)
             return
     except (CannotCompile, RuleError) as error:
         variant.gpu_problems[device] = str(error).splitlines()[0]
@@ -177,20 +181,20 @@ def load_in_time(variant: Variant, device: torch.device, averaging: bool, wait: 
 
     def compile_politely() -> None:
         try:
-            for each in needed:
-                image_of(variant, *each, politely=True)
+            for kind in sorted(kinds):
+                image_of(variant, architecture, kind, politely=True)
         except CannotCompile as error:
             variant.gpu_problems[device] = str(error).splitlines()[0]
 
-    compile_in_background((variant, device, averaging), compile_politely)
+    compile_in_background((variant, device, kinds), compile_politely)
 
 
-def reason_against(variant: Variant, device: torch.device, averaging: bool) -> str | None:
+def reason_against(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) -> str | None:
     """Why a rule does not run natively on a GPU as things are; None if it does."""
     if variant.has_norms:
         return "rules that take norms have kernels for the CPU"
     if variant.definition.backend == "interpreted":
         return 'the rule has backend="interpreted", which is for the CPU'
-    if runs_on(variant, device, averaging):
+    if runs_on(variant, device, kinds):
         return None
     return variant.gpu_problems.get(device, f"its kernels for {device} are not compiled yet")

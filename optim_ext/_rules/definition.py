@@ -14,7 +14,7 @@ from optim_ext._load import _C
 from optim_ext._rules.bytecode import MOST_REGISTERS, code_of
 from optim_ext._rules.errors import Source
 from optim_ext._rules.language import MOST_SCALARS, MOST_STATES, Reader, Translation
-from optim_ext._rules.native_text import struct_of
+from optim_ext._rules.native_text import Kernels, struct_of
 from optim_ext._rules.options import Check, Options, numbers_named
 from optim_ext._rules.values import Graph
 from optim_ext._tables import TABLES, OpTable
@@ -38,10 +38,9 @@ class Variant:
     norms: tuple[int, ...] = ()  # the operands, or what is made like them, of which norms are taken
     compiled: bool = False  # what it is run by has been compiled for it
     problem: str | None = None  # why it has not
-    # Of GPUs: what was compiled, by architecture and whether it averages; where it is loaded, by index and the same; and why
-    # it is not.
-    images: dict[tuple[int, bool], bytes] = field(default_factory=dict)
-    on_gpus: set[tuple[int | None, bool]] = field(default_factory=set)
+    # Of GPUs: what was compiled, by architecture and kind; what of it is loaded, by index; and why it is not.
+    images: dict[tuple[int, Kernels], bytes] = field(default_factory=dict)
+    on_gpus: dict[int | None, frozenset[Kernels]] = field(default_factory=dict)
     gpu_problems: dict[torch.device, str] = field(default_factory=dict)
 
     @property

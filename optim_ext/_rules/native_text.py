@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from optim_ext._rules.bytecode import GRAD, changed_operands, fields_of, for_norms, masks_of, norms_of
 from optim_ext._rules.language import Translation
@@ -265,12 +266,24 @@ OPTIM_EXT_EXPORT_RULE(optim_ext::written::Rule)
 """
 
 
-def cuda_unit_of(struct: str, rule_bytes: int, averaging: bool = False) -> str:
-    """The file with the kernels of a rule for CUDA.
+class Kernels(NamedTuple):
+    """One kind of the kernels of a rule for CUDA, each compiled by itself: most programs need one."""
 
-    averaging: of steps that also average their parameters.
-    """
-    line = "OPTIM_EXT_EXPORT_AVERAGING_SWEEPS" if averaging else "OPTIM_EXT_EXPORT_SWEEPS"
+    in_double: bool
+    averaging: bool  # of steps that also average their parameters
+
+    @property
+    def name(self) -> str:
+        return f"optim_ext_{'averaging_' if self.averaging else ''}sweep_{'double' if self.in_double else 'float'}"
+
+
+# In the order in which the native module takes them.
+KINDS_OF_KERNELS = [Kernels(in_double, averaging) for averaging in (False, True) for in_double in (False, True)]
+
+
+def cuda_unit_of(struct: str, rule_bytes: int, kind: Kernels = KINDS_OF_KERNELS[0]) -> str:
+    """The file with the kernels of a rule for CUDA."""
+    numbers, averaged = "double" if kind.in_double else "float", "true" if kind.averaging else "false"
     return f"""#include "kernels/cuda/one_rule.h"
 
 namespace optim_ext::written {{
@@ -280,5 +293,6 @@ using namespace rules;
 {struct}
 }}  // namespace optim_ext::written
 
-{line}(optim_ext::written::Rule, {rule_bytes})
+OPTIM_EXT_EXPORT_SWEEP({kind.name}, optim_ext::written::Rule, {numbers}, {averaged})
+OPTIM_EXT_EXPORT_ADVANCE(optim_ext::written::Rule, {rule_bytes})
 """

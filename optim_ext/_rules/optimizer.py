@@ -27,7 +27,7 @@ from optim_ext._rules.definition import (
     state_keys_of,
 )
 from optim_ext._rules.function_step import FunctionStep
-from optim_ext._rules.native_text import cuda_unit_of, unit_of
+from optim_ext._rules.native_text import Kernels, cuda_unit_of, unit_of
 from optim_ext._rules.options import ADDED
 from optim_ext._rules.self_check import becoming_negative
 from optim_ext._step import Group
@@ -44,16 +44,22 @@ def _name_of(index: int, constants: tuple[Any, ...]) -> str:
     return DEFINITIONS[index].variant(constants).name
 
 
-def _reason_while_tracing(index: int, constants: tuple[Any, ...], on_cpu: bool, gpus: tuple[int, ...]) -> str | None:
-    """Why a graph takes the function of a rule; it waits for what is compiled for GPUs."""
+def _reason_while_tracing(
+    index: int, constants: tuple[Any, ...], on_cpu: bool, on_gpus: tuple[tuple[int, bool], ...]
+) -> str | None:
+    """Why a graph takes the function of a rule; it waits for what is compiled for GPUs.
+
+    on_gpus: where parameters are, and whether they are computed in double.
+    """
     definition = DEFINITIONS[index]
     variant = definition.variant(constants)
     if on_cpu:
         _compile_in_time(variant)
-    for device in (torch.device("cuda", gpu) for gpu in gpus):
+    for gpu, in_double in on_gpus:
+        device, kinds = torch.device("cuda", gpu), cuda.kinds_of([in_double], averaging=False)
         if definition.backend in ("auto", "compiled"):
-            cuda.load_in_time(variant, device, averaging=False, wait=True)
-        reason = cuda.reason_against(variant, device, averaging=False)
+            cuda.load_in_time(variant, device, kinds, wait=True)
+        reason = cuda.reason_against(variant, device, kinds)
         if reason is not None:
             return f"a parameter is on {device}, and {reason}"
     return None
@@ -125,14 +131,16 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             return 'the rule has backend="torch"'
         if all(p.device.type == "cpu" for p in group["params"]):
             return None
-        variant, averaging = self._variant(group), self._asked().averaging is not None
+        variant = self._variant(group)
         for index, p in enumerate(group["params"]):
             if p.device.type == "cpu" or not (p.grad is not None or (ahead and p.requires_grad)):
                 continue
             if p.device.type != "cuda":
                 problem: str | None = "rules have kernels for the CPU and CUDA"
             else:
-                problem = cuda.reason_against(variant, p.device, averaging) or self._too_many_tensors(group, p.device)
+                problem = cuda.reason_against(variant, p.device, self._kinds([p])) or self._too_many_tensors(
+                    group, p.device
+                )
             if problem is not None:
                 return f"{self._described(group, index)}: it is on {p.device}, and {problem}"
         return None
@@ -159,12 +167,22 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         """Have a group's rule run on its GPUs, now or soon; with backend="compiled" now."""
         if super()._torch_reason(group) is not None:
             return
-        variant, averaging = self._variant(group), self._asked().averaging is not None
+        variant = self._variant(group)
         for device in {p.device for p in group["params"] if p.device.type == "cuda"}:
+            kinds = self._kinds([p for p in group["params"] if p.device == device])
             if self._definition.backend == "auto":
-                cuda.load_in_time(variant, device, averaging, wait)
+                cuda.load_in_time(variant, device, kinds, wait)
             elif not torch.cuda.is_current_stream_capturing():
-                cuda.load_now(variant, device, averaging)
+                cuda.load_now(variant, device, kinds)
+
+    def _kinds(self, params: list[Tensor]) -> frozenset[Kernels]:
+        return cuda.kinds_of(map(self._is_in_double, params), self._asked().averaging is not None)
+
+    def _is_in_double(self, p: Tensor) -> bool:
+        """Whether a parameter is stepped in double: where one of the tensors that a kernel is given is in double."""
+        dtypes = [p.dtype, self._definition.state_dtype, p.grad.dtype if p.grad is not None else None]
+        dtypes += [value.dtype for key, value in self.state.get(p, {}).items() if key in self._definition.states]
+        return torch.float64 in dtypes or torch.complex128 in dtypes
 
     def _takes_rows(self, group: Group) -> bool:
         return super()._takes_rows(group) and not self._variant(group).has_norms
@@ -269,10 +287,16 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         reason = super()._traced_torch_reason(group)
         if reason is not None:
             return reason
-        devices = [p.device for p in group["params"] if p.grad is not None]
-        gpus = tuple({device.index: None for device in devices if device.type == "cuda"})
-        on_cpu = any(device.type == "cpu" for device in devices)
-        definition = self._definition
+        definition, stepped = self._definition, [p for p in group["params"] if p.grad is not None]
+        wide = definition.state_dtype is torch.float64
+        gpus = tuple(
+            {
+                (p.device.index, wide or p.dtype in (torch.float64, torch.complex128)): None
+                for p in stepped
+                if p.device.type == "cuda"
+            }
+        )
+        on_cpu = any(p.device.type == "cpu" for p in stepped)
         return _reason_while_tracing(definition.index, definition.options.constants_of(group), on_cpu, gpus)
 
     def _traced_call(self, group: Group, lists: list[list[Tensor]], verdict: Verdict) -> None:
@@ -328,16 +352,17 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             TypeError: the rule has no such option.
             RuntimeError: there is no compiler, or it fails, or there is no GPU.
         """
-        variant = cls._variant_with(options)
+        variant, kinds = cls._variant_with(options), cuda.kinds_of((False, True), averaging=False)
         if device == "cpu":
             compile_now(variant)
         elif device == "cuda":
             if not torch.cuda.is_available():
                 raise CannotCompile('there is no GPU; say for which architecture to compile, such as "sm_90"')
             for index in range(torch.cuda.device_count()):
-                cuda.load_now(variant, torch.device("cuda", index), averaging=False)
+                cuda.load_now(variant, torch.device("cuda", index), kinds)
         elif re.fullmatch(r"sm_\d+", device):
-            cuda.image_of(variant, int(device.removeprefix("sm_")))
+            for kind in sorted(kinds):
+                cuda.image_of(variant, int(device.removeprefix("sm_")), kind)
         else:
             raise ValueError(f"device is {device!r}, expected 'cpu', 'cuda' or an architecture such as 'sm_90'")
 

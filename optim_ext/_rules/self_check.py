@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,13 @@ from optim_ext._rules.errors import RuleError
 
 if TYPE_CHECKING:
     from optim_ext._rules.definition import Definition, Variant
+    from optim_ext._rules.native_text import Kernels
 
 _ELEMENTS, _STEPS = 257, 4
 _CLOSE = 1e-9
 _IN_PLACE_OF_ZERO = 0.01
 _CPU = torch.device("cpu")
+_IN_FLOAT = torch.float32, torch.bfloat16, torch.float16  # the types whose numbers kernels compute in float
 
 
 def check_variant(variant: Variant, name: str) -> None:
@@ -45,30 +47,32 @@ def check_same_bits(variant: Variant, name: str) -> None:
     Raises:
         RuleError: they do not.
     """
-    _compare_bits(variant, name, _CPU, averaging=False)
+    _compare_bits(variant, name, _CPU, averaging=False, dtypes=(torch.float64, *_IN_FLOAT))
 
 
-def check_on_gpu(variant: Variant, name: str, device: torch.device, averaging: bool) -> None:
-    """The same of kernels on a GPU; ``averaging``: of those that also average their parameters."""
+def check_on_gpu(variant: Variant, name: str, device: torch.device, kinds: Iterable[Kernels]) -> None:
+    """The same of some kinds of kernels on a GPU."""
     asked = torch.cuda.get_sync_debug_mode()
     if asked:
         torch.cuda.set_sync_debug_mode("default")  # results are waited for
     try:
-        for averages in {False, averaging}:
-            _compare_bits(variant, name, device, averages)
+        for kind in sorted(kinds):
+            _compare_bits(variant, name, device, kind.averaging, (torch.float64,) if kind.in_double else _IN_FLOAT)
     finally:
         if asked:
             torch.cuda.set_sync_debug_mode(asked)
 
 
-def _compare_bits(variant: Variant, name: str, device: torch.device, averaging: bool) -> None:
+def _compare_bits(
+    variant: Variant, name: str, device: torch.device, averaging: bool, dtypes: Iterable[torch.dtype]
+) -> None:
     definition, generator = variant.definition, torch.Generator("cpu").manual_seed(1)
     options = definition.options.with_constants(variant.constants)
     options = {key: _moved(value) for key, value in options.items()}
     names = [definition.operands[0], *definition.states, *(["average"] if averaging else [])]
     with _undisturbed():
         wide = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for dtype in dtypes:
             param = wide.to(dtype)
             values = [param, *start_of(definition, param, options)]
             average = param.clone() if averaging else None

@@ -277,15 +277,39 @@ def test_kernels_that_differ_are_refused(device, monkeypatch):
     true = cuda.cuda_unit_of
     monkeypatch.setattr(cuda, "cuda_unit_of", lambda *given: true(*given).replace("sign(", "magnitude("))
     with pytest.raises(
-        optim_ext.RuleError, match="compiled for cuda:0 it differs from interpreted in torch.float64 at step 1"
+        optim_ext.RuleError, match="compiled for cuda:0 it differs from interpreted in torch.float32 at step 1"
     ):
         tiger()(make_params(SHAPES, device=device))
+
+
+def test_only_what_a_step_needs_is_compiled(device, tmp_path, monkeypatch):
+    """And what was loaded stays when more is loaded."""
+    monkeypatch.setenv("OPTIM_EXT_CACHE", str(tmp_path / "cache"))
+    made = tiger()
+    for count, dtype in enumerate((torch.bfloat16, torch.float32, torch.float64)):
+        params = make_params(SHAPES, dtype, device=device)
+        optimizer = made(params)
+        give_grads(params, 0)
+        optimizer.step()
+        assert len(list((tmp_path / "cache").glob("*.rule"))) == (2 if count == 2 else 1)
+    model = torch.nn.ParameterList(make_params(SHAPES, torch.bfloat16, device=device))
+    optimizer, averaged = made(model), optim_ext.swa_utils.AveragedModel(model)
+    optimizer.average_into(averaged, model)
+    give_grads(list(model), 0)
+    optimizer.step()
+    assert len(list((tmp_path / "cache").glob("*.rule"))) == 3
+    (kinds,) = made._variant_with({}).on_gpus.values()
+    assert sorted(kind.name for kind in kinds) == [
+        "optim_ext_averaging_sweep_float",
+        "optim_ext_sweep_double",
+        "optim_ext_sweep_float",
+    ]
 
 
 def test_kernels_are_compiled_ahead_for_an_architecture(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTIM_EXT_CACHE", str(tmp_path / "cache"))
     tiger().compile("sm_90")
-    assert len(list((tmp_path / "cache").glob("*.rule"))) == 1
+    assert len(list((tmp_path / "cache").glob("*.rule"))) == 2  # in float and in double
     with pytest.raises(CannotCompile, match="compute capability 7.0 or newer, found sm_61"):
         tiger().compile("sm_61")
 

@@ -1,7 +1,9 @@
 // The kernels of a rule as NVRTC gets them (RULE_UNIT), on the fibers of the double without torch: a library for
 // Python, whose memory one step works on.
 #include RULE_UNIT
-OPTIM_EXT_EXPORT_AVERAGING_SWEEPS(optim_ext::written::Rule, sizeof(optim_ext::written::Rule))
+OPTIM_EXT_EXPORT_SWEEP(optim_ext_sweep_double, optim_ext::written::Rule, double, false)
+OPTIM_EXT_EXPORT_SWEEP(optim_ext_averaging_sweep_float, optim_ext::written::Rule, float, true)
+OPTIM_EXT_EXPORT_SWEEP(optim_ext_averaging_sweep_double, optim_ext::written::Rule, double, true)
 
 #include <cstring>
 

@@ -14,6 +14,7 @@ from user_rules.twins import TWINS
 
 import optim_ext
 from optim_ext._rules import compiler, cuda
+from optim_ext._rules.native_text import Kernels, cuda_unit_of
 from optim_ext._rules.self_check import by_op, gradient, start_of
 
 pytestmark = pytest.mark.about_the_cpu("text is looked at, and run on fibers beside the interpreter")
@@ -28,7 +29,8 @@ ELEMENT_WISE = {name: made for name, made in WRITTEN.items() if not made._varian
 def test_a_class_shows_its_text_for_cuda():
     text = EXAMPLES["tiger"].source("cuda")
     assert text.startswith('#include "kernels/cuda/one_rule.h"\n')
-    assert "OPTIM_EXT_EXPORT_SWEEPS(optim_ext::written::Rule, 72)" in text
+    assert "OPTIM_EXT_EXPORT_SWEEP(optim_ext_sweep_float, optim_ext::written::Rule, float, false)" in text
+    assert "OPTIM_EXT_EXPORT_ADVANCE(optim_ext::written::Rule, 72)" in text
     with pytest.raises(ValueError, match="kind is 'tpu', expected 'cpu' or 'cuda'"):
         EXAMPLES["tiger"].source("tpu")
     with pytest.raises(ValueError, match="LAMB takes norms, and such rules have kernels for the CPU"):
@@ -159,11 +161,13 @@ by_nvrtc = pytest.mark.only_where(REAL_NVRTC is not None, reason="torch has brou
 
 
 @by_nvrtc
+@pytest.mark.parametrize("in_double", [False, True], ids=["float", "double"])
 @pytest.mark.parametrize("name", ELEMENT_WISE)
-def test_nvrtc_compiles_a_rule_without_spilling(name, tmp_path):
+def test_nvrtc_compiles_a_rule_without_spilling(name, in_double, tmp_path):
     """Machine code for a GPU that is not there; what it says of registers is in its log."""
     text, image = tmp_path / "rule.cu", tmp_path / "image"
-    text.write_text(ELEMENT_WISE[name].source("cuda"))
+    variant, kind = ELEMENT_WISE[name]._variant_with({}), Kernels(in_double, averaging=False)
+    text.write_text(cuda_unit_of(variant.struct, variant.rule_bytes, kind))
     options = [*cuda.FLAGS, *(f"-I{path}" for path in compiler.include_paths()), "--ptxas-options=-v"]
     script = ROOT / "optim_ext/_rules/nvrtc_process.py"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(Path(REAL_NVRTC).parent)}
@@ -176,6 +180,5 @@ def test_nvrtc_compiles_a_rule_without_spilling(name, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert image.read_bytes().startswith(b"\x7fELF")
-    for kernel in ("optim_ext_sweep_float", "optim_ext_sweep_double"):
-        said = done.stdout.split(f"Function properties for {kernel}")[1].split("Function properties")[0]
-        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", said), said
+    said = done.stdout.split(f"Function properties for {kind.name}")[1].split("Function properties")[0]
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", said), said

@@ -5,27 +5,25 @@
 
 namespace optim_ext::cuda {
 
+// By whether steps average, and whether they compute in double.
+constexpr int kKindsOfKernels = 4;
+constexpr const char* kNamesOfKernels[kKindsOfKernels] = {"optim_ext_sweep_float", "optim_ext_sweep_double",
+                                                          "optim_ext_averaging_sweep_float",
+                                                          "optim_ext_averaging_sweep_double"};
+constexpr int kind_of_kernel(bool averages, bool in_double) { return 2 * averages + in_double; }
+
 struct LoadedRule {
-  device::Kernel sweep[2][2];  // of steps that do not average, and that do, which may be null; in float, in double
+  device::Kernel sweep[kKindsOfKernels];  // null: it was not compiled
   device::Kernel advance_scalars;
   bool stores_scalars;
 };
 
-// Loads a module for the current device. `averaging`: that of steps that average, or null.
-inline device::Status load_rule(const void* image, const void* averaging, bool stores_scalars, LoadedRule& rule) {
-  rule = {{}, nullptr, stores_scalars};
+// Loads the module of one kind for the current device.
+inline device::Status load_kernels(const void* image, int kind, LoadedRule& rule) {
   device::Module module = nullptr;
   device::Status error = device::load(image, module);
-  const auto find = [&](const char* name, device::Kernel& kernel) {
-    if (error == device::kSuccess) error = device::find(module, name, kernel);
-  };
-  find("optim_ext_sweep_float", rule.sweep[0][0]);
-  find("optim_ext_sweep_double", rule.sweep[0][1]);
-  find("optim_ext_advance_scalars", rule.advance_scalars);
-  if (averaging == nullptr || error != device::kSuccess) return error;
-  error = device::load(averaging, module);
-  find("optim_ext_averaging_sweep_float", rule.sweep[1][0]);
-  find("optim_ext_averaging_sweep_double", rule.sweep[1][1]);
+  if (error == device::kSuccess) error = device::find(module, kNamesOfKernels[kind], rule.sweep[kind]);
+  if (error == device::kSuccess) error = device::find(module, "optim_ext_advance_scalars", rule.advance_scalars);
   return error;
 }
 
@@ -35,7 +33,7 @@ device::Status launch_loaded(const void* of, const Packed& args, int64_t chunks,
   const auto launch = [&](device::Kernel kernel, int64_t blocks) {
     return blocks == 0 ? device::kSuccess : device::launch(kernel, {blocks}, kThreads, stream, &args);
   };
-  const device::Status error = launch(rule.sweep[args.batch.averaged][kInDouble], chunks);
+  const device::Status error = launch(rule.sweep[kind_of_kernel(args.batch.averaged, kInDouble)], chunks);
   if (!rule.stores_scalars || error != device::kSuccess) return error;
   return launch(rule.advance_scalars, (args.batch.count + kThreads - 1) / kThreads);
 }

@@ -1,6 +1,6 @@
 // What a unit that holds the kernels of one rule, compiled while the process runs, is made with: this header, the rule,
-// and one line, OPTIM_EXT_EXPORT_SWEEPS or, in a unit for steps that average, OPTIM_EXT_EXPORT_AVERAGING_SWEEPS. (Such
-// units are written by optim_ext/_rules/native_text.py.)
+// and two lines, OPTIM_EXT_EXPORT_SWEEP and OPTIM_EXT_EXPORT_ADVANCE. (Such units are written by
+// optim_ext/_rules/native_text.py.)
 #include "sweep_block.h"
 #include "../../rules/words.h"
 
@@ -14,23 +14,17 @@ constexpr int min_blocks_of(bool averaged) {
 
 }  // namespace optim_ext::cuda
 
-// Kernels are found by their names. `bytes_of_rule` is the size that the host takes it for.
+// Kernels are found by their names. V: float or double. `averaged`: of steps that also average their parameters.
 #define OPTIM_EXT_EXPORT_SWEEP(name, Rule, V, averaged)                                                  \
   extern "C" OPTIM_EXT_KERNEL(optim_ext::cuda::kThreads, optim_ext::cuda::min_blocks_of<Rule>(averaged)) \
       name(OPTIM_EXT_ARGUMENT(optim_ext::cuda::Args<Rule, optim_ext::cuda::kArgumentBytes>) args) {      \
     optim_ext::cuda::sweep_block<Rule, V, averaged>(args);                                               \
   }
 
-#define OPTIM_EXT_EXPORT_SWEEPS(Rule, bytes_of_rule)                                           \
+// `bytes_of_rule` is the size that the host takes it for.
+#define OPTIM_EXT_EXPORT_ADVANCE(Rule, bytes_of_rule)                                          \
   static_assert(optim_ext::cuda::shape_of<Rule>().bytes == bytes_of_rule);                     \
-  OPTIM_EXT_EXPORT_SWEEP(optim_ext_sweep_float, Rule, float, false)                            \
-  OPTIM_EXT_EXPORT_SWEEP(optim_ext_sweep_double, Rule, double, false)                          \
   extern "C" OPTIM_EXT_KERNEL(optim_ext::cuda::kThreads) optim_ext_advance_scalars(            \
       OPTIM_EXT_ARGUMENT(optim_ext::cuda::Args<Rule, optim_ext::cuda::kArgumentBytes>) args) { \
     optim_ext::cuda::advance_scalars_of_thread(args);                                          \
   }
-
-#define OPTIM_EXT_EXPORT_AVERAGING_SWEEPS(Rule, bytes_of_rule)               \
-  static_assert(optim_ext::cuda::shape_of<Rule>().bytes == bytes_of_rule);   \
-  OPTIM_EXT_EXPORT_SWEEP(optim_ext_averaging_sweep_float, Rule, float, true) \
-  OPTIM_EXT_EXPORT_SWEEP(optim_ext_averaging_sweep_double, Rule, double, true)
