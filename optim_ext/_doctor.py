@@ -199,7 +199,7 @@ def _about_rules() -> Iterator[Finding]:
     from optim_ext._rules import cache, compiler
 
     try:
-        compiler.find_compiler()
+        compiler.try_compiler(compiler.find_compiler()[0])
     except compiler.CannotCompile as error:
         yield Finding(
             "advice",

@@ -21,7 +21,7 @@ from optim_ext._rules import cache
 from optim_ext._rules.definition import Variant
 from optim_ext._rules.errors import RuleError
 from optim_ext._rules.native_text import unit_of
-from optim_ext._rules.self_check import check_same_bits, check_variant
+from optim_ext._rules.self_check import check_same_bits
 
 _LONGEST_BUILD = 600.0  # seconds; it is for compilers that hang, not for machines that are busy
 _HERE = Path(__file__).resolve().parents[1]
@@ -51,32 +51,42 @@ def _flags() -> tuple[str, ...]:
 def hash_of_headers(kind: str) -> str:
     """A hash of everything a rule is compiled with for the CPU, or for CUDA."""
     found = hashlib.sha256()
-    root = Path(include_paths()[0])
     folders = ["rules", "storage", "kernels", f"kernels/{kind}", *(["device", "device/cuda"] if kind == "cuda" else [])]
-    for path in sorted(path for folder in folders for path in root.glob(f"{folder}/*.h")):
-        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for folder in sorted(folders):
+        inside = os.path.join(include_paths()[0], folder)
+        for name in sorted(name for name in os.listdir(inside) if name.endswith(".h")):
+            with open(os.path.join(inside, name), "rb", buffering=0) as file:
+                found.update(f"{folder}/{name}\0".encode() + file.read())
     return found.hexdigest()
 
 
 def find_compiler() -> tuple[list[str], str]:
-    """The command of the compiler, and what identifies it."""
+    """The command of the compiler, and what identifies it, without running it.
+
+    Raises:
+        CannotCompile: there is none.
+    """
     asked = os.environ.get("CXX")
     for words in [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]:
         path = shutil.which(words[0])
         if path is not None:
-            return _identified((path, *words[1:]), os.path.realpath(path), os.stat(path).st_mtime_ns)
+            found = os.stat(path)
+            return [path, *words[1:]], f"{os.path.realpath(path)} {found.st_size} {found.st_mtime_ns} {words[1:]}"
     raise CannotCompile(
         f"the C++ compiler {asked} is missing" if asked else "there is no C++ compiler (c++, g++, clang++)"
     )
 
 
-@functools.cache
-def _identified(command: tuple[str, ...], path: str, changed: int) -> tuple[list[str], str]:
+def try_compiler(command: list[str]) -> None:
+    """Have the compiler say its version.
+
+    Raises:
+        CannotCompile: it does not.
+    """
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
+        subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
         raise CannotCompile(f"the C++ compiler {command[0]} does not run: {error}") from None
-    return list(command), f"{path} {os.stat(path).st_size} {changed} {version}"
 
 
 class _Running:
@@ -145,11 +155,12 @@ def compile_now(variant: Variant, politely: bool = False) -> None:
         return
     isa = _C.isa()
     unit = unit_of(variant.struct, isa)
-    command, identity = find_compiler()
+    compiler, identity = find_compiler()
     nice = shutil.which("nice") if politely else None
-    command = [*([nice, "-n", "10"] if nice else []), *command, *_flags(), *(f"-I{path}" for path in include_paths())]
+    command = [*([nice, "-n", "10"] if nice else []), *compiler, *_flags(), *(f"-I{path}" for path in include_paths())]
 
     def build(where: Path) -> bytes:
+        try_compiler(compiler)
         source, library = where / "rule.cpp", where / "rule.so"
         source.write_text(unit)
         run_compiler([*command, str(source), "-o", str(library)])
@@ -168,7 +179,6 @@ def compile_now(variant: Variant, politely: bool = False) -> None:
             number = _C.define_compiled_rule(name, variant.number, path)
     except RuntimeError as error:
         raise CannotCompile(str(error)) from error
-    check_variant(variant, name)
     check_same_bits(variant, name)
     _C.run_rule_by(variant.number, number)
     variant.compiled, variant.problem = True, None
