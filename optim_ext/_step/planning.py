@@ -269,7 +269,8 @@ class PlannedStep(ControlledStep):
         """Torch's, before which numbers of the state are brought to where their step count lies: torch.compile moves that
         to the parameter's device, and runs this as it traces a step."""
         keys = TABLES[self._op].scalar_state - {"step"}
-        for p in group["params"] if keys and not self._on_torchs_path else ():
+        by_torch = self._on_torchs_path or group.get("differentiable")
+        for p in group["params"] if keys and not by_torch else ():
             count = self.state[p].get("step") if p in self.state else None
             if isinstance(count, Tensor) and count.device == p.device:
                 _move(self.state[p], keys, p.device)

@@ -104,6 +104,9 @@ class TorchPath(LazyStep):
         if reason is not None or not self._has_torch_step():
             reason = reason or self._torch_reason(groups[0])
             raise RuntimeError(f"{type(self).__name__} runs natively only, and torch has no code for it: {reason}")
+        if torch.compiler.is_compiling() and len(groups) == len(self.param_groups):
+            self._bare_torch_step(self)  # the compiler of torch 2.11 sets no attributes of an optimizer
+            return
         all_groups = self.param_groups
         counters = [(entry["step"], entry["step"].clone()) for entry in self.state.values() if _has_counter(entry)]
         self.param_groups, self._on_torchs_path = groups, True

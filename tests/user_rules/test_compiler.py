@@ -121,7 +121,9 @@ def test_what_a_compiler_makes_is_checked(monkeypatch):
     made = tiger(backend="compiled")
     true = compiler.unit_of
     monkeypatch.setattr(compiler, "unit_of", lambda struct, isa: true(struct, isa).replace("sign(", "magnitude("))
-    with pytest.raises(optim_ext.RuleError, match="compiled it differs from interpreted in torch.float64 at step 1, in param"):
+    with pytest.raises(
+        optim_ext.RuleError, match="compiled it differs from interpreted in torch.float64 at step 1, in param"
+    ):
         made(make_params())
 
 
