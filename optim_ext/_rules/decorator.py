@@ -112,7 +112,7 @@ def rule(
 
 
 def _backend(asked: str) -> str:
-    said = os.environ.get("OPTIM_EXT_RULES", "auto")
+    said = os.environ.get("OPTIM_EXT_RULES") or "auto"
     if said not in BACKENDS:
         raise ValueError(f"OPTIM_EXT_RULES is {said!r}, expected one of {', '.join(BACKENDS)}")
     return said if asked == "auto" else asked
