@@ -24,9 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from device import ON_CPU, put_test_tensors_there
+from device import ON_CPU, put_test_tensors_there, seed_all
 from forked import Forked
-from specs import CASES, SPECS, VARIANTS, Spec
+from specs import SPECS, VARIANTS, Spec, cases
 
 import optim_ext
 
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
     also name its own rows, with pytest's mark."""
     rows = {
         "spec": SPECS,
-        "case": CASES,
+        "case": cases(),
         "variant": VARIANTS,
         "counting": [variant for variant in VARIANTS if "step" in variant.spec.state(variant.options)],
     }
@@ -114,6 +114,6 @@ def one_cache_of_rules(tmp_path_factory):
 def _like_the_first():
     """A test's random numbers, and what torch compiles for it, do not depend on those before it: all classes share the
     functions of a step, of which torch compiles eight kinds and then no more."""
-    torch.manual_seed(0)
+    seed_all(0)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

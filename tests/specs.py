@@ -1,5 +1,6 @@
 """One row per optimizer. Shared tests are parametrised from these rows; a new optimizer is a new row and nothing else."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Any
 
 import reference
 import torch
-from torch.testing._internal.common_optimizers import optim_db
 
 import optim_ext
 
@@ -148,7 +148,7 @@ class Spec:
         """Every option set of the row: the grid, and what torch's own tests use on this kind of device."""
         if not self.in_torch:
             return [*self.grid]
-        listed = next(info for info in optim_db if info.optim_cls.__name__ == self.name)
+        listed = _listed_by_torch(self.name)
         return [*self.grid, *(entry.kwargs for entry in listed.optim_inputs_func(device=device))]
 
     @property
@@ -164,8 +164,7 @@ class Spec:
     def error_inputs(self) -> list[Any]:
         if not self.in_torch:
             return []
-        listed = next(info for info in optim_db if info.optim_cls.__name__ == self.name)
-        return listed.optim_error_inputs_func("cpu", torch.float32)
+        return _listed_by_torch(self.name).optim_error_inputs_func("cpu", torch.float32)
 
     @property
     def flags(self) -> list[Options]:
@@ -174,6 +173,13 @@ class Spec:
             return [{}]
         flags: list[Options] = [{}, {"foreach": False}, {"foreach": True}]
         return [*flags, {"fused": False}, {"fused": True}] if self.fused else flags
+
+
+def _listed_by_torch(name: str) -> Any:
+    """What torch's own tests know of an optimizer. Their module takes seconds to import, and not every process asks."""
+    from torch.testing._internal.common_optimizers import optim_db
+
+    return next(info for info in optim_db if info.optim_cls.__name__ == name)
 
 
 @dataclass(frozen=True)
@@ -481,7 +487,11 @@ SPECS = [
     ),
 ]
 
-CASES = [Case(spec, options) for spec in SPECS for options in spec.options]
+
+@functools.cache
+def cases() -> list[Case]:
+    """Every option set of every row."""
+    return [Case(spec, options) for spec in SPECS for options in spec.options]
 
 
 def _variants() -> list[Case]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from lockstep import Lockstep, copy_of, give_grads, make_params, snapshot, twin
-from specs import CASES, SPECS, TENSOR_LRS, VARIANTS, Tolerance
+from specs import SPECS, TENSOR_LRS, VARIANTS, Tolerance, cases
 from torch.optim import lr_scheduler
 
 from optim_ext.swa_utils import AveragedModel
@@ -313,7 +313,7 @@ def test_warning_when_the_scheduler_steps_first(spec):
         scheduler.step()
 
 
-MOVING = [case for case in CASES if case.options.get("lr", 1) != 0.0]
+MOVING = [case for case in cases() if case.options.get("lr", 1) != 0.0]
 
 
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])

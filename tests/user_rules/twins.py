@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specs import CASES
+from specs import cases
 
 import optim_ext
 from optim_ext.math import lerp, maximum, minimum, sign, sqrt, where
@@ -268,4 +268,4 @@ def accepts(made, options):
 
 
 # The option sets of specs.py that a twin has all options of.
-TWIN_CASES = [case for case in CASES if case.spec.name in TWINS and accepts(TWINS[case.spec.name].made, case.options)]
+TWIN_CASES = [case for case in cases() if case.spec.name in TWINS and accepts(TWINS[case.spec.name].made, case.options)]
