@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from device import DEVICE, ON_CPU
+from parts import part_of, spread
 from ranks import serve
 from torch import nn
 from torch.distributed import checkpoint
@@ -79,15 +80,6 @@ def layouts():
     return rows
 
 
-def spread(whole, mesh, placements):
-    """The whole as a DTensor. A strided shard is what FSDP makes of a part that tensor parallelism has cut."""
-    if not any(isinstance(place, _StridedShard) for place in placements):
-        return distribute_tensor(whole, mesh, placements)
-    outer, inner = mesh.get_coordinate()
-    part = whole.chunk(mesh.size(1))[inner].chunk(mesh.size(0))[outer].clone()
-    return DTensor.from_local(part, mesh, placements, shape=whole.shape, stride=whole.stride())
-
-
 def made(dtype=torch.float32, seed=0):
     """Whole tensors and DTensor parameters of all layouts, and with these some plain ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -119,13 +111,8 @@ def full(tensor):
 
 def assert_same(params, wholes, what="value"):
     for name, whole in wholes.items():
-        torch.testing.assert_close(
-            full(params[name].detach()),
-            whole.detach(),
-            rtol=0,
-            atol=0,
-            msg=lambda text, n=name: f"{what} of {n}: {text}",
-        )
+        mine, theirs = part_of(params[name].detach(), whole.detach())
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda text, n=name: f"{what} of {n}: {text}")
 
 
 def assert_same_state(optimizer, params, single, wholes):
@@ -144,7 +131,8 @@ def assert_same_state(optimizer, params, single, wholes):
                 )
             elif isinstance(mine, torch.Tensor):
                 assert mine.dim() == 0 or not isinstance(params[name], DTensor), (name, key)
-            torch.testing.assert_close(full(mine), value, rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+            mine, theirs = part_of(mine, value)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def assert_native(optimizer):
@@ -654,9 +642,9 @@ def checkpoints_go_into_and_out_of_torchs_class():
                 )
                 set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=how)
                 set_optimizer_state_dict(other, resumed, given, options=how)
-                for mine, theirs in zip(resumed.state.values(), optimizer.state.values(), strict=True):
-                    for key in theirs:
-                        torch.testing.assert_close(full(mine[key]), full(theirs[key]), rtol=0, atol=0)
+                for mine, expected in zip(resumed.state.values(), optimizer.state.values(), strict=True):
+                    for key in expected:
+                        torch.testing.assert_close(*part_of(mine[key], expected[key]), rtol=0, atol=0)
                 for index in range(3, 6):
                     for each, by in ((model, optimizer), (other, resumed)):
                         backward(each, index)
@@ -664,7 +652,7 @@ def checkpoints_go_into_and_out_of_torchs_class():
                         by.zero_grad()
                 for p, q in zip(other.parameters(), model.parameters(), strict=True):
                     exactly = {"rtol": 0, "atol": 0} if first is second else {"rtol": 2e-5, "atol": 2e-5}
-                    torch.testing.assert_close(full(p.detach()), full(q.detach()), **exactly)
+                    torch.testing.assert_close(*part_of(p.detach(), q.detach()), **exactly)
 
 
 def then_saves():

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from kept import TAKING, WAYS, name_of
 from lockstep import copy_of
+from parts import part_of, spread
 from ranks import serve
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from user_rules import twins
 
@@ -70,11 +71,6 @@ def layouts():
     return rows
 
 
-def spread(whole, mesh, placements):
-    """The whole as a DTensor, without a word to the other processes."""
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
-
-
 def drawn(shape, generator, name=""):
     if name == "turned":
         return torch.randn(shape[::-1], generator=generator).bfloat16().t()
@@ -100,14 +96,6 @@ def give_grads(wholes, params, index, scale=1.0, whole_numbers=False):
         whole.grad = grad
         p = params[name]
         p.grad = spread(grad.clone(), p.device_mesh, p.placements) if isinstance(p, DTensor) else grad.clone()
-
-
-def part_of(tensor, whole):
-    """What this process has of ``tensor``, and the same of ``whole``."""
-    if not isinstance(tensor, DTensor):
-        return tensor, whole
-    assert tuple(tensor.shape) == tuple(whole.shape)
-    return tensor._local_tensor, spread(whole, tensor.device_mesh, tensor.placements)._local_tensor
 
 
 def assert_same_bits(tensor, whole, what):
