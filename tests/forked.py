@@ -4,21 +4,21 @@ has it, and that has neither run anything nor started a thread."""
 import json
 import os
 import selectors
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
-# Runs in the process that is forked: python -c SERVER MODULE... It reads a line of JSON for each program and answers with
-# its exit code.
+# Runs in the process that is forked: python -c SERVER MODULE... Its standard input is a socket: with a line of JSON for each
+# program come the three files it is to have as standard ones, and its process is answered; then others may ask how it ended.
 SERVER = """
-import atexit, importlib, json, os, runpy, sys, traceback
+import atexit, importlib, json, os, runpy, socket, sys, traceback
 
 def run(asked):
-    for stream, path in ((1, asked["stdout"]), (2, asked["stderr"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -46,13 +46,35 @@ def exit_code(asked):
         sys.stdout.flush()
         sys.stderr.flush()
 
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-for line in sys.stdin:
+def started(asked, files):
     child = os.fork()
     if child == 0:
-        os._exit(exit_code(json.loads(line)))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        channel.close()
+        for stream, file in enumerate(files):
+            os.dup2(file, stream)
+        os.closerange(min(files), max(files) + 1)
+        os._exit(exit_code(asked))
+    for file in files:
+        os.close(file)
+    return child
+
+def ended(asked):
+    child, status = os.waitpid(asked["ended"], 0 if asked["wait"] else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if child else None
+
+channel = socket.socket(fileno=os.dup(0))
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+while True:
+    line, files = b"", []
+    while not line.endswith(b"\\n"):
+        part, more, _, _ = socket.recv_fds(channel, 65536, 3)
+        if not part:
+            sys.exit()
+        line, files = line + part, files + more
+    asked = json.loads(line)
+    answer = ended(asked) if "ended" in asked else started(asked, files)
+    channel.sendall(json.dumps(answer).encode() + b"\\n")
 """
 
 
@@ -61,39 +83,50 @@ class Forked:
 
     def __init__(self, *modules, **environment):
         self.environment = os.environ | environment
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, *modules],
-            cwd="/",
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER, *modules],
+                cwd="/",
+                env=self.environment,
+                stdin=theirs,
+                start_new_session=True,
+            )
+        self.channel, self.answers = ours, ours.makefile("r")
 
-    def run(self, *argv, code=None, cwd="/", environment=None, timeout=300):
-        """Like subprocess.run, of a script and its arguments, or of code and the arguments it finds behind "-c"."""
-        argv = [str(word) for word in argv]
-        with TemporaryDirectory() as folder:
-            outputs = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-            asked = {
-                "argv": argv if code is None else ["-c", *argv],
-                "code": code,
-                "folder": "" if code is not None else str(Path(argv[0]).parent),
-                "cwd": str(cwd),
-                "environment": self.environment if environment is None else environment,
-                **outputs,
-            }
-            print(json.dumps(asked), file=self.process.stdin, flush=True)
-            with selectors.DefaultSelector() as answers:
-                answers.register(self.process.stdout, selectors.EVENT_READ)
-                if not answers.select(timeout):
-                    self.stop()
-                    raise TimeoutError(f"{argv or code} after {timeout} seconds")
-            answer = self.process.stdout.readline()
-            texts = {name: Path(path).read_text() for name, path in outputs.items() if Path(path).exists()}
+    def ask(self, asked, files=(), timeout=None):
+        """What the process answers, in so many seconds."""
+        socket.send_fds(self.channel, [json.dumps(asked).encode() + b"\n"], files)
+        with selectors.DefaultSelector() as answers:
+            answers.register(self.channel, selectors.EVENT_READ)
+            if not answers.select(timeout):
+                self.stop()
+                raise TimeoutError(f"no answer in {timeout} seconds")
+        answer = self.answers.readline()
         assert answer, "the process that is forked is gone"
-        return SimpleNamespace(returncode=int(answer), **texts)
+        return json.loads(answer)
+
+    def start(self, *argv, files, code=None, cwd="/", environment=None):
+        """Begins a program whose standard input, output and errors are the open files."""
+        argv = [str(word) for word in argv]
+        asked = {
+            "argv": argv if code is None else ["-c", *argv],
+            "code": code,
+            "folder": "" if code is not None else str(Path(argv[0]).parent),
+            "cwd": str(cwd),
+            "environment": self.environment if environment is None else environment,
+        }
+        return Fork(self, self.ask(asked, files))
+
+    def run(self, *argv, timeout=300, **how):
+        """Like subprocess.run, of a script and its arguments, or of code and the arguments it finds behind "-c"."""
+        with TemporaryDirectory() as folder:
+            paths = {name: Path(folder, name) for name in ("stdout", "stderr")}
+            with open(os.devnull) as nothing, paths["stdout"].open("w") as output, paths["stderr"].open("w") as errors:
+                fork = self.start(*argv, files=[file.fileno() for file in (nothing, output, errors)], **how)
+            return SimpleNamespace(
+                returncode=fork.wait(timeout), **{name: path.read_text() for name, path in paths.items()}
+            )
 
     def run_module(self, name, *argv, **how):
         """What ``python -m`` does."""
@@ -102,7 +135,33 @@ class Forked:
 
     def stop(self):
         try:
-            os.killpg(self.process.pid, 9)
+            os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self.process.communicate()
+        self.process.wait()
+        self.channel.close()
+
+
+class Fork:
+    """A program that has been started."""
+
+    def __init__(self, forked, pid):
+        self.forked, self.pid, self.exit_code = forked, pid, None
+
+    def wait(self, timeout):
+        """The exit code. Whoever waits for nothing else may lose all programs to one that takes too long."""
+        self.exit_code = self.forked.ask({"ended": self.pid, "wait": True}, timeout=timeout)
+        return self.exit_code
+
+    def ends_within(self, seconds):
+        """Whether it does; its exit code is known then."""
+        end = time.monotonic() + seconds
+        while self.exit_code is None and time.monotonic() < end:
+            self.exit_code = self.forked.ask({"ended": self.pid, "wait": False})
+            time.sleep(0.01)
+        return self.exit_code is not None
+
+    def kill(self):
+        if self.exit_code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(None)

@@ -4,13 +4,13 @@ import ast
 import json
 import os
 import selectors
-import subprocess
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 SECONDS = 240  # for one case, on a machine that has other work
 
@@ -23,26 +23,33 @@ def cases_in(program):
     raise AssertionError(f"{program.name} lists no CASES")
 
 
-class Processes:
-    """The ranks, which have torch.distributed imported and serve one case after the other: each runs
-    ``python PROGRAM RANK WORLD FOLDER``. They meet in a file of that folder."""
+class Rank:
+    """A process, to which lines are written and that answers with lines; what it complains of goes into the log."""
 
-    def __init__(self, program, world, folder):
-        tests = Path(__file__).parent
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONFAULTHANDLER": "1",  # a crash leaves where it was in the rank's log
-            "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests)])),
-        }
+    def __init__(self, forked, log, *argv):
+        asked, self.stdin = (os.fdopen(file, mode) for file, mode in zip(os.pipe(), "rw", strict=True))
+        self.stdout, answers = (os.fdopen(file, mode) for file, mode in zip(os.pipe(), "rw", strict=True))
+        with asked, answers, log.open("w") as errors:
+            self.process = forked.start(*argv, files=[file.fileno() for file in (asked, answers, errors)])
+
+    def stop(self):
+        self.process.kill()
+        self.stdout.close()
+        try:
+            self.stdin.close()
+        except BrokenPipeError:  # a line it has not read
+            pass
+
+
+class Processes:
+    """The ranks, which serve one case after the other: each runs ``python PROGRAM RANK WORLD FOLDER``. They meet in a file
+    of that folder."""
+
+    def __init__(self, forked, program, world, folder):
         self.world, self.stopped = world, False
         (folder / f"meet of {world}").unlink(missing_ok=True)  # of processes that are gone
         self.logs = [folder / f"log of rank {rank} of {world}" for rank in range(world)]
-        self.ranks = []
-        for rank, log in enumerate(self.logs):
-            with log.open("w") as errors:
-                command = [sys.executable, str(program), str(rank), str(world), str(folder)]
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-                self.ranks.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        self.ranks = [Rank(forked, log, program, rank, world, folder) for rank, log in enumerate(self.logs)]
 
     def run(self, case):
         """What each rank says to it: None where the case held. Ranks that wait for one that has failed say so."""
@@ -74,34 +81,43 @@ class Processes:
     def stop(self):
         self.stopped = True
         for rank in self.ranks:
-            rank.kill()
-            rank.communicate()
+            rank.stop()
 
 
 class Worlds:
     """Processes of one program and folder, by their number: those of the last case go on with the next one if they are as
-    many, as they take seconds to start."""
+    many. All are forks of a process that has imported what the program imports."""
 
     def __init__(self, program, folder):
+        tests = Path(__file__).parent
+        path = [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests), str(program.parent)]
+        self.forked = Forked(
+            program.stem,
+            OMP_NUM_THREADS="1",
+            PYTHONFAULTHANDLER="1",  # a crash leaves where it was in the rank's log
+            PYTHONPATH=os.pathsep.join(filter(None, path)),
+        )
         self.program, self.folder, self.processes = program, folder, None
 
     def expect(self, world, case):
         if self.processes is None or self.processes.world != world or self.processes.stopped:
-            self.stop()  # few are to wait while others work
-            self.processes = Processes(self.program, world, self.folder)
+            self.stop_processes()  # few are to wait while others work
+            self.processes = Processes(self.forked, self.program, world, self.folder)
         self.processes.expect(case)
 
-    def stop(self):
-        if self.processes is not None:
+    def stop_processes(self):
+        if self.processes is not None and not self.processes.stopped:
             self.processes.stop()
+
+    def stop(self):
+        self.stop_processes()
+        self.forked.stop()
 
 
 def how_it_ended(rank):
     """Nothing for a process that is still there."""
-    try:
-        return f" and ended with {rank.wait(0.5)}"  # one that crashes takes a moment to be gone
-    except subprocess.TimeoutExpired:
-        return ""
+    # One that crashes takes a moment to be gone.
+    return f" and ended with {rank.process.exit_code}" if rank.process.ends_within(0.5) else ""
 
 
 def serve(cases):
