@@ -12,9 +12,10 @@ import optim_ext
 
 LOOK = """
 import os, sys, __main__
-import torch
-optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-print(type(optimizer).__module__.split(".")[0])
+if "optim_ext" in sys.modules:  # Python itself need not import torch, which takes seconds, to show the rest
+    import torch
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    print(type(optimizer).__module__.split(".")[0])
 print(sys.argv, sys.path[0], __name__, __file__, __package__, __spec__ and __spec__.name)
 print(__main__.__dict__ is globals(), sys.modules["__main__"] is __main__)
 """
@@ -69,11 +70,6 @@ def python(folder, *arguments):
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def both(folder, *arguments):
-    """As Python runs it, and as we do."""
-    return python(folder, *arguments), python(folder, "-m", "optim_ext", "run", *arguments)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -87,11 +83,10 @@ def both(folder, *arguments):
     ids=" ".join,
 )
 def test_a_program_sees_what_python_shows_it(folder, arguments):
-    plain, ours = both(folder, *arguments)
+    plain, ours = python(folder, *arguments), python(folder, "-m", "optim_ext", "run", *arguments)
     assert plain.returncode == 0, plain.stderr
     assert ours.returncode == 0, ours.stderr
-    assert plain.stdout.splitlines()[0] == "torch" and ours.stdout.splitlines()[0] == "optim_ext"
-    assert ours.stdout.replace("optim_ext\n", "torch\n") == plain.stdout
+    assert ours.stdout.startswith("optim_ext\n") and ours.stdout.replace("optim_ext\n", "") == plain.stdout
 
 
 @pytest.mark.parametrize(
@@ -109,8 +104,12 @@ def test_a_program_sees_what_python_shows_it(folder, arguments):
     ],
     ids=" ".join,
 )
-def test_it_ends_as_under_python(folder, arguments):
-    plain, ours = both(folder, *arguments)
+def test_it_ends_as_under_python(folder, arguments, with_optim_ext):
+    plain = python(folder, *arguments)
+    if arguments[0] in ("pickles.py", "exits.py"):  # of which Python itself does a part
+        ours = python(folder, "-m", "optim_ext", "run", *arguments)
+    else:
+        ours = with_optim_ext.run_module("optim_ext", "run", *arguments, cwd=folder)
     assert ours.returncode == plain.returncode, ours.stderr
     assert ours.stdout == plain.stdout
     if plain.stderr:
@@ -118,6 +117,6 @@ def test_it_ends_as_under_python(folder, arguments):
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m"], ["--help"]], ids=["nothing", "-m", "an option"])
-def test_nothing_to_run(folder, arguments):
-    done = python(folder, "-m", "optim_ext", "run", *arguments)
+def test_nothing_to_run(folder, arguments, with_optim_ext):
+    done = with_optim_ext.run_module("optim_ext", "run", *arguments, cwd=folder)
     assert done.returncode == 2 and done.stderr.startswith("usage: python -m optim_ext run script.py")
