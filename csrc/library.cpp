@@ -32,14 +32,15 @@ using namespace optim_ext::ops;
   X(count_nonfinite, "(Tensor[] tensors) -> Tensor")                                                               \
   X(lbfgs_gather_, "(Tensor(a!) flat, Tensor[] tensors, int[] offsets, *, bool negate=False) -> ()")               \
   X(lbfgs_displace_, "(Tensor(a!)[] params, Tensor d, *, Tensor? origin=None, float t) -> ()")                     \
-  X(lbfgs_norms, "(Tensor vector, Tensor? other=None) -> Tensor")                                                  \
-  X(lbfgs_dots, "(Tensor vector, Tensor[] old_dirs, Tensor[] old_stps, *, Tensor? metric=None) -> Tensor")         \
+  X(lbfgs_norms, "(Tensor vector, Tensor? other=None, *, int? counted=None) -> Tensor")                            \
+  X(lbfgs_dots,                                                                                                    \
+    "(Tensor vector, Tensor[] old_dirs, Tensor[] old_stps, *, Tensor? metric=None, int? counted=None) -> Tensor")  \
   X(lbfgs_pair_,                                                                                                   \
     "(Tensor(a!) y, Tensor(b!) s, Tensor grad, Tensor prev_grad, Tensor d, Tensor[] old_dirs, Tensor[] old_stps, " \
-    "*, Tensor? metric=None, float t, float grad_weight=1.0, float prev_weight=1.0) -> Tensor")                    \
+    "*, Tensor? metric=None, float t, float grad_weight=1.0, float prev_weight=1.0, int? counted=None) -> Tensor") \
   X(lbfgs_combine_,                                                                                                \
     "(Tensor(a!) d, Tensor grad, Tensor[] old_dirs, Tensor[] old_stps, *, Tensor coefficients, "                   \
-    "Tensor? metric=None) -> Tensor")
+    "Tensor? metric=None, int? counted=None) -> Tensor")
 
 TORCH_LIBRARY(optim_ext, m) {
 #define DEFINE(op, schema) m.def(#op schema);

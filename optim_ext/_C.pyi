@@ -138,6 +138,8 @@ class LbfgsHistory:
         history_size: int,
         metric: Tensor | None,
         held: list[tuple[int, int]],
+        counted: int | None = None,
+        groups: list[tuple[str, int]] = ...,
     ) -> None: ...
     def load(self, state: Mapping[str, Any], history_size: int) -> bool:
         """Go on from a state, its own of the last time or another; whether there is a direction."""

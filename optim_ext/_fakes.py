@@ -42,7 +42,7 @@ def _sums(like: Tensor, count: int) -> Tensor:
     return like.new_empty((count,), dtype=torch.float64)
 
 
-def _norms(vector: Tensor, other: Tensor | None = None) -> Tensor:
+def _norms(vector: Tensor, other: Tensor | None = None, **kwargs: Any) -> Tensor:
     return _sums(vector, 3)
 
 

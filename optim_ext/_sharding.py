@@ -116,6 +116,14 @@ def wrapped_copy(local: Tensor, like: Any) -> Any:
     return type(like)(local, spec, requires_grad=False)
 
 
+def wrapped_rows(local: Tensor, like: Any) -> Any:
+    """A vector of which each process of the mesh of the DTensor ``like`` has a part as long as ``local``, itself this one's."""
+    spec, shard = like._spec, sys.modules["torch.distributed.tensor"].Shard
+    mesh = spec.mesh
+    meta = type(spec.tensor_meta)(torch.Size([local.numel() * mesh.size()]), (1,), local.dtype)
+    return type(like)(local, type(spec)(mesh, (shard(0),) * mesh.ndim, tensor_meta=meta), requires_grad=False)
+
+
 def relaid(grads: Sequence[Any], specs: Sequence[Any]) -> list[Tensor]:
     """The local tensors of gradients, brought to other layouts on the same meshes.
 

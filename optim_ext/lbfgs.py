@@ -11,10 +11,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import Module
 
-from optim_ext import _grad_control
+from optim_ext import _grad_control, _sharding
 from optim_ext._averaging.step import step_averaging
 from optim_ext._drop import Dropped
 from optim_ext._grad_control import GradPolicy
+from optim_ext._lbfgs import parts
 from optim_ext._lbfgs.step import Step
 from optim_ext._lbfgs.workspace import Bound, Method, Workspace, span_of, working_dtype
 from optim_ext._load import _C
@@ -70,6 +71,10 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
 
     Internally parameters form one vector of their common floating point type, float32 at least; complex ones count as
     pairs of real ones. Dot products are summed in double, in one fixed order for every number of threads.
+
+    Of parameters that are DTensors, of one mesh, each process keeps its part of every vector; sums are of all parts, and
+    the loss is the mean over the processes of the mesh, as gradients are in data-parallel training. All of them call
+    ``step`` and take the same decisions. There are no bounds then. State is DTensors, which go on with as many processes.
 
     After an exception of the closure in the middle of a step the parameters are where the last completed iteration
     left them, and the state fits them; bad input is found before anything is written.
@@ -233,12 +238,16 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
         self._numel_cache = None
         super()._forget_params()
 
-    def _is_to_skip(self) -> bool:
+    def _is_to_skip(self, workspace: Workspace) -> bool:
         """What the policy makes of the gradients that are there. Waits for the device."""
         policy = self._asked().policy
         if policy is None:
             return False
-        verdict = _grad_control.judge(self, None, policy, None, None)
+        if workspace.parts is None:
+            verdict = _grad_control.judge(self, None, policy, None, None)
+        else:
+            norm = workspace.parts.norm(policy.norm_type)
+            verdict = _grad_control.verdict_of_norm(norm, policy, None, None, None)
         verdict.record()
         return bool(policy.last_step_skipped)
 
@@ -294,6 +303,11 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
     def _torch_reason(self, group: Group, ahead: bool = False) -> str | None:
         """Why the step takes torch's own code, or None if it runs natively."""
         params = [p for each in self.param_groups for p in each["params"]]
+        if _sharding.holds_dtensors(self.param_groups):
+            reason = parts.why_whole(params, [f"parameter {index}" for index in range(len(params))])
+            if reason is not None:
+                return reason
+            params = [_sharding.local_part(p) if _sharding.is_dtensor(p) else p for p in params]
         for index, p in enumerate(params):
             problem = _C.unsupported(p) if is_plain(p) else "it is a tensor subclass with operations of its own"
             if problem is not None:
@@ -321,7 +335,8 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
         Raises:
             TypeError: there is no closure, or it returns no number.
             RuntimeError: ``line_search_fn`` is unknown, or a parameter is not what it was in the step before (shape, dtype,
-                device), has elements that share memory, or a gradient of another shape.
+                device, layout), has elements that share memory, or a gradient of another shape; of DTensors one is
+                Partial, a gradient is none or of another mesh, or there are bounds.
             RuntimeError, ValueError: the loss has several elements.
             ValueError: an option is invalid.
         """
@@ -338,6 +353,8 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
         if reason is not None:
             by_torch: Loss = self._torch_step(closure, reason)
             return by_torch
+        if method.bounded and _sharding.holds_dtensors(self.param_groups):
+            raise RuntimeError("LBFGS takes no bounds for DTensors; leave them out, or clamp inside the model")
         workspace = self._workspace_for(params, method)
         step = Step(self.state, workspace, method, torch.enable_grad()(closure), self._is_to_skip)
         first: Loss = step.run()
@@ -374,7 +391,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
             before: Workspace | None = self.__dict__.get("_workspace")
             workspace.warned = before is not None and before.warned
             self._workspace = workspace
-        kept = state.get("prev_flat_grad")
+        kept = workspace.local_state(state).get("prev_flat_grad")
         if kept is not None and (kept.numel() != workspace.numel or kept.device != workspace.device):
             raise RuntimeError(
                 f"the state of LBFGS is for {kept.numel()} numbers on {kept.device}, the parameters have "

@@ -137,8 +137,10 @@ class PythonHistory {
  public:
   PythonHistory(std::vector<int64_t> offsets, int64_t numel, at::ScalarType dtype, at::ScalarType row_dtype,
                 at::Device device, int64_t history_size, OptionalTensor metric,
-                std::vector<std::pair<int64_t, int64_t>> held)
-      : history_(numel, dtype, row_dtype, device, history_size, std::move(metric), std::move(held)),
+                std::vector<std::pair<int64_t, int64_t>> held, std::optional<int64_t> counted,
+                std::vector<std::pair<std::string, int64_t>> groups)
+      : history_(numel, dtype, row_dtype, device, history_size, std::move(metric), std::move(held),
+                 counted ? std::optional(LbfgsParts{*counted, std::move(groups)}) : std::nullopt),
         offsets_(std::move(offsets)),
         numel_(numel),
         dtype_(dtype),
@@ -165,6 +167,7 @@ class PythonHistory {
     const OptionalTensor d = reader.vector("d", dtype_);
     const OptionalTensor prev_grad = d ? reader.vector("prev_flat_grad", dtype_) : std::nullopt;
     TORCH_CHECK_VALUE(!d || prev_grad, "the state of LBFGS has a direction 'd', but no 'prev_flat_grad'");
+    const py::gil_scoped_release no_gil;  // processes may have to tell each other sums
     history_.take_up(dirs, stps, d, prev_grad);
     return d.has_value();
   }
@@ -232,9 +235,11 @@ void bind_lbfgs(py::module_& m) {
   using Here = const LbfgsEvaluation&;
   py::class_<PythonHistory>(m, "LbfgsHistory")
       .def(py::init<std::vector<int64_t>, int64_t, at::ScalarType, at::ScalarType, at::Device, int64_t, OptionalTensor,
-                    std::vector<std::pair<int64_t, int64_t>>>(),
+                    std::vector<std::pair<int64_t, int64_t>>, std::optional<int64_t>,
+                    std::vector<std::pair<std::string, int64_t>>>(),
            py::arg("offsets"), py::arg("numel"), py::arg("dtype"), py::arg("row_dtype"), py::arg("device"),
-           py::arg("history_size"), py::arg("metric"), py::arg("held"))
+           py::arg("history_size"), py::arg("metric"), py::arg("held"), py::arg("counted") = py::none(),
+           py::arg("groups") = std::vector<std::pair<std::string, int64_t>>())
       .def("load", method<const py::object&, int64_t>([](auto& self, auto& state, int64_t size) {
              return self.load(state, size);
            }),

@@ -16,6 +16,9 @@ constexpr int kHistoryLanes = 8;
 
 inline int64_t history_tiles(int64_t numel) { return (numel + kHistoryTile - 1) / kHistoryTile; }
 
+// Vectors may be parts of longer ones, of which other processes have the rest; then sums are of the first `counted`
+// elements, whole tiles, as another process counts what this one has a copy of.
+
 // The history: differences of gradients (old_dirs) and steps (old_stps), in the storage of the rows.
 struct History {
   void* const* old_dirs;
@@ -27,7 +30,7 @@ struct History {
 // The dot products of every row with the gradient and, where `with_difference`, with the last old_dirs row too.
 struct HistoryDots {
   History history;
-  int64_t numel;
+  int64_t numel, counted;
   Storage value;  // of the vectors that are not rows: f32 or f64
   const void* grad;
   const void* metric;  // null, or what the old_dirs rows are multiplied with, element by element, in every product
@@ -46,7 +49,7 @@ struct HistoryDots {
 // d = metric * (grad_coefficient * grad + sum y_coefficient[i] old_dirs[i]) + sum s_coefficient[i] old_stps[i].
 struct HistoryCombination {
   History history;
-  int64_t numel;
+  int64_t numel, counted;
   Storage value;
   const void* grad;
   const void* metric;
@@ -63,7 +66,7 @@ struct Norms {
 };
 
 struct NormsOf {
-  int64_t numel;
+  int64_t numel, counted;
   Storage value;
   const void* vector;
   const void* other;

@@ -226,7 +226,7 @@ void CpuDriver::history_dots(at::Device, const HistoryDots& task, double* out) {
   const auto dots = cpu::history_kernels_for(current_isa()).dots;
   in_parallel(tiles, tiles_per_thread(2 * task.history.count),
               [&](int64_t begin, int64_t end) { dots(task, begin, end, sums.data()); });
-  total(sums.data(), tiles, task.sums(), out);
+  total(sums.data(), history_tiles(task.counted), task.sums(), out);
 }
 
 void CpuDriver::history_combine(at::Device, const HistoryCombination& task, Norms* out) {
@@ -235,11 +235,11 @@ void CpuDriver::history_combine(at::Device, const HistoryCombination& task, Norm
   const auto combine = cpu::history_kernels_for(current_isa()).combine;
   in_parallel(tiles, tiles_per_thread(2 * task.history.count),
               [&](int64_t begin, int64_t end) { combine(task, begin, end, norms.data()); });
-  *out = total(norms.data(), tiles);
+  *out = total(norms.data(), history_tiles(task.counted));
 }
 
 void CpuDriver::norms(at::Device, const NormsOf& task, Norms* out) {
-  const int64_t tiles = history_tiles(task.numel);
+  const int64_t tiles = history_tiles(task.counted);
   std::vector<Norms> norms(static_cast<size_t>(tiles));
   const auto of_tiles = cpu::history_kernels_for(current_isa()).norms;
   in_parallel(tiles, tiles_per_thread(1),

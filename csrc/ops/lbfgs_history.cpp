@@ -1,6 +1,7 @@
 #include "lbfgs_history.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eq.h>
@@ -32,32 +33,47 @@ void displace(TensorList params, const Tensor& d, const OptionalTensor& origin, 
   op.call(params, d, origin, t);
 }
 
-Tensor norms_of(const Tensor& vector, const OptionalTensor& other) {
-  static const auto op = op_named<Tensor(const Tensor&, const OptionalTensor&)>("optim_ext::lbfgs_norms");
-  return op.call(vector, other);
+// Of the elements that are counted, where not all are.
+using Counted = std::optional<int64_t>;
+
+Tensor norms_of(const Tensor& vector, const OptionalTensor& other, Counted counted) {
+  static const auto op = op_named<Tensor(const Tensor&, const OptionalTensor&, Counted)>("optim_ext::lbfgs_norms");
+  return op.call(vector, other, counted);
 }
 
-Tensor dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric) {
+Tensor dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric,
+            Counted counted) {
   static const auto op =
-      op_named<Tensor(const Tensor&, TensorList, TensorList, const OptionalTensor&)>("optim_ext::lbfgs_dots");
-  return op.call(vector, old_dirs, old_stps, metric);
+      op_named<Tensor(const Tensor&, TensorList, TensorList, const OptionalTensor&, Counted)>("optim_ext::lbfgs_dots");
+  return op.call(vector, old_dirs, old_stps, metric, counted);
 }
 
 Tensor make_pair(const Tensor& y, const Tensor& s, const Tensor& grad, const Tensor& prev_grad, const Tensor& d,
                  TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric, double t,
-                 const std::pair<double, double>& weights) {
+                 const std::pair<double, double>& weights, Counted counted) {
   static const auto op =
       op_named<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, TensorList, TensorList,
-                      const OptionalTensor&, double, double, double)>("optim_ext::lbfgs_pair_");
-  return op.call(y, s, grad, prev_grad, d, old_dirs, old_stps, metric, t, weights.first, weights.second);
+                      const OptionalTensor&, double, double, double, Counted)>("optim_ext::lbfgs_pair_");
+  return op.call(y, s, grad, prev_grad, d, old_dirs, old_stps, metric, t, weights.first, weights.second, counted);
 }
 
 Tensor combine(const Tensor& d, const Tensor& grad, TensorList old_dirs, TensorList old_stps,
-               const Tensor& coefficients, const OptionalTensor& metric) {
-  static const auto op =
-      op_named<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, const Tensor&, const OptionalTensor&)>(
-          "optim_ext::lbfgs_combine_");
-  return op.call(d, grad, old_dirs, old_stps, coefficients, metric);
+               const Tensor& coefficients, const OptionalTensor& metric, Counted counted) {
+  static const auto op = op_named<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, const Tensor&,
+                                         const OptionalTensor&, Counted)>("optim_ext::lbfgs_combine_");
+  return op.call(d, grad, old_dirs, old_stps, coefficients, metric, counted);
+}
+
+// Those of all processes of a group, by torch.distributed: one after the other, in the order of ranks.
+Tensor gathered(const Tensor& numbers, const std::string& group, int64_t size) {
+  static const auto gather =
+      c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "");
+  static const auto wait = c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::wait_tensor", "");
+  torch::jit::Stack stack;
+  torch::jit::push(stack, numbers, size, group);
+  gather.callBoxed(stack);
+  wait.callBoxed(stack);
+  return torch::jit::pop(stack).toTensor();
 }
 
 Tensor on_the_host(const std::vector<double>& numbers) {
@@ -67,9 +83,6 @@ Tensor on_the_host(const std::vector<double>& numbers) {
 }
 
 Norms norms_in(const double* numbers) { return {numbers[0], numbers[1], numbers[2]}; }
-
-// Waits for the device.
-Norms norms_in(const Tensor& tensor) { return norms_in(tensor.cpu().const_data_ptr<double>()); }
 
 int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
 
@@ -96,11 +109,13 @@ void LbfgsHistory::Rows::clear() {
 }
 
 LbfgsHistory::LbfgsHistory(int64_t numel, at::ScalarType dtype, at::ScalarType row_dtype, at::Device device,
-                           int64_t history_size, OptionalTensor metric, std::vector<std::pair<int64_t, int64_t>> held)
+                           int64_t history_size, OptionalTensor metric, std::vector<std::pair<int64_t, int64_t>> held,
+                           std::optional<LbfgsParts> parts)
     : options_(at::TensorOptions(dtype).device(device)),
       numel_(numel),
       metric_(std::move(metric)),
-      held_(std::move(held)) {
+      held_(std::move(held)),
+      parts_(std::move(parts)) {
   constexpr int64_t kVectors = 6;
   const bool are_alike = dtype == row_dtype;
   const int64_t rows = 2 * std::min(history_size, int64_t{1} << 40);
@@ -112,8 +127,32 @@ OptionalTensor LbfgsHistory::tensor_of(const Vector& vector) {
   return vector == nullptr ? std::nullopt : OptionalTensor(vector->tensor());
 }
 
+std::optional<int64_t> LbfgsHistory::counted() const { return parts_ ? std::optional(parts_->counted) : std::nullopt; }
+
+// On the host, a row for each process. Waits for the device.
+Tensor LbfgsHistory::of_all_processes(const Tensor& numbers) const {
+  Tensor all = numbers;
+  if (parts_) {
+    for (const auto& [group, size] : parts_->groups) all = gathered(all, group, size);
+  }
+  return all.cpu().view({-1, numbers.numel()});
+}
+
+Norms LbfgsHistory::all_norms(const Tensor& norms) const {
+  const Tensor all = of_all_processes(norms);
+  return total(reinterpret_cast<const Norms*>(all.const_data_ptr<double>()), all.size(0));
+}
+
+std::vector<double> LbfgsHistory::all_dots(const Tensor& dots) const {
+  std::vector<double> sums(static_cast<size_t>(dots.numel()));
+  if (sums.empty()) return sums;
+  const Tensor all = of_all_processes(dots);
+  total(all.const_data_ptr<double>(), all.size(0), all.size(1), sums.data());
+  return sums;
+}
+
 Norms LbfgsHistory::norms(const Tensor& vector, const OptionalTensor& other) const {
-  return norms_in(norms_of(vector, other));
+  return all_norms(norms_of(vector, other, counted()));
 }
 
 bool LbfgsHistory::is_own(const std::vector<Tensor>& old_dirs, const std::vector<Tensor>& old_stps,
@@ -142,8 +181,8 @@ void LbfgsHistory::take_up(const std::vector<Tensor>& old_dirs, const std::vecto
   for (size_t i = 0; i < old_dirs.size(); ++i) {
     dirs_.push_back(vector_from_elsewhere(old_dirs[i]));
     stps_.push_back(vector_from_elsewhere(old_stps[i]));
-    const Tensor of_y = dots(old_dirs[i].to(options_.dtype()), dirs_.tensors, stps_.tensors, metric_).cpu();
-    gram_.append(of_y.const_data_ptr<double>());
+    gram_.append(
+        all_dots(dots(old_dirs[i].to(options_.dtype()), dirs_.tensors, stps_.tensors, metric_, counted())).data());
   }
   ro_.resize(old_dirs.size());
   remember();
@@ -185,14 +224,21 @@ LbfgsEvaluation LbfgsHistory::evaluate(TensorList grads, at::IntArrayRef offsets
   LbfgsEvaluation found{vectors_->take(), {}, std::nan("")};
   const Tensor& grad = found.grad->tensor();
   gather(grad, grads, offsets, negate);
-  const Tensor norms = norms_of(grad, along_direction ? tensor_of(d_) : std::nullopt);
+  const Tensor norms = norms_of(grad, along_direction ? tensor_of(d_) : std::nullopt, counted());
   if (!loss) {
-    found.norms = norms_in(norms);
+    found.norms = all_norms(norms);
     return found;
   }
-  const Tensor all = at::cat({loss->detach().reshape({1}).to(at::kDouble), norms}).cpu();
-  found.loss = all.const_data_ptr<double>()[0];
-  found.norms = norms_in(all.const_data_ptr<double>() + 1);
+  const Tensor all = of_all_processes(at::cat({loss->detach().reshape({1}).to(at::kDouble), norms}));
+  const int64_t processes = all.size(0);
+  std::vector<Norms> of_each;
+  double sum = 0.0;
+  for (const auto* row = all.const_data_ptr<double>(); processes > static_cast<int64_t>(of_each.size()); row += 4) {
+    sum += row[0];
+    of_each.push_back(norms_in(row + 1));
+  }
+  found.loss = sum / static_cast<double>(processes);
+  found.norms = total(of_each.data(), processes);
   return found;
 }
 
@@ -207,16 +253,16 @@ LbfgsDeparture LbfgsHistory::depart(const LbfgsEvaluation& here, TensorList para
   d_ = vectors_->take();
   prev_grad_ = here.grad;
   const Tensor& d = d_->tensor();
-  Tensor of_d = combine(d, grad, dirs_.tensors, stps_.tensors, on_the_host(gram_.coefficients()), metric_);
+  Tensor of_d = combine(d, grad, dirs_.tensors, stps_.tensors, on_the_host(gram_.coefficients()), metric_, counted());
   if (start.is_held) d.masked_fill_(*start.is_held, 0.0);
   // Steps from when the rate of a group was another one may lead where it is zero.
   for (const auto& [begin, end] : held_) d.slice(0, begin, end).zero_();
-  if (start.is_held || !held_.empty()) of_d = norms_of(d, grad);
+  if (start.is_held || !held_.empty()) of_d = norms_of(d, grad, counted());
   if (start.keeps_origin) {
     if (origin_ == nullptr) origin_ = vectors_->take();
     read(params, origin_->tensor());
   }
-  const Norms norms = norms_in(of_d);
+  const Norms norms = all_norms(of_d);
   // Compared in the dtype of the parameters, as the search does it.
   const double slope = d.scalar_type() == at::kFloat ? static_cast<float>(norms.product) : norms.product;
   const bool is_flat = slope > start.least_slope;
@@ -242,10 +288,9 @@ void LbfgsHistory::add_pair(const LbfgsEvaluation& here, const Tensor& grad, int
   }
   Vector y = reuses ? prev_grad_ : row_vectors_->take(), s = reuses ? d_ : row_vectors_->take();
   const Tensor products = make_pair(y->tensor(), s->tensor(), grad, prev_grad, d, dirs_.tensors, stps_.tensors, metric_,
-                                    start.last_length, weights)
-                              .cpu();
+                                    start.last_length, weights, counted());
   const bool was_full = gram_.count() == history_size;
-  const bool joins = gram_.push(products.const_data_ptr<double>(), history_size, kLeastCurvature);
+  const bool joins = gram_.push(all_dots(products).data(), history_size, kLeastCurvature);
   d_.reset();
   prev_grad_.reset();
   if (!joins) return;

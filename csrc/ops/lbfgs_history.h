@@ -35,12 +35,19 @@ struct LbfgsDeparture {
   bool moved;
 };
 
+// Vectors are one process's parts of longer ones: of their first `counted` elements sums are taken, and put together
+// over the process groups (name and size), one after the other. The rest are copies of what another process counts.
+struct LbfgsParts {
+  int64_t counted;
+  std::vector<std::pair<std::string, int64_t>> groups;
+};
+
 class LbfgsHistory {
  public:
   // Vectors of `numel` elements of `dtype`, rows of `row_dtype`. `metric` multiplies the initial inverse Hessian;
   // elements [begin, end) in `held` never move.
   LbfgsHistory(int64_t numel, at::ScalarType dtype, at::ScalarType row_dtype, at::Device device, int64_t history_size,
-               OptionalTensor metric, std::vector<std::pair<int64_t, int64_t>> held);
+               OptionalTensor metric, std::vector<std::pair<int64_t, int64_t>> held, std::optional<LbfgsParts> parts);
 
   // Goes on from these tensors, which are its own of the last time or come from elsewhere. Oldest rows first.
   void take_up(const std::vector<Tensor>& old_dirs, const std::vector<Tensor>& old_stps, const OptionalTensor& d,
@@ -50,7 +57,8 @@ class LbfgsHistory {
   // Nothing that was handed out is written again.
   void disown();
 
-  // Takes the gradients in, each at its offset, and their norms. A loss on the same device is read together with them.
+  // Takes the gradients in, each at its offset, and their norms. A loss on the same device is read together with them;
+  // of parts it is the mean over the processes.
   LbfgsEvaluation evaluate(TensorList grads, at::IntArrayRef offsets, bool negate, bool along_direction,
                            const OptionalTensor& loss);
   // The last step joins the history, whose oldest pair goes if it has `history_size`, and the next direction is formed.
@@ -99,12 +107,17 @@ class LbfgsHistory {
   void add_pair(const LbfgsEvaluation& here, const Tensor& grad, int64_t history_size, const LbfgsStart& start);
   std::pair<double, double> damped_weights(const Tensor& grad, const LbfgsStart& start) const;
   Norms norms(const Tensor& vector, const OptionalTensor& other) const;
+  std::optional<int64_t> counted() const;
+  Tensor of_all_processes(const Tensor& numbers) const;
+  Norms all_norms(const Tensor& norms) const;
+  std::vector<double> all_dots(const Tensor& dots) const;
   void read(TensorList params, const Tensor& into) const;
 
   const at::TensorOptions options_;  // of vectors
   const int64_t numel_;
   const OptionalTensor metric_;
   const std::vector<std::pair<int64_t, int64_t>> held_;
+  const std::optional<LbfgsParts> parts_;
   std::shared_ptr<VectorPool> vectors_, row_vectors_;
 
   Rows dirs_, stps_;

@@ -28,6 +28,13 @@ struct Vectors {
 
   int64_t numel() const { return like.numel(); }
   Storage storage() const { return *storage_of(like.scalar_type()); }
+  int64_t checked(std::optional<int64_t> counted) const {
+    if (!counted) return numel();
+    TORCH_CHECK_VALUE(*counted == numel() || (*counted >= 0 && *counted < numel() && *counted % kHistoryTile == 0),
+                      "optim_ext::", op, ": counted is ", *counted, ", expected a multiple of ", kHistoryTile,
+                      " below the number of elements, or that, ", numel());
+    return *counted;
+  }
 
   void check(const Tensor& tensor, const char* name, at::ScalarType dtype) const {
     TORCH_CHECK(tensor.defined(), "optim_ext::", op, ": ", name, " is undefined");
@@ -197,21 +204,24 @@ void lbfgs_displace_(TensorList params, const Tensor& d, const OptionalTensor& o
 }
 
 template <class Driver>
-Tensor lbfgs_norms(const Tensor& vector, const OptionalTensor& other) {
+Tensor lbfgs_norms(const Tensor& vector, const OptionalTensor& other, std::optional<int64_t> counted) {
   const Vectors vectors("lbfgs_norms", vector, "vector");
-  const NormsOf task{vectors.numel(), vectors.storage(), vector.const_data_ptr(), vectors.in(other, "other")};
+  const NormsOf task{vectors.numel(), vectors.checked(counted), vectors.storage(), vector.const_data_ptr(),
+                     vectors.in(other, "other")};
   Tensor out = results(vector, 3);
   Driver::norms(vector.device(), task, reinterpret_cast<Norms*>(out.mutable_data_ptr<double>()));
   return out;
 }
 
 template <class Driver>
-Tensor lbfgs_dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric) {
+Tensor lbfgs_dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric,
+                  std::optional<int64_t> counted) {
   const Vectors vectors("lbfgs_dots", vector, "vector");
   const Rows rows(vectors, old_dirs, old_stps, dtype_of(old_dirs, vector));
   HistoryDots task{};
   task.history = rows.get();
   task.numel = vectors.numel();
+  task.counted = vectors.checked(counted);
   task.value = vectors.storage();
   task.grad = vector.const_data_ptr();
   task.metric = vectors.in(metric, "metric");
@@ -223,7 +233,7 @@ Tensor lbfgs_dots(const Tensor& vector, TensorList old_dirs, TensorList old_stps
 template <class Driver>
 Tensor lbfgs_pair_(const Tensor& y, const Tensor& s, const Tensor& grad, const Tensor& prev_grad, const Tensor& d,
                    TensorList old_dirs, TensorList old_stps, const OptionalTensor& metric, double t, double grad_weight,
-                   double prev_weight) {
+                   double prev_weight, std::optional<int64_t> counted) {
   const char* const op = "lbfgs_pair_";
   const Vectors vectors(op, grad, "grad");
   Rows rows(vectors, old_dirs, old_stps, y.scalar_type());
@@ -233,6 +243,7 @@ Tensor lbfgs_pair_(const Tensor& y, const Tensor& s, const Tensor& grad, const T
   HistoryDots task{};
   task.history = rows.get();
   task.numel = vectors.numel();
+  task.counted = vectors.checked(counted);
   task.value = vectors.storage();
   task.grad = grad.const_data_ptr();
   task.metric = vectors.in(metric, "metric");
@@ -249,13 +260,14 @@ Tensor lbfgs_pair_(const Tensor& y, const Tensor& s, const Tensor& grad, const T
 
 template <class Driver>
 Tensor lbfgs_combine_(const Tensor& d, const Tensor& grad, TensorList old_dirs, TensorList old_stps,
-                      const Tensor& coefficients, const OptionalTensor& metric) {
+                      const Tensor& coefficients, const OptionalTensor& metric, std::optional<int64_t> counted) {
   const char* const op = "lbfgs_combine_";
   const Vectors vectors(op, grad, "grad");
   const Rows rows(vectors, old_dirs, old_stps, dtype_of(old_dirs, grad));
   HistoryCombination task{};
   task.history = rows.get();
   task.numel = vectors.numel();
+  task.counted = vectors.checked(counted);
   task.value = vectors.storage();
   task.grad = grad.const_data_ptr();
   task.metric = vectors.in(metric, "metric");

@@ -48,14 +48,14 @@ class Free:
         unless its slope is above ``flat`` (or, with ``recover``, something is not finite)."""
         method = self.method
         largest, slope, moved = self.work.history.depart(
-            self.work.params, here, method.history_size, anew=anew, last_length=last_length, damping=method.damping,
+            self.work.moved, here, method.history_size, anew=anew, last_length=last_length, damping=method.damping,
             keeps_origin=method.line_search_fn is not None, t=t, least_slope=flat, only_if_finite=method.recover,
         )  # fmt: skip
         return Departure(largest, self.rounded(slope), moved)
 
     def place(self, t: float) -> None:
         """Move to the point at ``t``, from the origin of the search."""
-        self.work.history.move(self.work.params, t, from_origin=True)
+        self.work.history.move(self.work.moved, t, from_origin=True)
 
     def slope_at(self, here: _C.LbfgsEvaluation) -> float:
         """At the point that was placed last, whose gradient this is."""
@@ -106,7 +106,7 @@ class Boxed(Free):
     ) -> Departure:
         self.start = here
         largest, slope, _ = self.work.history.depart(
-            self.work.params, here, self.method.history_size, anew=anew, last_length=last_length, damping=None,
+            self.work.moved, here, self.method.history_size, anew=anew, last_length=last_length, damping=None,
             keeps_origin=True, t=None, least_slope=flat, only_if_finite=self.method.recover, is_held=self.held,
         )  # fmt: skip
         is_finite = math.isfinite(slope) and math.isfinite(largest)
@@ -135,10 +135,10 @@ class Boxed(Free):
         return 1.0, _norms(history.d)[0]
 
     def _point(self) -> Tensor:
-        return self.work.history.read(self.work.params)
+        return self.work.history.read(self.work.moved)
 
     def _move_to(self, point: Tensor) -> None:
-        self.work.history.move_to(self.work.params, point)
+        self.work.history.move_to(self.work.moved, point)
 
 
 class Box:

@@ -30,10 +30,10 @@ class Step:
         work: Workspace,
         method: Method,
         closure: Callable[[], Any],
-        is_to_skip: Callable[[], bool] = lambda: False,
+        is_to_skip: Callable[[Workspace], bool] = lambda work: False,
     ) -> None:
         self.states, self.work, self.method, self.closure, self.is_to_skip = states, work, method, closure, is_to_skip
-        self.params, self.history = work.params, work.history
+        self.history = work.history
         # For all that torch has tensors of the parameters' dtype for. A search that overflows there can be recovered from.
         self.rounded = rounded_to(work.dtype, saves_overflow=method.recover)
         self.tolerance_grad, self.tolerance_change = map(self.rounded, (method.tolerance_grad, method.tolerance_change))
@@ -62,11 +62,12 @@ class Step:
 
     def _run(self) -> Any:
         given, self.loss, self.here = self._evaluate()
-        self.is_skipped = self.is_to_skip()
+        self.is_skipped = self.is_to_skip(self.work)
         if self.is_skipped:
             return given
         self.evals = 1
-        self.state: dict[str, Any] = self.states[self.params[0]]  # torch keeps it under the first parameter
+        self.kept: dict[str, Any] = self.states[self.work.params[0]]  # torch keeps it under the first parameter
+        self.state = self.work.local_state(self.kept)
         self._load()
         self.state["func_evals"] = self.state.get("func_evals", 0) + 1
         self.state.setdefault("n_iter", 0)
@@ -83,6 +84,7 @@ class Step:
                 self._end_at_best()
         finally:
             self._save()
+            self.work.give_state(self.kept, self.state)
         return given
 
     def _iterate(self) -> None:
@@ -146,7 +148,7 @@ class Step:
     def _evaluate(self, along_direction: bool = False) -> tuple[Any, float, _C.LbfgsEvaluation]:
         """The loss as the closure gives it and as the number to minimise, and the gradient, with its product with the
         direction. A GPU is waited for once."""
-        device, given = self.work.device, self.closure()
+        work, device, given = self.work, self.work.device, self.closure()
         waits_once = (
             isinstance(given, Tensor)
             and given.device == device != torch.device("cpu")
@@ -158,8 +160,12 @@ class Step:
                 loss = float(given)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise type(error)(f"the closure of LBFGS has to return the loss, one number: {error}") from error
-        here = self.history.evaluate(self.params, self.method.maximize, along_direction, given if waits_once else None)
-        if waits_once:
+        work.look()
+        with_norms = given if waits_once else None
+        if work.parts is not None and not waits_once:
+            with_norms = torch.tensor(loss, dtype=torch.float64, device=device)
+        here = self.history.evaluate(work.moved, self.method.maximize, along_direction, with_norms)
+        if with_norms is not None:
             loss = here.loss
         return given, -loss if self.method.maximize else loss, here
 
@@ -244,7 +250,7 @@ class Step:
         try:
             point, spent = geometry.search(evaluate, start, self.t, self.d_largest, self._max_ls())
         except BaseException:
-            self.history.move_to_origin(self.params)
+            self.history.move_to_origin(self.work.moved)
             self.t = 0.0
             if self.state["n_iter"] == 1:  # there has been no first iteration then: the next one is it
                 self.state["n_iter"] = 0
@@ -269,7 +275,7 @@ class Step:
         if not anew:
             self.restarts = 0
         self.work.best_loss = self.loss
-        self.history.note_best(self.params, self.here)
+        self.history.note_best(self.work.moved, self.here)
 
     def _restart(self) -> bool:
         """Back to the best point with an empty history, from where steps begin shorter; False to stop there."""
@@ -291,7 +297,7 @@ class Step:
         return self.restarts <= _MOST_RESTARTS
 
     def _go_back_to(self, best: float) -> None:
-        self.here, self.loss = self.history.go_to_best(self.params), best
+        self.here, self.loss = self.history.go_to_best(self.work.moved), best
 
     def _end_at_best(self) -> None:
         """A step without line search may have passed by the best point. The history stays; what led away from there is

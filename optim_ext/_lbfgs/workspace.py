@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim_ext import _sharding
+from optim_ext._lbfgs.parts import Parts
 from optim_ext._load import _C
 
 # One number for all parameters, or one number, tensor or None for each of them.
@@ -51,32 +53,36 @@ def working_dtype(params: list[Tensor]) -> torch.dtype:
 
 class Workspace:
     """The parameters as one vector, and its history. A cache: the state holds all that matters, and what is here is
-    checked against it."""
+    checked against it. Of DTensors the vector has what is this process's."""
 
     def __init__(self, params: list[Tensor], sizes: list[int], bounds: list[Any], method: Method) -> None:
         self.params = params
-        self.seen = [(p.shape, p.dtype, p.device) for p in params]
         self.device = params[0].device
         for index, p in enumerate(params):
             if p.device != self.device:
                 raise RuntimeError(
                     f"LBFGS needs all parameters on one device: {index} is on {p.device}, not {self.device}"
                 )
+        self.dtype = working_dtype(params)
+        self.parts = Parts(params, self.dtype) if _sharding.holds_dtensors([{"params": params}]) else None
+        self.names = [f"parameter {index}" for index in range(len(params))]
+        self.seen = [self._seen(p) for p in params]
+        self.moved = params if self.parts is None else self.parts.tensors
+        for index, p in enumerate(self.moved):
             if p.numel() > 0 and span_of(p) < p.numel():
                 raise RuntimeError(f"parameter {index} has elements that share memory, so it cannot be moved; clone it")
-        self.dtype = working_dtype(params)
         self.history_dtype = method.history_dtype or self.dtype
         self.sizes, self.bounds, self.scales = sizes, bounds, method.scales
         self.bound_versions = _versions(bounds)
-        numels = [p.numel() * (2 if p.is_complex() else 1) for p in params]
+        numels = [p.numel() * (2 if p.is_complex() else 1) for p in self.moved]
         *offsets, self.numel = itertools.accumulate(numels, initial=0)
-        # Where each group's part of the vector is.
-        starts = [offsets[i] if i < len(offsets) else self.numel for i in itertools.accumulate(sizes, initial=0)]
-        self._parts = list(itertools.pairwise(starts))
+        scaled = self._scaled(offsets)
         self.history = _C.LbfgsHistory(
             offsets, self.numel, self.dtype, self.history_dtype, self.device, method.history_size,
-            metric=self._metric(),
-            held=[part for part, scale in zip(self._parts, self.scales, strict=True) if scale == 0],
+            metric=self._metric(scaled),
+            held=[(begin, end) for begin, end, scale in scaled if scale == 0],
+            counted=None if self.parts is None else self.parts.counted,
+            groups=[] if self.parts is None else [(group.group_name, group.size()) for group in self.parts.groups],
         )  # fmt: skip
         self.box: Any = None
         self.best_loss: float | None = None  # of the point that the history keeps for `recover`
@@ -84,10 +90,27 @@ class Workspace:
 
     def what_changed(self, params: list[Tensor]) -> str | None:
         for index, (p, known, seen) in enumerate(zip(params, self.params, self.seen, strict=False)):
-            now = (p.shape, p.dtype, p.device)
+            now = self._seen(p)
             if p is known and now != seen:
                 return f"parameter {index} changed from {_described(seen)} to {_described(now)}"
         return None
+
+    def _seen(self, p: Tensor) -> tuple[Any, ...]:
+        return p.shape, p.dtype, p.device, None if self.parts is None else self.parts.layout(p)
+
+    def look(self) -> None:
+        """Take the gradients up that are there."""
+        if self.parts is not None:
+            self.moved = self.parts.look(self.names)
+
+    def local_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as this process's vectors, or itself if these are all there is."""
+        return state if self.parts is None else self.parts.local_state(state)
+
+    def give_state(self, state: dict[str, Any], local: dict[str, Any]) -> None:
+        """Bring the state up to date with what has been made of ``local_state``."""
+        if self.parts is not None:
+            self.parts.give(state, local)
 
     def serves(self, params: list[Tensor], sizes: list[int], bounds: list[Any], method: Method) -> bool:
         return (
@@ -100,13 +123,24 @@ class Workspace:
             and (method.history_dtype or self.dtype) == self.history_dtype
         )
 
-    def _metric(self) -> Tensor | None:
-        """What multiplies the initial inverse Hessian: each group's rate relative to the largest."""
-        if all(scale == 1.0 for scale in self.scales):
+    def _scaled(self, offsets: list[int]) -> list[tuple[int, int, float]]:
+        """Which part of the vector has which group's rate, relative to the largest."""
+        each = [scale for size, scale in zip(self.sizes, self.scales, strict=True) for _ in range(size)]
+        if self.parts is not None:
+            each = self.parts.in_order(each, 1.0)
+        found: list[tuple[int, int, float]] = []
+        for (begin, end), scale in zip(itertools.pairwise([*offsets, self.numel]), each, strict=True):
+            if found and found[-1][2] == scale:
+                begin = found.pop()[0]
+            found.append((begin, end, scale))
+        return found
+
+    def _metric(self, scaled: list[tuple[int, int, float]]) -> Tensor | None:
+        """What multiplies the initial inverse Hessian."""
+        if all(scale == 1.0 for _, _, scale in scaled):
             return None
-        parts = zip(self._parts, self.scales, strict=True)
         return torch.cat([
-            torch.full((end - begin,), scale, dtype=self.dtype, device=self.device) for (begin, end), scale in parts
+            torch.full((end - begin,), scale, dtype=self.dtype, device=self.device) for begin, end, scale in scaled
         ])  # fmt: skip
 
 
@@ -119,6 +153,6 @@ def _versions(bounds: Any) -> list[int]:
     return []
 
 
-def _described(seen: tuple[torch.Size, torch.dtype, torch.device]) -> str:
-    shape, dtype, device = seen
-    return f"{list(shape)} {dtype} on {device}"
+def _described(seen: tuple[Any, ...]) -> str:
+    shape, dtype, device, layout = seen
+    return f"{list(shape)} {dtype} on {device}" + ("" if layout is None else f" with placements {layout[0]}")

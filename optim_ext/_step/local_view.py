@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,7 +181,7 @@ class LocalView:
         for number in others:
             p: Any = self.wholes[number]()
             grad, name = p.grad, self.names[number]
-            problem = _grad_problem(p, grad)
+            problem = grad_problem(p, grad)
             if problem is not None:
                 problems[number] = f"gradient of {name}: {problem}"
             elif _sharding.is_alike(grad._spec, p._spec):
@@ -214,32 +216,20 @@ class LocalView:
         self.lent = lent
 
     def _agree(self, problems: dict[int, str], wanted: dict[int, Any], agreement: Agreement) -> None:
-        """Find out whether the processes have gradients of one kind, before any of them waits for the others."""
         specs = [whole()._spec for whole in self.wholes]  # type: ignore[union-attr]
-        groups = [_sharding.mesh_groups(spec) for spec in specs]
-        agreement.is_first = False
-        if not any(groups):
-            return
         kinds = [
-            _REFUSED if i in problems else _RELAID if i in wanted else _NONE if stand_in.grad is None else _ALIKE
+            GradKind.REFUSED
+            if i in problems
+            else GradKind.RELAID
+            if i in wanted
+            else GradKind.NONE
+            if stand_in.grad is None
+            else GradKind.ALIKE
             for i, stand_in in enumerate(self._stand_ins.values())
         ]
-        device = _sharding.reduction_device(specs)
-        both = torch.tensor([[kind, -kind] for kind in kinds], dtype=torch.float64)
-        found = _sharding.Reduction(groups, device).largest_of_finite(both).tolist()
-        for i, (most, least) in enumerate(found):
-            if most == _REFUSED and i not in problems:
-                raise RuntimeError(f"gradient of {self.names[i]}: another process refuses it; see the error there")
-            if self.owners.owns(list(self._whole_of)[i]) and least == -_NONE and most != _NONE:
-                raise RuntimeError(
-                    f"gradient of {self.names[i]}: some processes have none, and the rule is about the whole of it"
-                )
-            if most == _RELAID and least != -_RELAID:
-                raise RuntimeError(
-                    f"gradient of {self.names[i]}: it has to be brought to the layout of the parameter, which all "
-                    "processes have to join, but some of them have no gradient or one of another layout"
-                )
-        agreement.relays = any(most == _RELAID for most, _ in found) and device.type == "cpu"
+        groups = [_sharding.mesh_groups(spec) for spec in specs]
+        owned = {i for i, stand_in in enumerate(self._whole_of) if self.owners.owns(stand_in)}
+        agree(kinds, problems, groups, _sharding.reduction_device(specs), self.names, agreement, owned)
 
     def by_local_tensor(self) -> dict[int, Tensor]:
         """The stand-ins of parameters by the identity of the local tensors that they stand in for."""
@@ -313,8 +303,13 @@ class LocalView:
         return changed
 
 
-# Kinds of gradients, as processes tell one another of them.
-_NONE, _ALIKE, _RELAID, _REFUSED = range(4)
+class GradKind(IntEnum):
+    """Kinds of gradients, as processes tell one another of them."""
+
+    NONE = 0
+    ALIKE = 1
+    RELAID = 2
+    REFUSED = 3
 
 
 @dataclass
@@ -330,7 +325,50 @@ class Agreement:
         return self.is_first or self.relays
 
 
-def _grad_problem(p: Any, grad: Any) -> str | None:
+def agree(
+    kinds: Sequence[GradKind],
+    problems: Container[int],
+    groups: Sequence[_sharding.Groups],
+    device: torch.device,
+    names: Sequence[str],
+    agreement: Agreement,
+    owned: Container[int] = (),
+) -> None:
+    """Find out whether the processes have gradients of one kind, before any of them waits for the others.
+
+    Args:
+        kinds: for each parameter what its gradient is here.
+        problems: which of them are refused here, for a reason that is known.
+        groups: for each parameter the process groups in which those meet that have a part or a copy.
+        device: where collectives want their numbers.
+        names: of the parameters.
+        agreement: what they know.
+        owned: which parameters are put together by an owner, so that no part may be missing.
+
+    Raises:
+        RuntimeError: another process refuses a gradient, or some have none, or one of another layout, and all have to join.
+    """
+    agreement.is_first = False
+    if not any(groups):
+        return
+    both = torch.tensor([[kind, -kind] for kind in kinds], dtype=torch.float64)
+    found = _sharding.Reduction(groups, device).largest_of_finite(both).tolist()
+    for i, (most, least) in enumerate(found):
+        if most == GradKind.REFUSED and i not in problems:
+            raise RuntimeError(f"gradient of {names[i]}: another process refuses it; see the error there")
+        if i in owned and least == -GradKind.NONE and most != GradKind.NONE:
+            raise RuntimeError(
+                f"gradient of {names[i]}: some processes have none, and the rule is about the whole of it"
+            )
+        if most == GradKind.RELAID and least != -GradKind.RELAID:
+            raise RuntimeError(
+                f"gradient of {names[i]}: it has to be brought to the layout of the parameter, which all processes have to "
+                "join, but some of them have no gradient or one of another layout"
+            )
+    agreement.relays = any(most == GradKind.RELAID for most, _ in found) and device.type == "cpu"
+
+
+def grad_problem(p: Any, grad: Any) -> str | None:
     """Why a gradient cannot be that of DTensor ``p``."""
     if not _sharding.is_dtensor(grad):
         return (

@@ -62,6 +62,7 @@ class Side {
     const bool some = shape.count > 0;
     dots_task = {history,
                  shape.numel,
+                 shape.numel,
                  value,
                  vectors.grad.data(),
                  metric,
@@ -72,6 +73,7 @@ class Side {
                  vectors.d.data()};
     combine_task = {history,
                     shape.numel,
+                    shape.numel,
                     value,
                     vectors.grad.data(),
                     metric,
@@ -79,7 +81,7 @@ class Side {
                     -0.7,
                     coefficients.data(),
                     coefficients.data() + shape.count};
-    norms_task = {shape.numel, value, vectors.prev_grad.data(), nullptr};
+    norms_task = {shape.numel, shape.numel, value, vectors.prev_grad.data(), nullptr};
     dots.assign(static_cast<size_t>(dots_task.sums()), -1.0);
   }
 

@@ -223,6 +223,34 @@ def history_of(n):
     return _C.LbfgsHistory([0], n, torch.float32, torch.float32, DEVICE, 6, None, [])
 
 
+@pytest.mark.parametrize("counted", [0, 1024, 3072, 5000])
+def test_sums_of_what_is_counted(counted):
+    """Those of the vectors' beginnings, to the bit; what is written is the whole."""
+    n, dtype = 5000, torch.float32
+    whole, given = one_iteration(n, dtype, dtype, 5, metric=True)
+    old_dirs, old_stps, grad, prev_grad, d, weights, coefficients = given
+
+    def run(count, **counted):
+        dirs, stps = ([row[:count] for row in rows] for rows in (old_dirs, old_stps))
+        of = {"metric": weights[:count], **counted}
+        y, s, out = (torch.empty(count) for _ in range(3))
+        pair = OPS.lbfgs_pair_(y, s, grad[:count], prev_grad[:count], d[:count], dirs, stps, t=0.37, **of)
+        dots = OPS.lbfgs_dots(grad[:count], dirs, stps, **of)
+        norms = OPS.lbfgs_combine_(out, grad[:count], dirs, stps, coefficients=coefficients, **of)
+        return [pair, dots, norms, OPS.lbfgs_norms(d[:count], grad[:count], **counted)], [y, s, out]
+
+    sums, written = run(n, counted=counted)
+    wanted, _ = run(counted)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(sums, wanted, strict=True))
+    assert torch.equal(written[0], whole[0]) and torch.equal(written[1], whole[1]) and torch.equal(written[2], whole[4])
+
+
+@pytest.mark.parametrize("counted", [-1024, 1000, 6000, 5001])
+def test_what_is_counted_is_whole_tiles(counted):
+    with pytest.raises(ValueError, match="multiple of 1024"):
+        OPS.lbfgs_norms(torch.ones(5000), counted=counted)
+
+
 def listed(value):
     return value if isinstance(value, list) else [value]
 

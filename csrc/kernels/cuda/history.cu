@@ -184,7 +184,7 @@ device::Status launch_history_dots(const HistoryDots& task, double* sums, double
                        [&]<class V, class Row>(V, Row) { return dots<V, Row>(task, sums, stream); });
   }
   if (error != device::kSuccess) return error;
-  return device::launch(&total_sums, {blocks(task.sums(), kBlock)}, kBlock, stream, sums, history_tiles(task.numel),
+  return device::launch(&total_sums, {blocks(task.sums(), kBlock)}, kBlock, stream, sums, history_tiles(task.counted),
                         task.sums(), out);
 }
 
@@ -196,11 +196,11 @@ device::Status launch_history_combine(const HistoryCombination& task, Norms* nor
     });
   }
   if (error != device::kSuccess) return error;
-  return launch_norms({task.numel, task.value, task.d, task.grad}, norms, out, stream);
+  return launch_norms({task.numel, task.counted, task.value, task.d, task.grad}, norms, out, stream);
 }
 
 device::Status launch_norms(const NormsOf& task, Norms* norms, Norms* out, device::Stream stream) {
-  const int64_t tiles = history_tiles(task.numel);
+  const int64_t tiles = history_tiles(task.counted);
   device::Status error = device::kSuccess;
   if (tiles > 0) {
     const auto kernel = task.value == Storage::f64 ? &norms_of_tiles<double> : &norms_of_tiles<float>;
