@@ -104,6 +104,12 @@ def match_tensors(
             raise ValueError(f"{what} '{name}' of the model is of {current.dtype}, its average of {average.dtype}")
         if current.is_meta != average.is_meta:
             raise ValueError(f"{what} '{name}': the model's is on {current.device}, its average on {average.device}")
+        if is_sharded(current) != is_sharded(average):
+            kinds = ["a DTensor" if is_sharded(tensor) else "a plain tensor" for tensor in (current, average)]
+            raise ValueError(
+                f"{what} '{name}' of the model is {kinds[0]}, its average {kinds[1]}; cut both in the same way "
+                "(fully_shard(averaged.module), as the model)"
+            )
         yield name, average, current
 
 

@@ -1,6 +1,7 @@
 """What test_processes.py runs on several processes: see ranks.py."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,34 @@ def averages_of_another_layout():
     torch.testing.assert_close(results[1], results[0])
 
 
+def an_average_that_is_not_cut_is_refused():
+    """Before anything is written: torch's copy would refuse it after the step."""
+    for cut in ("the model", "the average"):
+        model = network()
+        average = averages(swa_utils, model)[1]
+        fully_shard(model if cut == "the model" else average.module, mesh=whole_mesh())
+        optimizer = optim_ext.AdamW(model.parameters())
+        for call in (partial(optimizer.average_into, average), average.update_parameters, average.copy_to):
+            with pytest.raises(ValueError, match="cut both in the same way"):
+                call(model)
+        assert average.n_averaged == 0
+    # One that was asked for while neither was cut, as accelerate has it.
+    model = network()
+    optimizer = optim_ext.AdamW(model.parameters())
+    average = averages(swa_utils, model)[1]
+    optimizer.average_into(average)
+    fully_shard(model, mesh=whole_mesh())
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    backward(model, 0)
+    before = values(model)
+    with pytest.raises(ValueError, match="cut both in the same way"):
+        optimizer.step()
+    assert not optimizer.state and same(values(model), before)
+    fully_shard(average.module, mesh=whole_mesh())
+    optimizer.step()
+    torch.testing.assert_close(values(average.module), values(model), rtol=0, atol=0)
+
+
 def a_step_that_only_makes_state():
     """By which torch.distributed.checkpoint fills an optimizer: neither averages nor policies take part."""
     model = network()
@@ -384,7 +413,7 @@ CASES = [
     ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_is_clipped_by_the_norm_of_a_group,
     fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, checkpoints_of_kept_state, fsdp2_compiled,
     fsdp2_finds_what_is_not_finite, fsdp2_averages, averages_of_parts_alone, averages_of_parts_that_are_replaced,
-    averages_of_another_layout, a_step_that_only_makes_state,
+    averages_of_another_layout, an_average_that_is_not_cut_is_refused, a_step_that_only_makes_state,
 ]  # fmt: skip
 
 
