@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,20 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from user_rules import twins
 
 import optim_ext
@@ -250,6 +255,140 @@ def train_alike(model, optimizer, steps):
         optimizer.step()
 
 
+class Block(nn.Module):
+    def __init__(self, width=10, hidden=23):
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Part(nn.Module):
+    """Some layers of a model, under the names that they have in it."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+class Run:
+    """A training as torchtitan has it: a model in parts, cut block by block, for each part an optimizer and a schedule, and
+    checkpoints in which all parts are one model and one optimizer, whose state is flattened."""
+
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def __init__(self, package, name, options, count, policy, seed=0):
+        torch.manual_seed(seed)
+        blocks = {str(i): Block() for i in range(2)}
+        layers = {"embeddings": nn.Embedding(13, 10), **blocks, "norm": nn.RMSNorm(10), "output": nn.Linear(10, 13)}
+        names, self.parts = list(layers), []
+        for own in [names] if count == 1 else [names[:2], names[2:]]:
+            part = Part({name: layers[name] for name in own})
+            for layer in part.layers.values():
+                fully_shard(layer, mesh=whole_mesh(), mp_policy=policy)
+            self.parts.append(fully_shard(part, mesh=whole_mesh(), mp_policy=policy))
+        self.optimizers = [getattr(package, name)(part.parameters(), **options) for part in self.parts]
+        self.schedules = [LambdaLR(optimizer, lambda step: min(1, (step + 1) / 3)) for optimizer in self.optimizers]
+        self.ours, self.losses, self.norms = package is optim_ext, [], []
+
+    def clip(self, max_norm=0.5):
+        if not self.ours:
+            norm = torch.nn.utils.clip_grad_norm_([p for part in self.parts for p in part.parameters()], max_norm)
+            return norm.full_tensor()
+        if len(self.optimizers) > 1:
+            return optim_ext.utils.clip_optimizers(self.optimizers, max_norm)
+        return self.optimizers[0].clip_grad_norm(max_norm)
+
+    def train(self, steps):
+        for index in steps:
+            torch.manual_seed(100 * index + dist.get_rank())
+            x = torch.randint(0, 13, (4, 7))
+            classes = (3 * x + 1) % 13
+            for part in self.parts:
+                x = part(x)
+            loss = nn.functional.cross_entropy(x.float().flatten(0, 1), classes.flatten())
+            loss.backward()
+            self.norms.append(self.clip())
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            self.losses.append(loss.detach())
+        return self
+
+    def everything(self):
+        """What DCP is to save and load: it calls state_dict() and load_state_dict() of each."""
+        model = Stateful(self.parts, get_model_state_dict, partial(set_model_state_dict, options=NOT_ALL))
+        optimizer = Stateful(
+            list(zip(self.parts, self.optimizers, strict=True)),
+            lambda pair: get_optimizer_state_dict(*pair, options=self.flat),
+            lambda pair, state: set_optimizer_state_dict(*pair, optim_state_dict=state, options=self.flat),
+        )
+        return {"model": model, "optimizer": optimizer, "lr_scheduler": self.schedules[0]}
+
+    def save(self, path):
+        checkpoint.save(self.everything(), checkpoint_id=path)
+
+    def resume(self, path):
+        checkpoint.load(self.everything(), checkpoint_id=path)
+        for schedule in self.schedules[1:]:
+            schedule.load_state_dict(self.schedules[0].state_dict())
+        return self
+
+    def values(self):
+        return [value for part in self.parts for value in values(part)]
+
+
+NOT_ALL = StateDictOptions(strict=False)  # of the names in a state dict one part has its own only
+
+
+class Stateful:
+    """One entry of a checkpoint, of several things that each have a part of it."""
+
+    def __init__(self, owners, get, set_):
+        self.owners, self.get, self.set = owners, get, set_
+
+    def state_dict(self):
+        return {name: value for owner in self.owners for name, value in self.get(owner).items()}
+
+    def load_state_dict(self, state):
+        for owner in self.owners:
+            self.set(owner, state)
+
+
+def a_loop_as_torchtitans():
+    """Torch's losses, norms and parameters, and checkpoints that either goes on from, with the same bits where one package
+    did both."""
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    rows = [
+        (("AdamW", {"lr": 0.01, "fused": True}, 2, MixedPrecisionPolicy()), {"rtol": 1e-4, "atol": 1e-5}),
+        (("SGD", {"lr": 0.2, "momentum": 0.9}, 1, mixed), {"rtol": 4e-3, "atol": 4e-3}),
+    ]
+    packages, half = (torch.optim, optim_ext), 3
+    for row, tolerance in rows:
+        straight = {package: Run(package, *row) for package in packages}
+        paths = {package: FOLDER / f"titan {row[0]} {package.__name__}" for package in packages}
+        for package, run in straight.items():
+            run.train(range(half)).save(paths[package])
+            run.train(range(half, 2 * half))
+            assert run.losses[-1] < run.losses[0] and max(run.norms) > 0.5
+        for optimizer in straight[optim_ext].optimizers:
+            assert_native(optimizer)
+        theirs, ours = ([run.losses, run.norms, run.values()] for run in straight.values())
+        torch.testing.assert_close(ours, theirs, **tolerance)
+        for writer, reader in product(packages, packages):
+            resumed = Run(reader, *row, seed=1).resume(paths[writer]).train(range(half, 2 * half))
+            right = [straight[reader].losses[half:], straight[reader].norms[half:], straight[reader].values()]
+            allowed = {"rtol": 0, "atol": 0} if writer is reader else tolerance
+            torch.testing.assert_close([resumed.losses, resumed.norms, resumed.values()], right, **allowed)
+
+
 def fsdp2_compiled():
     def run(cls, options):
         model, optimizer = sharded(cls, options)
@@ -411,7 +550,7 @@ def a_step_that_only_makes_state():
 
 CASES = [
     ddp, ddp_clips_in_the_step, zero, fsdp1, fsdp1_is_clipped_by_the_norm_of_a_group,
-    fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, checkpoints_of_kept_state, fsdp2_compiled,
+    fsdp1_norms_are_refused, fsdp2, fsdp2_checkpoints, a_loop_as_torchtitans, checkpoints_of_kept_state, fsdp2_compiled,
     fsdp2_finds_what_is_not_finite, fsdp2_averages, averages_of_parts_alone, averages_of_parts_that_are_replaced,
     averages_of_another_layout, an_average_that_is_not_cut_is_refused, a_step_that_only_makes_state,
 ]  # fmt: skip
