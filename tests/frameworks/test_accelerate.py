@@ -1,5 +1,7 @@
 """accelerate: what prepare() makes of an optimizer and of its scheduler."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,11 +22,14 @@ from beside import (
     samples,
     values,
 )
+from ranks import Worlds, cases_in
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import optim_ext
 from optim_ext import swa_utils
+
+SHARDED = Path(__file__).with_name("accelerate_cases.py")
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +149,15 @@ def test_of_fused_steps_accelerate_sees_none_skipped_and_the_line_to_write():
     _, told = with_scaler(optim_ext, True, in_words=lambda optimizer: optimizer.optimizer.last_step_skipped)
     _, right = with_scaler(torch.optim, False)
     assert [rate for _, rate in told] == [rate for _, rate in right]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    worlds = Worlds(SHARDED, tmp_path_factory.mktemp("ranks"))
+    yield worlds
+    worlds.stop()
+
+
+@pytest.mark.parametrize("case", cases_in(SHARDED))
+def test_sharded(case, worlds):
+    worlds.expect(2, case)

@@ -27,11 +27,14 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from ranks import Worlds, cases_in
 from torch import nn
 from torch.utils.data import DataLoader
 
 import optim_ext
 from optim_ext import swa_utils
+
+SHARDED = Path(__file__).with_name("lightning_cases.py")
 
 # Options of a Trainer that prints and writes nothing.
 QUIET = {
@@ -377,3 +380,15 @@ def test_checkpoints_of_fabric(writer, reader, tmp_path):
     fabric_run(PACKAGES[writer], steps=(0, 3), save_to=file)
     resumed = fabric_run(PACKAGES[reader], steps=(3, 6), resume_from=file)
     assert_resumed(resumed, fabric_run(PACKAGES[reader]), writer == reader)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    worlds = Worlds(SHARDED, tmp_path_factory.mktemp("ranks"))
+    yield worlds
+    worlds.stop()
+
+
+@pytest.mark.parametrize("case", cases_in(SHARDED))
+def test_sharded(case, worlds):
+    worlds.expect(2, case)
