@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -1005,6 +1005,25 @@ def mixed_precision_trains_as_with_torchs_class():
     assert_native(optimizer)
 
 
+def a_model_whose_parts_are_kept_on_the_host_trains_as_with_torchs_class():
+    """Parameters, gradients and state are on the CPU between the passes, wherever these run."""
+    results = []
+    for package in (torch.optim, optim_ext):
+        model, optimizer = fsdp(package, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        for index in range(5):
+            backward(model, index)
+            assert {p.grad.device.type for p in model.parameters()} == {"cpu"}
+            if package is optim_ext:
+                optimizer.clip_grad_norm(0.5)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([full(p.detach()) for p in model.parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+    assert_native(optimizer)
+
+
 def tensor_parallelism_trains_as_with_torchs_class():
     results = []
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
@@ -1072,6 +1091,7 @@ CASES = [
     gradients_of_other_layouts_are_brought_once, gradscalers_decision_is_that_of_all_processes,
     steps_are_measured_as_on_one_process, functions_of_utils_know_parts, optimizers_are_clipped_by_one_norm,
     averages_follow_in_the_step, gradscaler_trains_as_with_torchs_class, mixed_precision_trains_as_with_torchs_class,
+    a_model_whose_parts_are_kept_on_the_host_trains_as_with_torchs_class,
     tensor_parallelism_trains_as_with_torchs_class, what_is_asked_of_an_optimizer_beside_its_options_knows_parts,
 ]  # fmt: skip
 
