@@ -15,17 +15,20 @@ from torch.utils._device import _device_constructors
 DEVICE = torch.device(os.environ.get("OPTIM_EXT_TEST_DEVICE", "cpu"))
 ON_CPU = DEVICE.type == "cpu"
 
-# Without an accelerator torch.manual_seed keeps the number for each kind of one that may come, with the stack it was called
-# from as text: ten times the work of the rest, for ever.
-_ACCELERATED = torch.accelerator.is_available()
-
 _TESTS = str(Path(__file__).parent) + os.sep
 _REFERENCE = _TESTS + "reference" + os.sep
 
 
+@functools.cache
+def _has_accelerator() -> bool:
+    """Asked where it is needed: a process that has asked cannot be forked into one that uses a GPU."""
+    return torch.accelerator.is_available()
+
+
 def seed_all(seed: int) -> None:
-    """torch.manual_seed of the generators there are."""
-    if _ACCELERATED:
+    """torch.manual_seed of the generators there are. Without an accelerator that keeps the number for each kind of one that
+    may come, with the stack it was called from as text: ten times the work of the rest, for ever."""
+    if _has_accelerator():
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from device import ON_CPU
 from forked import Forked
 
 SECONDS = 240  # for one case, on a machine that has other work
@@ -86,13 +87,14 @@ class Processes:
 
 class Worlds:
     """Processes of one program and folder, by their number: those of the last case go on with the next one if they are as
-    many. All are forks of a process that has imported what the program imports."""
+    many. All are forks of a process that has imported what the program imports, as far as it may."""
 
     def __init__(self, program, folder):
         tests = Path(__file__).parent
         path = [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests), str(program.parent)]
         self.forked = Forked(
-            program.stem,
+            # torch's own test modules, which the programs import, look for GPUs; no fork may use one then.
+            program.stem if ON_CPU else "torch.distributed.fsdp",
             OMP_NUM_THREADS="1",
             PYTHONFAULTHANDLER="1",  # a crash leaves where it was in the rank's log
             PYTHONPATH=os.pathsep.join(filter(None, path)),

@@ -258,7 +258,7 @@ def train_alike(model, optimizer, steps):
 class Block(nn.Module):
     def __init__(self, width=10, hidden=23):
         super().__init__()
-        self.norm, self.up, self.down = nn.RMSNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
@@ -286,7 +286,7 @@ class Run:
     def __init__(self, package, name, options, count, policy, seed=0):
         torch.manual_seed(seed)
         blocks = {str(i): Block() for i in range(2)}
-        layers = {"embeddings": nn.Embedding(13, 10), **blocks, "norm": nn.RMSNorm(10), "output": nn.Linear(10, 13)}
+        layers = {"embeddings": nn.Embedding(13, 10), **blocks, "norm": nn.LayerNorm(10), "output": nn.Linear(10, 13)}
         names, self.parts = list(layers), []
         for own in [names] if count == 1 else [names[:2], names[2:]]:
             part = Part({name: layers[name] for name in own})
