@@ -138,19 +138,24 @@ class NormTiles {
   template <class Take>
   void measure(const Bundle& bundle, int64_t begin, int64_t end, const Take& take) {
     if (&bundle != at_) use(bundle);
-    // Gradients count as they are, before the sweep that may unscale them.
+    // Gradients count as they are, before the sweep that may unscale them. Parameters are in the cache after it:
+    // reading them first, and nothing beside them, would wait for memory.
     for (size_t k = 0; k < norms_.size(); ++k) {
-      if (!is_made(k)) take(k, reduce_kept(reduce_, *of_[k], begin, end));
+      if (!is_made(k) && !is_of_parameter(k)) take(k, reduce_kept(reduce_, *of_[k], begin, end));
     }
-    if (program_ == nullptr) return;
-    make(begin, end);
+    if (program_ != nullptr) make(begin, end);
     for (size_t k = 0; k < norms_.size(); ++k) {
-      if (is_made(k)) take(k, reduce_(*of_[k], 0, end - begin));
+      if (is_made(k)) {
+        take(k, reduce_(*of_[k], 0, end - begin));
+      } else if (is_of_parameter(k)) {
+        take(k, reduce_kept(reduce_, *of_[k], begin, end));
+      }
     }
   }
 
  private:
   bool is_made(size_t k) const { return program_ != nullptr && ((program_->updates >> norms_[k].operand) & 1u) != 0; }
+  bool is_of_parameter(size_t k) const { return norms_[k].operand == 0; }
   // The memory of an operand that is made: several norms may be of one.
   double* memory_of(int operand) { return made_[std::popcount(program_->updates & ((1u << operand) - 1u))]; }
 
