@@ -69,6 +69,15 @@ def is_partial(spec: Any) -> bool:
     return any(place.is_partial() for place in spec.placements)
 
 
+def refuse_partial(spec: Any, name: str) -> None:
+    """Raises RuntimeError where a parameter is a sum that has not been made (Partial), which nobody can step."""
+    if is_partial(spec):
+        raise RuntimeError(
+            f"{name} is a sum that has not been made: it has {described(spec)}; redistribute it to Shard or Replicate before "
+            "it is given to an optimizer"
+        )
+
+
 def sharding_groups(spec: Any) -> Groups:
     """The process groups over which a tensor is cut into parts. Copies on other processes do not count."""
     mesh = spec.mesh

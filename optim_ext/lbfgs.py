@@ -304,7 +304,7 @@ class LBFGS(NativeStep, torch.optim.LBFGS, adds=_ADDS):
         """Why the step takes torch's own code, or None if it runs natively."""
         params = [p for each in self.param_groups for p in each["params"]]
         if _sharding.holds_dtensors(self.param_groups):
-            reason = parts.why_whole(params, [f"parameter {index}" for index in range(len(params))])
+            reason = parts.why_whole(params)
             if reason is not None:
                 return reason
             params = [_sharding.local_part(p) if _sharding.is_dtensor(p) else p for p in params]

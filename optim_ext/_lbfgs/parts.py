@@ -19,22 +19,18 @@ _TILE = 1024
 _VECTORS = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
 
-def why_whole(params: list[Any], names: list[str]) -> str | None:
+def why_whole(params: list[Any]) -> str | None:
     """Why DTensors are left to torch's code; None if they are not.
 
     Raises:
         RuntimeError: a parameter is a sum that has not been made (Partial).
     """
     mesh = None
-    for p, name in zip(params, names, strict=True):
+    for index, p in enumerate(params):
         if not _sharding.is_dtensor(p):
             continue
-        spec = p._spec
-        if _sharding.is_partial(spec):
-            raise RuntimeError(
-                f"{name} is a sum that has not been made: it has {_sharding.described(spec)}; redistribute it to Shard or "
-                "Replicate before it is given to an optimizer"
-            )
+        name, spec = f"parameter {index}", p._spec
+        _sharding.refuse_partial(spec, name)
         if _sharding.local_part(p) is None:
             return f"{name}: its local tensor is a {type(p._local_tensor).__name__}, which has operations of its own"
         mesh = spec.mesh if mesh is None else mesh
@@ -52,6 +48,7 @@ class Parts:
 
     def __init__(self, params: list[Any], dtype: torch.dtype) -> None:
         self.params = params
+        self._names = [f"parameter {index}" for index in range(len(params))]
         self._like = first = next(p for p in params if _sharding.is_dtensor(p))
         self.mesh = first._spec.mesh
         self.specs = [p._spec if _sharding.is_dtensor(p) else None for p in params]
@@ -96,7 +93,7 @@ class Parts:
             ordered.insert(place, otherwise)
         return ordered
 
-    def look(self, names: list[str]) -> list[Tensor]:
+    def look(self) -> list[Tensor]:
         """The tensors that this process has now, with their gradients.
 
         Raises:
@@ -112,14 +109,14 @@ class Parts:
             elif spec is None:
                 stand_in.grad = grad
             elif (problem := grad_problem(p, grad)) is not None:
-                kind, problems[index] = GradKind.REFUSED, f"gradient of {names[index]}: {problem}"
+                kind, problems[index] = GradKind.REFUSED, f"gradient of {self._names[index]}: {problem}"
             elif _sharding.is_alike(grad._spec, spec):
                 stand_in.grad = _sharding.local_part(grad)
             else:
                 kind, wanted[index] = GradKind.RELAID, grad
             kinds.append(kind)
         if self.agreement.is_due:
-            agree(kinds, problems, [self.groups] * len(kinds), self._meet, names, self.agreement)
+            agree(kinds, problems, [self.groups] * len(kinds), self._meet, self._names, self.agreement)
         for problem in problems.values():
             raise RuntimeError(problem)
         relaid = _sharding.relaid(list(wanted.values()), [self.specs[index] for index in wanted])

@@ -65,7 +65,6 @@ class Workspace:
                 )
         self.dtype = working_dtype(params)
         self.parts = Parts(params, self.dtype) if _sharding.holds_dtensors([{"params": params}]) else None
-        self.names = [f"parameter {index}" for index in range(len(params))]
         self.seen = [self._seen(p) for p in params]
         self.moved = params if self.parts is None else self.parts.tensors
         for index, p in enumerate(self.moved):
@@ -101,7 +100,7 @@ class Workspace:
     def look(self) -> None:
         """Take the gradients up that are there."""
         if self.parts is not None:
-            self.moved = self.parts.look(self.names)
+            self.moved = self.parts.look()
 
     def local_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state as this process's vectors, or itself if these are all there is."""

@@ -35,11 +35,7 @@ def why_whole(optimizer: ShardedStep, group: Group) -> str | None:
         if not _sharding.is_dtensor(p):
             continue
         name, spec = optimizer._described(group, index), p._spec
-        if _sharding.is_partial(spec):
-            raise RuntimeError(
-                f"{name} is a sum that has not been made: it has {_sharding.described(spec)}; redistribute it to Shard or "
-                "Replicate before it is given to an optimizer"
-            )
+        _sharding.refuse_partial(spec, name)
         local = _sharding.local_part(p)
         if local is None:
             return f"{name}: its local tensor is a {type(p._local_tensor).__name__}, which has operations of its own"

@@ -4,18 +4,11 @@ from pathlib import Path
 
 import pytest
 from device import ON_CPU
-from ranks import Worlds, cases_in
+from ranks import cases_in
 
 PROGRAM = Path(__file__).with_name("dtensor_cases.py")
 WORLDS = (2, 4, 1) if ON_CPU else (1,)
 CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_")]
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    worlds = Worlds(PROGRAM, tmp_path_factory.mktemp("ranks"))
-    yield worlds
-    worlds.stop()
 
 
 @pytest.fixture(scope="module", params=WORLDS)  # all tests of one number first

@@ -3,16 +3,9 @@
 from pathlib import Path
 
 import pytest
-from ranks import Worlds, cases_in
+from ranks import cases_in
 
 PROGRAM = Path(__file__).with_name("lbfgs_cases.py")
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    worlds = Worlds(PROGRAM, tmp_path_factory.mktemp("ranks"))
-    yield worlds
-    worlds.stop()
 
 
 @pytest.fixture(scope="module", params=[2, 4, 1])  # all tests of one number first

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from device import ON_CPU
-from ranks import Worlds, cases_in
+from ranks import cases_in
 
 PROGRAM = Path(__file__).with_name("cases.py")
 WORLD = 2 if ON_CPU else 1
@@ -14,13 +14,6 @@ CASES = [
     pytest.param(name, marks=[pytest.mark.about_the_cpu(ABOUT_THE_CPU[name])] if name in ABOUT_THE_CPU else [])
     for name in cases_in(PROGRAM)
 ]
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    worlds = Worlds(PROGRAM, tmp_path_factory.mktemp("ranks"))
-    yield worlds
-    worlds.stop()
 
 
 @pytest.mark.parametrize("case", CASES)
