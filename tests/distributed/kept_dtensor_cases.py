@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from user_rules import twins
@@ -466,6 +466,40 @@ def flat_shards_of_fsdp_take_what_goes_by_elements():
                 optim_ext.AdamW(model.parameters(), **way)
 
 
+def flat_shards_of_fsdp_go_through_its_checkpoint():
+    """Where all state is of one dtype, which is all that FullyShardedDataParallel puts together."""
+    if dist.get_world_size() == 1:
+        return  # nothing is cut
+
+    def trained(way, steps):
+        torch.manual_seed(0)
+        model = FullyShardedDataParallel(
+            nn.Linear(10, 6, dtype=torch.bfloat16), use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizer = optim_ext.AdamW(model.parameters(), lr=0.01, **way)
+        for index in range(steps):
+            torch.manual_seed(index)
+            model(torch.randn(4, 10).bfloat16()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    model, optimizer = trained({"param_precision": "master"}, 3)
+    other, resumed = trained({"param_precision": "master"}, 0)
+    for each in (model, other):
+        FullyShardedDataParallel.set_state_dict_type(each, StateDictType.SHARDED_STATE_DICT)
+    state = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, resumed, state))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q) and optimizer.state[p].keys() == resumed.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, resumed.state[q][key]), key
+    for way in ({"param_precision": "remainder"}, {"param_precision": "kahan"}):
+        with pytest.raises(AssertionError, match="Expected dtype == info.dtype"):
+            FullyShardedDataParallel.optim_state_dict(*trained(way, 1))
+
+
 def network(way):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 64), nn.LayerNorm(64), nn.Linear(64, 17)).bfloat16()
@@ -536,6 +570,7 @@ CASES = [
     local_tensors_and_state_may_be_replaced, what_a_layout_does_not_allow_is_refused_alike,
     strided_shards_are_kept_without_chance, rules_about_norms_take_it, rules_about_whole_tensors_take_it_for_copies, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
     masters_come_out_and_go_in, a_compiled_step_is_taken_eagerly, flat_shards_of_fsdp_take_what_goes_by_elements,
+    flat_shards_of_fsdp_go_through_its_checkpoint,
     state_loads_back, then_saves, then_resumes,
 ]  # fmt: skip
 
