@@ -25,6 +25,10 @@ class OpTable:
         self.takes_companions: bool = table["takes_companions"]
         # Which operand of the rule a state of the parameter's shape is.
         self.places: dict[str, int] = table["places"]
+        # State that has numbers for the elements of a parameter, and may be kept in other ways.
+        self.kept_state: tuple[str, ...] = tuple(
+            key for key in self.state_keys if key in self.places or key in self.partial_state
+        )
         # Options in order, each with how many hyper-parameters it holds; 0: it is one itself.
         holds: dict[str, int] = {}
         for _, _, option, index in table["hypers"]:

@@ -38,8 +38,12 @@ class Adafactor(FusedStep, torch.optim.Adafactor):
             **added: Unpack[AddedOptions],
         ) -> None: ...
 
+    def _state_keys_of(self, group: Group, p: Tensor) -> list[str]:
+        return ["row_var", "col_var", "step"] if p.dim() > 1 else ["variance", "step"]
+
     def _hypers(self, group: Group) -> tuple[Any, ...]:
         eps1, eps2 = self._values(group, "eps", 2)
         if eps1 is None:  # torch takes that of the first parameter for all of a group
-            eps1 = next((torch.finfo(p.dtype).eps for p in group["params"] if p.grad is not None), 0.0)
+            first = next((index for index, p in enumerate(group["params"]) if p.grad is not None), None)
+            eps1 = 0.0 if first is None else torch.finfo(self._seen_dtype(group, first)).eps
         return super()._hypers({**group, "eps": (eps1, eps2)})

@@ -4,12 +4,24 @@ from itertools import product
 
 import torch
 from lockstep import copy_of, random
-from specs import SPECS
+from specs import SPECS, Spec
 
 from optim_ext._precision import codecs
 from optim_ext._tables import TABLES
 
-TAKING = [spec for spec in SPECS if TABLES[spec.op].takes_companions]
+# Muon takes matrices only, so it is no row of those that all tests share.
+MUON = Spec(
+    "Muon",
+    whole_tensors=True,
+    op="muon_",
+    state=lambda options: {"momentum_buffer"},
+    grid=(),
+    typical={"lr": 0.02, "weight_decay": 0.1},
+    numbers=frozenset(),
+    fused=False,
+    is_real=True,
+)
+TAKING = [*(spec for spec in SPECS if TABLES[spec.op].takes_companions), MUON]
 WAYS = [
     {"param_precision": param, "state_precision": state}
     for param, state in product(("master", "remainder", "kahan", "stochastic"), ("native", "fp32", "bf16", "q8"))
@@ -21,8 +33,12 @@ def name_of(way):
     return " ".join(str(value) for value in way.values())
 
 
+def shapes_for(spec, shapes=SHAPES):
+    return [shape for shape in shapes if spec is not MUON or len(shape) == 2]
+
+
 def make(spec, way, options=None, shapes=SHAPES, dtype=torch.bfloat16, seed=0):
-    params = [torch.nn.Parameter(random(shape, dtype, seed + i)) for i, shape in enumerate(shapes)]
+    params = [torch.nn.Parameter(random(shape, dtype, seed + i)) for i, shape in enumerate(shapes_for(spec, shapes))]
     return spec.ours(params, **copy_of(spec.typical if options is None else options), **way), params
 
 

@@ -154,11 +154,12 @@ void Call::keep_all(const at::Tensor& factor) {
 
 // In order, as a count may serve several parameters.
 void Call::advance(int64_t i) {
+  if (!spec_.counts) return;
   for (size_t kind = 0; bundles[i].companions && kind < companion_kinds(); ++kind) {
     const at::Tensor& key = companion(kind, i);
     if (key.scalar_type() == at::kLong && !follows_key(kind, i)) ++key.mutable_data_ptr<int64_t>()[kDraws];
   }
-  if (!spec_.state_steps || !spec_.counts) return;
+  if (!spec_.state_steps) return;
   const at::Tensor& step = (*spec_.state_steps)[i];
   if (!step.is_cpu()) return;
   if (bundles[i].step_storage == Storage::f32) {

@@ -43,6 +43,7 @@ void Call::check_partial(const PartialList& partial) const {
     if (tensor.device() != device) refuse(name, i, text("is on ", tensor.device(), ", expected ", device));
     if (!storage_of(tensor.scalar_type()) || tensor.is_complex())
       refuse(name, i, text("has dtype ", tensor.scalar_type(), ", expected a real floating point type"));
+    if (tensor.scalar_type() == at::kDouble && !spec_.controls.companions.empty()) refuse(name, i, kNoDouble);
     auto expected = rule_.lists[kParam].tensors[n].sizes().vec();
     if (partial.reduced != 0) expected[expected.size() - partial.reduced] = 1;
     if (!tensor.sizes().equals(expected))

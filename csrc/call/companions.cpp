@@ -24,8 +24,7 @@ void Call::add_companions(int64_t i) {
   Bundle& bundle = bundles[i];
   if (!device.is_cpu()) refuse("params", i, text("is on ", device, ", where nothing can lie beside it yet"));
   for (int k = 0; k < rule_.count; ++k) {
-    if (rule_.is_used(k) && bundle.storage[k] == Storage::f64)
-      refuse(rule_.lists[k].name, i, "has dtype Double, expected Float or a type of 16 bits beside companions");
+    if (rule_.is_used(k) && bundle.storage[k] == Storage::f64) refuse(rule_.lists[k].name, i, kNoDouble);
   }
   if (rule_.lists[kParam].tensors[i].is_complex())
     refuse("params", i, "is complex, and nothing can lie beside a complex parameter");
@@ -62,12 +61,13 @@ void Call::add_companion(size_t kind, int64_t i, Companions& made) {
       refuse(name, i, text("has shape ", tensor.sizes(), ", expected 3 numbers"));
     const int64_t* const key = tensor.const_data_ptr<int64_t>();
     made.key = key_at_step(static_cast<uint64_t>(key[kKey]), static_cast<uint64_t>(key[kDraws]) + 1);
-    made.by_chance = static_cast<unsigned>(key[kByChance] & 0xffff);
+    made.by_chance = static_cast<unsigned>(key[kByChance] & 0xffff) & spec_.kept;
     made.positive = static_cast<unsigned>(key[kByChance] >> 16 & 0xffff);
     if ((made.by_chance & 1u) && (storage != Storage::bf16 || made.precision != Precision::native))
       refuse(name, i, text("rounds a parameter of dtype ", param.scalar_type(), " by chance, expected BFloat16 alone"));
     return;
   }
+  if ((spec_.kept & 1u) == 0) return;
   if (storage != Storage::bf16 && storage != Storage::f16)
     refuse("params", i, text("has dtype ", param.scalar_type(), ", which needs nothing besides itself"));
   made.precision = dtype == at::kFloat                               ? Precision::master
@@ -110,6 +110,7 @@ void Call::add_exponents(size_t kind, int64_t i, Companions& made) {
   const char* const name = kCompanions[kind];
   int k = kGrad + 1;
   while (k < rule_.count && !(rule_.is_used(k) && bundles[i].storage[k] == Storage::q8 && !made.exponents[k])) ++k;
+  if (k == rule_.count && spec_.kept != kAllKept) return;
   if (k == rule_.count) refuse(name, i, "belongs to no state in 8 bits");
   if (param.dim() == 0) refuse("params", i, "has no rows for a state in 8 bits");
   if (param.numel() == 0) return;

@@ -66,6 +66,8 @@ constexpr const char* kCompanions[] = {"companions[0]", "companions[1]", "compan
                                        "companions[8]", "companions[9]", "companions[10]"};
 static_assert(std::size(kCompanions) == 3 + kMaxOperands - 2, "as many as Call::add_companions tells apart");
 
+constexpr unsigned kAllKept = ~0u;  // operands
+
 struct CallSpec {
   const char* op;  // its name, for messages
   const StepControls& controls;
@@ -73,11 +75,14 @@ struct CallSpec {
   std::optional<at::TensorList> state_steps = std::nullopt;
   std::initializer_list<List> scalars = {};  // numbers of state besides the step count, in the rule's order
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
-  bool counts = true;  // false: the step is counted by another call of the same op, after this one
+  bool counts = true;  // false: the step, and what it draws, is counted by another call of the same op, after this one
   std::initializer_list<PartialList> partial = {};  // only checked
   bool any_order = false;         // nothing is summed over elements, so that these may come in any order
   bool takes_companions = false;  // every sweep and reduction of the op reads parameters and state through them
-  int leader = 0;                 // the operand whose shape the others must have and whose memory order is walked
+  // The operands that companions belong to, a bit each. An op of several sweeps hands all it is given to each of them;
+  // a sweep passes over what lies beside operands that it does not have.
+  unsigned kept = kAllKept;
+  int leader = 0;  // the operand whose shape the others must have and whose memory order is walked
 };
 
 // Throws unless `weight`, of the newest in a running average, is a number in [0, 1].

@@ -18,6 +18,9 @@ constexpr int kParam = 0, kGrad = kGradOperand;
 // serves and, 8 bits up, those without a sign.
 enum InRoundingKey { kKey, kDraws, kByChance, kKeyLength };
 
+// What is wrong with a double where something lies beside a parameter.
+constexpr const char* kNoDouble = "has dtype Double, expected Float or a type of 16 bits beside companions";
+
 std::optional<Storage> storage_of(at::ScalarType dtype);
 
 // Tells autograd that a tensor has been written.

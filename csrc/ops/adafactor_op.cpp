@@ -98,24 +98,28 @@ void reduce_all_fibers(at::Device device, std::vector<Fibers> tensors) {
 // Parameters of one kind with their part of the lists: matrices have row_vars and col_vars, vectors variances.
 struct Part {
   std::vector<Tensor> params, grads, row_vars, col_vars, variances, state_steps, averages;
+  std::vector<int64_t> members;  // their places among all
 };
 
 // One step of one kind of parameters, everything checked.
 template <class Driver>
 struct AdafactorStep {
   const char* const op;
-  const StepControls& controls;
+  const size_t members;
+  const StepControls& controls;  // with what lies beside all of them
   const Tensor& lr;
   const rules::Adafactor options;
 
   // Counts steps of parameters without elements, which have nothing else to be done.
   void of_empty(const Part& part) const {
+    const Members of(part.members);
     rules::AdafactorAverage<true> nothing{};
     run<Driver>(nothing,
                 {.op = op,
-                 .controls = controls.without_grads().without_average(),
+                 .controls = controls.without_grads().without_average().with_companions(beside(of)),
                  .operands = {{"params", part.params}, {"grads", part.grads}},
-                 .state_steps = TensorList(part.state_steps)},
+                 .state_steps = TensorList(part.state_steps),
+                 .takes_companions = true},
                 {});
     for (const auto* state : {&part.row_vars, &part.col_vars, &part.variances}) {
       for (const Tensor& tensor : *state) {
@@ -128,7 +132,7 @@ struct AdafactorStep {
     rules::AdafactorAverage<true> average{options.beta2_decay, 0.0};
     run<Driver>(average,
                 {.op = op,
-                 .controls = controls.without_average(),
+                 .controls = controls.without_average().with_companions({}),
                  .operands = {{"variances", part.variances}, {"grads", part.grads}},
                  .state_steps = TensorList(part.state_steps),
                  .counts = false},
@@ -148,6 +152,9 @@ struct AdafactorStep {
   }
 
  private:
+  // What lies beside the parameters of a part. Their state is kept as it is.
+  TensorList beside(const Members& of) const { return of.of_each_kind(controls.companions, members); }
+
   at::TensorOptions doubles(const Part& part) const {
     return at::TensorOptions().device(part.params[0].device()).dtype(at::kDouble);
   }
@@ -171,7 +178,7 @@ struct AdafactorStep {
     rules::AdafactorAverage<false> average{options.beta2_decay, 0.0};
     run<Driver>(average,
                 {.op = op,
-                 .controls = controls.without_grads().without_average(),
+                 .controls = controls.without_grads().without_average().with_companions({}),
                  .operands = {{"averages", averages}, {"means", means.tensors}},
                  .state_steps = TensorList(steps),
                  .counts = false},
@@ -224,15 +231,18 @@ struct AdafactorStep {
     Tensor rms = rms_before_clipping<kFactored>(part, first, second);
     if (asked.grad_scale) rms = rms.div(*asked.grad_scale);
     if (asked.grad_factor) rms = rms.mul(*asked.grad_factor);
-    const Tensor of_params = root_mean_squares<Driver>(part.params);
+    const Members of(part.members);
+    const TensorList companions = beside(of);
+    const Tensor of_params = root_mean_squares<Driver>(part.params, companions);
     using Rule = rules::AdafactorUpdate<kFactored>;
     Rule rule{options, 0.0, 0.0};
-    const StepControls last = asked.with_averages(part.averages);
+    const StepControls last = asked.with_averages(part.averages).with_companions(companions);
     const CallSpec spec{
         .op = op,
         .controls = last,
         .operands = {{"params", part.params}, {"grads", part.grads}, {"first", first}, {"second", second}},
-        .state_steps = TensorList(part.state_steps)};
+        .state_steps = TensorList(part.state_steps),
+        .takes_companions = true};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates);
     call.set({{"lr", rule.options.lr, lr}}, &rule, sizeof rule);
     call.commit();
@@ -260,6 +270,8 @@ struct AdafactorStep {
 };
 
 struct AdafactorRow : StepRow<rules::Adafactor> {
+  static constexpr bool kTakesCompanions = true;
+
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -267,8 +279,9 @@ struct AdafactorRow : StepRow<rules::Adafactor> {
     const auto rows = spread(given.lists[2], params, true), columns = spread(given.lists[3], params, true),
                moments = spread(given.lists[4], params, false);
     in_turns(given.op, given.controls, params, [&](const StepControls& controls, const Members& of) {
+      const StepControls of_members = controls.with_companions(of.of_each_kind(controls.companions, params.size()));
       const StepArguments<Options> members{given.op,
-                                           controls,
+                                           of_members,
                                            {of(params), of(given.lists[1]), of(TensorList(rows)),
                                             of(TensorList(columns)), of(TensorList(moments)), of(given.lists[5])},
                                            given.options,
@@ -287,12 +300,12 @@ struct AdafactorRow : StepRow<rules::Adafactor> {
     Options options{};
     {
       // Everything is checked here; what follows only passes on parts of these lists.
-      const CallSpec spec{
-          .op = chosen.op,
-          .controls = controls,
-          .operands = {chosen.operand(0), chosen.operand(1)},
-          .state_steps = state_steps,
-          .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}}};
+      const CallSpec spec{.op = chosen.op,
+                          .controls = controls,
+                          .operands = {chosen.operand(0), chosen.operand(1)},
+                          .state_steps = state_steps,
+                          .partial = {{{"row_vars", rows}, 1}, {{"col_vars", columns}, 2}, {{"variances", moments}, 0}},
+                          .takes_companions = true};
       Call checked(spec, 2, rules::all_operands(2), rules::operand_bit(0));
       checked.require_real();
       check_length(chosen.op, "row_vars", given.lists[2], given.lists[0], true);
@@ -303,7 +316,7 @@ struct AdafactorRow : StepRow<rules::Adafactor> {
       if (CheckOnly::active() || checked.empty() || checked.skip) return;
     }
     const OverlapsChecked parts;
-    const AdafactorStep<Driver> step{chosen.op, controls, *given.tensors[0], options};
+    const AdafactorStep<Driver> step{chosen.op, params.size(), controls, *given.tensors[0], options};
     Part matrices, vectors, empty;
     int64_t averages = 0;  // elements of row_var and col_var among the matrices
     for (size_t i = 0; i < params.size(); ++i) {
@@ -323,6 +336,7 @@ struct AdafactorRow : StepRow<rules::Adafactor> {
       part.variances.push_back(moments[i]);
       part.state_steps.push_back(state_steps[i]);
       if (!controls.averages.empty()) part.averages.push_back(controls.averages[i]);
+      part.members.push_back(static_cast<int64_t>(i));
     }
     if (!matrices.params.empty()) step.of_matrices(matrices);
     if (!vectors.params.empty()) step.of_vectors(vectors);

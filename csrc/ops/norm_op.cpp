@@ -22,18 +22,19 @@ void with_norm(const char* op, double norm_type, const Use& use) {
   TORCH_CHECK_VALUE(false, "optim_ext::", op, ": norm_type must be 1, 2 or inf, found ", norm_type);
 }
 
-// Checks the tensors of one list and calls use(call). The square of a complex number is the sum of its parts' squares,
-// as if they were two numbers; other norms (`by_modulus`) need the modulus.
+// Checks the tensors of one list, and what may lie beside them, and calls use(call). The square of a complex number is
+// the sum of its parts' squares, as if they were two numbers; other norms (`by_modulus`) need the modulus.
 template <class Use>
-void with_call(const char* op, const char* list, TensorList tensors, bool by_modulus, const Use& use) {
+void with_call(const char* op, const char* list, TensorList tensors, bool by_modulus, const Use& use,
+               TensorList companions = {}) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   std::vector<Tensor> moduli;
   if (by_modulus && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.is_complex(); })) {
     for (const Tensor& tensor : tensors) moduli.push_back(tensor.is_complex() ? at::abs(tensor) : tensor);
     tensors = moduli;
   }
-  const StepControls none;
-  const CallSpec spec{op, none, {{list, tensors}}};
+  const StepControls beside{.companions = companions};
+  const CallSpec spec{.op = op, .controls = beside, .operands = {{list, tensors}}, .takes_companions = true};
   use(Call(spec, rules::Reduction::kOperands, rules::Reduction::kUsed, rules::Reduction::kUpdates));
 }
 
@@ -102,13 +103,14 @@ Tensor norms(TensorList tensors, double norm_type) {
 }
 
 template <class Driver>
-Tensor root_mean_squares(TensorList tensors) {
+Tensor root_mean_squares(TensorList tensors, TensorList companions) {
   Tensor results;
-  with_call("root_mean_squares", "tensors", tensors, false, [&](const Call& call) {
+  const auto reduce = [&](const Call& call) {
     results =
         at::empty({static_cast<int64_t>(tensors.size())}, at::TensorOptions().device(call.device).dtype(at::kDouble));
     Driver::template reduce_each<rules::RootMeanSquare>(call, results.template mutable_data_ptr<double>());
-  });
+  };
+  with_call("root_mean_squares", "tensors", tensors, false, reduce, companions);
   return results;
 }
 

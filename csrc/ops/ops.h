@@ -31,9 +31,9 @@ std::tuple<Tensor, Tensor, Tensor> grad_norm(TensorList grads, double norm_type,
 template <class Driver>
 Tensor norms(TensorList tensors, double norm_type);
 
-// The root mean square of each tensor, in double.
+// The root mean square of each tensor, in double: of parameters with `companions` what the two are together.
 template <class Driver>
-Tensor root_mean_squares(TensorList tensors);
+Tensor root_mean_squares(TensorList tensors, TensorList companions);
 
 // How many elements of each tensor are not finite; the two parts of a complex number count on their own.
 template <class Driver>

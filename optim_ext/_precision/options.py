@@ -108,13 +108,14 @@ def asks_for(group: Mapping[str, Any], precision: str) -> bool:
 
 
 def keeping_of(
-    p: Tensor, device: torch.device, group: Mapping[str, Any], places: Mapping[str, int], described: str
+    p: Tensor, device: torch.device, group: Mapping[str, Any], places: Mapping[str, int | None], described: str
 ) -> Keeping | None:
     """What the options of a group come to for one of its parameters; None where everything is kept as torch does.
 
     p: the parameter, or a tensor without memory that is like it, or like the whole that it is a part of.
     device: where it is.
-    places: the operand of the rule that each state of the parameter's shape is.
+    places: the operand of the rule that each state of the parameter's shape is; None of one that only some parameters
+        have, or of fewer numbers, which is not rounded.
     """
     param = _of_param(p, group.get("param_precision", "native"), described)
     asked = group.get("state_precision", "native")
@@ -122,9 +123,10 @@ def keeping_of(
     by_chance = int(param == "stochastic")
     for key, place in places.items():
         wanted = asked.get(key, "native") if isinstance(asked, Mapping) else asked
-        precision = _of_state(p, key, wanted, param, group.get("min_q8_size", DEFAULTS["min_q8_size"]), described)
+        is_exact = place is None or key in _EXACT
+        precision = _of_state(p, is_exact, wanted, param, group.get("min_q8_size", DEFAULTS["min_q8_size"]), described)
         state.append((key, precision))
-        if precision in ("bf16", "q8"):
+        if place is not None and precision in ("bf16", "q8"):
             by_chance |= 1 << place | has_no_sign(key) << (place + 16)
     if param == "native" and all(precision == "native" for _, precision in state):
         return None
@@ -164,7 +166,7 @@ def _of_param(p: Tensor, precision: str, described: str) -> str:
     return precision if p.dtype in (torch.bfloat16, torch.float16) else "native"
 
 
-def _of_state(p: Tensor, key: str, precision: str, param: str, min_q8_size: int, described: str) -> str:
+def _of_state(p: Tensor, is_exact: bool, precision: str, param: str, min_q8_size: int, described: str) -> str:
     if precision != "native" and (p.is_complex() or p.dtype is torch.float64):
         raise ValueError(
             f"{described}: state_precision={precision!r} is for real parameters of up to 32 bits, and it is "
@@ -173,7 +175,7 @@ def _of_state(p: Tensor, key: str, precision: str, param: str, min_q8_size: int,
     if precision == "native":
         # What the rule sees of a parameter that is kept more exactly is float32, and so is what torch would make for it.
         return "native" if param == "native" else "fp32"
-    if precision != "fp32" and key in _EXACT:
+    if precision != "fp32" and is_exact:
         return "fp32"
     if precision == "q8" and (p.dim() < 2 or p.numel() < max(min_q8_size, 1) or p.shape[0] < _LEAST_ROWS):
         return "fp32"

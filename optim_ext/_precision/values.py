@@ -25,8 +25,8 @@ def as_kept(p: Tensor, key: str, value: Tensor, precision: str) -> dict[str, Ten
     if precision == "q8":
         codes, scale = codecs.encode(p, value, options.has_no_sign(key))
         return {key + CODES: codes, key + SCALE: scale}
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, p.dtype)
-    return {key: codecs.like(p, value.to(dtype))}
+    value = value.to({"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, p.dtype))
+    return {key: codecs.like(p, value) if value.shape == p.shape else value.contiguous()}
 
 
 def param_value(p: Tensor, entry: Mapping[str, Any]) -> Tensor:

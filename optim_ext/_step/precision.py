@@ -85,11 +85,11 @@ class KeptStep(OpStep):
         number = self._number_of(group)
         options.check(group, f"group {number}")
         asked = group.get("state_precision", "native")
-        unknown = set(asked) - set(TABLES[self._op].places) if isinstance(asked, Mapping) else set()
+        unknown = set(asked) - set(TABLES[self._op].kept_state) if isinstance(asked, Mapping) else set()
         if unknown:
             raise ValueError(
                 f"group {number}: state_precision names {min(unknown)!r}, which is no state of {type(self).__name__}; it "
-                f"has {', '.join(map(repr, TABLES[self._op].places))}"
+                f"has {', '.join(map(repr, TABLES[self._op].kept_state))}"
             )
         if not self._keeps_otherwise():
             name = next(iter(options.given(group)))
@@ -101,10 +101,9 @@ class KeptStep(OpStep):
 
     def _keeping(self, group: Group, index: int) -> Keeping | None:
         p, described = group["params"][index], self._described(group, index)
-        places = {
-            key: TABLES[self._op].places[key] for key in self._state_keys(group) if key in TABLES[self._op].places
-        }
-        ordered = dict(sorted(places.items(), key=lambda item: item[1]))
+        keys = [key for key in self._state_keys_of(group, p) if key in TABLES[self._op].kept_state]
+        places = TABLES[self._op].places
+        ordered = {key: places.get(key) for key in sorted(keys, key=lambda key: places.get(key, 0))}
         dtensor = self._dtensor_of(p)
         whole = p if dtensor is None else parts.whole_of(dtensor)
         keeping = options.keeping_of(whole, p.device, group, ordered, described)
@@ -125,6 +124,16 @@ class KeptStep(OpStep):
         if problem is not None:
             raise ValueError(f"{described}: {problem}")
         return dataclasses.replace(keeping, is_part=_sharding.is_cut(dtensor._spec))
+
+    def _state_keys_of(self, group: Group, p: Tensor) -> list[str]:
+        """The keys of the state that a parameter has."""
+        return [key for key in self._state_keys(group) if key is not None]
+
+    def _seen_dtype(self, group: Group, index: int) -> torch.dtype:
+        """The dtype of a parameter as the rule sees it, which a default may depend on."""
+        keeping = self._keeping(group, index) if self._keeps(group) else None
+        dtype: torch.dtype = group["params"][index].dtype
+        return dtype if keeping is None or keeping.param == "native" else torch.float32
 
     def _dtensor_of(self, p: Tensor) -> Any:
         """The DTensor that a parameter is, or that it stands in for; or None."""
@@ -327,7 +336,7 @@ class KeptStep(OpStep):
     def _converted(self, group: Group, index: int, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the options make of the state of a parameter, or of what a process has of it, but for what they leave alone."""
         keeping = self._keeping(group, index)
-        own = Keeping("native", tuple((key, "native") for key in TABLES[self._op].places), 0)
+        own = Keeping("native", tuple((key, "native") for key in TABLES[self._op].kept_state), 0)
         wanted = keeping or own
         converted: dict[str, Tensor] = {}
         for key, precision in wanted.state:
@@ -392,7 +401,7 @@ class KeptStep(OpStep):
                     continue
                 entry = self.state[p]
                 for key, value in raw.items():
-                    kept = key in TABLES[self._op].places or values.is_ours(key)
+                    kept = key in TABLES[self._op].kept_state or values.is_ours(key)
                     if kept and isinstance(value, Tensor):
                         entry[key] = value.detach().to(p.device, copy=True)
                 self._convert(group, index)

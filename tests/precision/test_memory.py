@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from kept import SHAPES, TAKING
+from kept import SHAPES, TAKING, shapes_for
 from lockstep import copy_of, random
 from specs import SPECS
 
@@ -47,11 +47,12 @@ def numbers(row):
 
 @pytest.mark.parametrize("spec", TAKING, ids=lambda spec: spec.name)
 def test_every_way_is_what_a_step_leaves(spec):
-    table = optim.memory(parameters(), spec.ours, **copy_of(spec.typical))
+    shapes = shapes_for(spec)
+    table = optim.memory(parameters(shapes=shapes), spec.ours, **copy_of(spec.typical))
     assert [(row.param_precision, row.state_precision) for row in table.rows] == EVERY_WAY
     for row in table.rows:
         way = {"param_precision": row.param_precision, "state_precision": row.state_precision}
-        assert numbers(row) == held_after_a_step(spec.ours, parameters(), **spec.typical, **way), way
+        assert numbers(row) == held_after_a_step(spec.ours, parameters(shapes=shapes), **spec.typical, **way), way
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -61,13 +62,6 @@ def test_every_set_of_options(spec, dtype):
     for options in spec.grid:
         (row,) = optim.memory(parameters(dtype), spec.ours, **copy_of(options), **as_it_comes).rows
         assert numbers(row) == held_after_a_step(spec.ours, parameters(dtype), **options), options
-
-
-def test_muon_and_other_classes_that_keep_state_as_it_is():
-    shapes = ((33, 65), (65, 33))
-    table = optim.memory(parameters(shapes=shapes), optim.Muon)
-    assert [(row.param_precision, row.state_precision) for row in table.rows] == [("native", "native")]
-    assert numbers(table.rows[0]) == held_after_a_step(optim.Muon, parameters(shapes=shapes))
 
 
 @optim.rule(("velocity", "slow"), backend="interpreted", state_dtype=torch.float32)
@@ -186,7 +180,6 @@ def test_ways_that_are_refused_say_why():
         (torch.optim.AdamW, {}, TypeError, "found AdamW; use optim_ext.AdamW"),
         (optim.LBFGS, {}, TypeError, "keeps state for each parameter, found LBFGS$"),
         (optim.SparseAdam, {}, ValueError, "SparseAdam takes sparse gradients"),
-        (optim.Muon, {"param_precision": "master"}, ValueError, "Muon keeps parameters and state as they are"),
         (optim.AdamW, {"lr": -1.0}, ValueError, "Invalid learning rate"),
         (optim.AdamW, {"state_precision": "q4"}, ValueError, "state_precision is 'q4'"),
         ("AdamW", {}, TypeError, "found 'AdamW'"),

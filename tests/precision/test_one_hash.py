@@ -15,7 +15,7 @@ import optim_ext
 CHILD = """
 import functools, hashlib, io, json, sys
 import numpy, torch
-from kept import TAKING, WAYS, everything, name_of
+from kept import MUON, TAKING, WAYS, everything, name_of
 from lockstep import copy_of
 from optim_ext import _C
 
@@ -28,7 +28,7 @@ def tensors(seed):
 
 def train(optimizer, params, steps):
     for step in steps:
-        for p, grad in zip(params, tensors(10 + step)):
+        for p, grad in zip(params, tensors(10 + step)):  # matrices come first
             p.grad = grad
         optimizer.step()
 
@@ -40,7 +40,7 @@ def through_file(saved):
 
 def digest(spec, way, threads, resumed):
     torch.set_num_threads(threads)
-    params = [torch.nn.Parameter(value.clone()) for value in tensors(1)]
+    params = [torch.nn.Parameter(value.clone()) for value in tensors(1) if spec is not MUON or value.dim() == 2]
     optimizer = spec.ours(params, **copy_of(spec.typical), **way)
     train(optimizer, params, range(2))
     if resumed:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from kept import SHAPES, TAKING, WAYS, everything, give_grads, make, name_of, same, train, value_of
+from kept import MUON, SHAPES, TAKING, WAYS, everything, give_grads, make, name_of, same, train, value_of
 from lockstep import copy_of, random
 
 import optim_ext as optim
@@ -26,9 +26,13 @@ def way(request):
     return request.param
 
 
-def one_parameter(**options):
-    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-    return optim.AdamW([p], **options), p
+# So many steps at such a rate move ones by a tenth. (Muon spreads a step over the matrix.)
+TENTH = {"AdamW": (1000, 1e-4), "Adafactor": (200, 5e-4), "Muon": (200, 5 * 93e-4)}
+
+
+def one_parameter(name="AdamW", dtype=torch.bfloat16, **options):
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=dtype))
+    return getattr(optim, name)([p], **options), p
 
 
 def test_in_its_own_precision_one_never_moves():
@@ -39,19 +43,36 @@ def test_in_its_own_precision_one_never_moves():
     assert p.eq(1.0).all()
 
 
-def test_one_moves_to_nine_tenths_in_every_way(way):
-    optimizer, p = one_parameter(lr=1e-4, weight_decay=0.0, **way)
-    for _ in range(1000):
+def moved_by_a_tenth(name, **options):
+    steps, lr = TENTH[name]
+    optimizer, p = one_parameter(name, lr=lr, weight_decay=0.0, **options)
+    for _ in range(steps):
         p.grad = torch.ones_like(p)
         optimizer.step()
+    return optimizer, p
+
+
+@pytest.fixture(scope="module", params=TENTH)
+def moved_in_float32(request):
+    """A class, and where a float32 parameter of ones comes to."""
+    value = moved_by_a_tenth(request.param, dtype=torch.float32)[1].mean().item()
+    assert 0.88 < value < 0.92
+    return request.param, value
+
+
+def test_one_moves_to_nine_tenths_in_every_way(way, moved_in_float32):
+    name, expected = moved_in_float32
+    optimizer, p = moved_by_a_tenth(name, **way)
     off = 2e-3 if way["state_precision"] == "q8" else 1e-3
-    assert value_of(optimizer, p).mean().item() == pytest.approx(0.9, abs=off)
-    assert p.float().mean().item() == pytest.approx(0.9, abs=4e-3)
+    assert value_of(optimizer, p).mean().item() == pytest.approx(expected, abs=off)
+    assert p.float().mean().item() == pytest.approx(expected, abs=4e-3)
 
 
-def test_decay_alone_shrinks_one_in_every_way(way):
-    optimizer, p = one_parameter(lr=1e-2, weight_decay=1e-2, **way)
-    for _ in range(1000):
+@pytest.mark.parametrize("name", TENTH)
+def test_decay_alone_shrinks_one_in_every_way(way, name):
+    steps, _ = TENTH[name]
+    optimizer, p = one_parameter(name, lr=10 / steps, weight_decay=1e-2, **way)
+    for _ in range(steps):
         p.grad = torch.zeros_like(p)
         optimizer.step()
     assert value_of(optimizer, p).mean().item() == pytest.approx(math.exp(-0.1), abs=4e-4)
@@ -218,14 +239,15 @@ def test_gradients_are_unscaled_in_place_once(taking, way):
     assert same(everything(scaled), everything(plain))
 
 
-def test_averages_follow_the_parameters_bit_for_bit(way):
+@pytest.mark.parametrize("name", TENTH)
+def test_averages_follow_the_parameters_bit_for_bit(way, name):
     def run(inside):
-        model = torch.nn.Linear(100, 64, dtype=torch.bfloat16)
+        model = torch.nn.Linear(100, 64, bias=name != MUON.name, dtype=torch.bfloat16)
         with torch.no_grad():
-            model.weight.copy_(random((64, 100), torch.bfloat16, 5))
-            model.bias.copy_(random((64,), torch.bfloat16, 6))
+            for i, p in enumerate(model.parameters()):
+                p.copy_(random(p.shape, torch.bfloat16, 5 + i))
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-        optimizer = optim.AdamW(model.parameters(), **way)
+        optimizer = getattr(optim, name)(model.parameters(), **way)
         if inside:
             optimizer.average_into(averaged)
         for step in range(4):
@@ -267,6 +289,20 @@ def test_a_dtype_without_lack_of_precision_is_left_alone():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert {key for entry in optimizer.state.values() for key in entry} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("precision", ["master", "stochastic", "native"])
+def test_a_default_that_depends_on_the_dtype_is_that_of_what_the_rule_sees(precision):
+    """Adafactor's eps: of float32, unless the parameter is native."""
+    found = []
+    for eps in (None, torch.finfo(torch.bfloat16 if precision == "native" else torch.float32).eps):
+        p = torch.nn.Parameter(random((17, 33), torch.bfloat16, 1))
+        optimizer = optim.Adafactor([p], lr=0.1, eps=(eps, 1e-3), param_precision=precision)
+        for step in range(3):
+            p.grad = random(p.shape, torch.bfloat16, step) * 1e-4
+            optimizer.step()
+        found.append(everything(optimizer))
+    assert same(*found)
 
 
 def test_auto_chooses_by_dtype():
