@@ -52,6 +52,8 @@ class SparseAdam(FusedStep, torch.optim.SparseAdam):
 
     def _traced_step(self) -> Tensor | None:
         self._refuse_controls("compiled steps on sparse gradients")
+        for group in self.param_groups:
+            self._refuse_precision(group, "compiled steps on sparse gradients are torch's: step eagerly")
         self._torch_step(self.param_groups)  # torch.compile does not trace sparse gradients
         return None
 

@@ -28,7 +28,6 @@ void Call::add_companions(int64_t i) {
   }
   if (rule_.lists[kParam].tensors[i].is_complex())
     refuse("params", i, "is complex, and nothing can lie beside a complex parameter");
-  if (bundle.layout && bundle.layout->rows) refuse("grads", i, "is sparse, expected dense beside companions");
   Companions& made = companions_[i] = Companions{};
   for (size_t kind = 0; kind < companion_kinds(); ++kind) {
     const at::Tensor& tensor = companion(kind, i);
@@ -45,6 +44,13 @@ void Call::add_companions(int64_t i) {
       refuse(rule_.lists[k].name, i, "is in 8 bits, and its scale is missing");
     if (!is_dense_like(rule_.lists[k].tensors[i], rule_.lists[kParam].tensors[i]))
       refuse(rule_.lists[k].name, i, "is in 8 bits, and not in its parameter's memory order");
+  }
+  if (made.row != 0 && bundle.layout && bundle.layout->rows) {
+    const int64_t width = bundle.layout->sizes[1];
+    if (width % made.row != 0 && width % kBlock8 != 0)
+      refuse("grads", i,
+             text("is sparse in rows of ", width, " elements, which cut the blocks of ", kBlock8,
+                  " that a state in 8 bits has; make it dense"));
   }
   bundle.companions = &made;
 }

@@ -73,7 +73,7 @@ class KeptStep(OpStep):
     @classmethod
     def _keeps_otherwise(cls) -> bool:
         """Whether the class takes any of these options."""
-        return TABLES[cls._op].takes_companions and cls._takes_dense
+        return TABLES[cls._op].takes_companions
 
     def _keeps(self, group: Group) -> bool:
         return bool(options.given(group))
@@ -252,11 +252,6 @@ class KeptStep(OpStep):
         for index, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            if p.grad.is_sparse and self._keeping(group, index) is not None:
-                raise RuntimeError(
-                    f"gradient of {self._described(group, index)}: it is sparse, which param_precision and "
-                    "state_precision do not take yet; make it dense"
-                )
             if all(values.is_ours(key) for key in self.state.get(p, ())):
                 self._make_state(group, p)
                 made.add(index)
@@ -265,13 +260,15 @@ class KeptStep(OpStep):
 
     def _make_state(self, group: Group, p: Tensor) -> None:
         """What torch would make for a float32 parameter of this value, as conversions of float32 lose nothing of what it begins
-        with, and for a dense gradient."""
+        with, and for a dense gradient where the class takes one."""
         kept = self._keeps(group) or self._is_strange(p)
         dtype = torch.float32 if kept and p.dtype in (torch.bfloat16, torch.float16) else p.dtype
         by_itself = dtype is p.dtype and not (p.grad is not None and p.grad.is_sparse)
         like = p if by_itself else self._value_in(dtype, p).requires_grad_()
-        if not by_itself:
+        if not by_itself and self._takes_dense:
             like.grad = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
+        elif not by_itself:
+            like.grad = torch.zeros(p.shape, dtype=dtype, device=p.device, layout=torch.sparse_coo)
         keys = self._state_keys(group)
         self._init_group({**group, "params": [like]}, *([] for _ in range(2 + len(keys))))
         companions = {} if by_itself else self.state.pop(p, {})

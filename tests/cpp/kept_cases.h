@@ -115,16 +115,20 @@ inline Memory draw_memory(const Way& way, const Shape& shape, Random& random) {
   return memory;
 }
 
-// One step of the rule, in pieces of so many elements, by one instruction set.
+// One step of the rule, in pieces of so many elements, by one instruction set. `rows`: those that the gradient holds.
 template <class Rule>
 void sweep_in_pieces(const Rule& rule, Memory& memory, const Way& way, const Shape& shape, const Pass& pass,
-                     cpu::Isa isa, int64_t piece, const Place& place = {}) {
-  const Ready ready(memory, way, shape, place);
+                     cpu::Isa isa, int64_t piece, const Place& place = {}, const Layout* rows = nullptr) {
+  Ready ready(memory, way, shape, place);
+  if (rows != nullptr) {
+    ready.bundle.layout = rows;
+    ready.bundle.numel = rows->sizes[0] * rows->sizes[1];
+  }
   const cpu::Sweep sweep = program_of<Rule>().sweep[static_cast<int>(isa)][0];
   const cpu::ReadyRule ready_rule{sweep, &rule, Rule::kOperands, Rule::kUsed, Rule::kUpdates};
-  for (int64_t begin = 0; begin < shape.numel(); begin += piece) {
+  for (int64_t begin = 0; begin < ready.bundle.numel; begin += piece) {
     const int64_t from = ready.companions.end_of_piece(begin);
-    const int64_t to = ready.companions.end_of_piece(std::min(begin + piece, shape.numel()));
+    const int64_t to = ready.companions.end_of_piece(std::min(begin + piece, ready.bundle.numel));
     if (from < to) cpu::companions_kernel_for(isa)(ready_rule, ready.bundle, from, to, pass);
   }
 }

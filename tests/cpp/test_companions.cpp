@@ -208,11 +208,58 @@ void test_reading() {
   }
 }
 
+// Row `from` of what lies in rows, in place of row `to` of another.
+void put_row(const std::vector<unsigned char>& source, int64_t from, std::vector<unsigned char>& target, int64_t to,
+             int64_t rows) {
+  const auto bytes = static_cast<int64_t>(source.size()) / rows;
+  std::copy_n(source.begin() + from * bytes, bytes, target.begin() + to * bytes);
+}
+
+// A gradient of some rows only: they are stepped as by a dense gradient, wherever pieces end, and nothing else is
+// written to.
+void test_rows() {
+  Random random{31};
+  const auto rule = adam();
+  for (const Way& way : kWays) {
+    for (const Shape& shape : {Shape{3, 5}, {20, 63}, {9, 100}, {7, 700}, {150, 1}}) {
+      const Memory start = draw_memory(way, shape, random);
+      Layout layout{};
+      std::vector<int64_t> held;
+      for (int64_t row = shape.rows - 1; row >= 0; row -= 2) held.push_back(row);
+      layout.rows = held.data();
+      layout.ndim = 2;
+      layout.sizes[0] = static_cast<int64_t>(held.size());
+      layout.sizes[1] = shape.row;
+      for (auto& strides : layout.strides) strides[0] = shape.row, strides[1] = 1;
+      Memory dense = start, expected = start;
+      for (int64_t n = 0; n < layout.sizes[0]; ++n)
+        put_row(start.operands[1], n, dense.operands[1], held[n], shape.rows);
+      sweep_slowly(rule, dense, way, shape, {}, Pass{});
+      for (const int64_t row : held) {
+        for (const int k : {0, 2, 3, 4}) {
+          put_row(dense.operands[k], row, expected.operands[k], row, shape.rows);
+          put_row(dense.exponents[k], row, expected.exponents[k], row, shape.rows);
+        }
+        put_row(dense.twin, row, expected.twin, row, shape.rows);
+      }
+      for (const auto& [isa_name, isa] : isas()) {
+        for (const int64_t piece : {shape.numel(), int64_t{256}, int64_t{7}}) {
+          Memory got = start;
+          sweep_in_pieces(rule, got, way, shape, Pass{}, isa, piece, {}, &layout);
+          check(got == expected, "%s by rows on %s, %ld rows of %ld in pieces of %ld", way.name, isa_name,
+                static_cast<long>(shape.rows), static_cast<long>(shape.row), static_cast<long>(piece));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test("Adam", adam());
   test("Lion", lion());
   test_reading();
+  test_rows();
   return verdict();
 }

@@ -232,21 +232,11 @@ def test_it_is_an_option_of_a_group():
 REFUSED = {
     "complex": (lambda: nn.Parameter(random((ROWS, 2), torch.complex64, 1)), {}, "it is sparse and complex"),
     "transposed": (lambda: nn.Parameter(random((WIDTH, ROWS), torch.float32, 1).t()), {}, "not contiguous"),
-    "kept": (
-        lambda: nn.Parameter(random((ROWS, WIDTH), torch.bfloat16, 1)),
-        {"param_precision": "master"},
-        "param_precision and state_precision do not take yet",
-    ),
     "recorded": (table, {"differentiable": True}, "differentiable=True: the step itself is recorded"),
 }
 
 
-ON_CPU_ONLY = pytest.mark.about_the_cpu("elsewhere param_precision is refused in other words")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=ON_CPU_ONLY) if kind == "kept" else kind for kind in REFUSED]
-)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused_is_refused_before_anything_is_written(kind):
     make, options, words = REFUSED[kind]
     param, other = make(), nn.Parameter(torch.ones(3))

@@ -202,13 +202,14 @@ ROWS, WIDTH = 40, 6
 ELEMENT_WISE = [case for case in TYPICAL if TABLES[case.spec.op].is_element_wise and not case.options.get("dampening")]
 
 
+@pytest.mark.parametrize("way", [{}, WAYS[7], WAYS[14]], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("twin_case", ELEMENT_WISE, ids=[case.spec.name for case in ELEMENT_WISE])
-def test_rows_that_are_held_have_the_bits_of_the_built_in_rule(twin_case, dtype):
-    of = TWINS[twin_case.spec.name]
+def test_rows_that_are_held_have_the_bits_of_the_built_in_rule(twin_case, dtype, way):
+    of, way = TWINS[twin_case.spec.name], {**way, "min_q8_size": 1}
     p, q = (torch.nn.Parameter(random((ROWS, WIDTH), dtype, 1)) for _ in range(2))
-    ours = twin_case.spec.ours([p], **copy_of(twin_case.options), lazy_rows=True)
-    written = of.made([q], **{**copy_of(twin_case.options), **of.adapted(twin_case.options)}, lazy_rows=True)
+    ours = twin_case.spec.ours([p], **copy_of(twin_case.options), lazy_rows=True, **way)
+    written = of.made([q], **{**copy_of(twin_case.options), **of.adapted(twin_case.options)}, lazy_rows=True, **way)
     for step in range(4):
         for optimizer, param in ((ours, p), (written, q)):
             index = torch.randint(ROWS, (1, 9), generator=torch.Generator().manual_seed(step))

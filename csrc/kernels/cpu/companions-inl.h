@@ -3,6 +3,7 @@
 
 #include "convert-inl.h"
 #include "tiles-inl.h"
+#include "rows-inl.h"
 
 namespace optim_ext::cpu::OPTIM_EXT_ISA {
 
@@ -207,9 +208,13 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
   alignas(64) uint32_t words[kTile];
   alignas(64) uint16_t moved[kTile];  // the parameter, where it is no one piece of memory
   const Companions& companions = *bundle.companions;
+  // Of a sparse gradient each tile is a piece of one row, which all others have in one piece of memory.
+  const Layout* const rows = bundle.layout != nullptr && bundle.layout->rows != nullptr ? bundle.layout : nullptr;
   TileOperand<float> operands[kMaxOperands];
   for (int k = 0; k < ready.operands; ++k) {
-    if ((ready.used >> k) & 1u) operands[k] = TileOperand<float>(bundle, k);
+    if (!((ready.used >> k) & 1u)) continue;
+    operands[k] = TileOperand<float>(bundle, k);
+    if (rows != nullptr && k != kGradOperand) operands[k].layout = nullptr;
   }
   const bool is_native = companions.precision == Precision::native, is_dense = operands[0].layout == nullptr;
   const int64_t bytes_of_twin = companions.precision == Precision::master ? sizeof(float) : sizeof(uint16_t);
@@ -221,16 +226,28 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
     int64_t stop = end - index < kTile ? end : companions.end_of_piece(index + kTile);
     if (stop > index + kTile) stop = companions.end_of_piece(index + kTile - kBlock8);
     n = stop - index;
-    const Start start(bundle.layout, index);
-    uint16_t* const param = is_dense ? static_cast<uint16_t*>(bundle.data[0]) + index : moved;
-    void* const twin = static_cast<char*>(companions.twin) + index * bytes_of_twin;
+    int64_t whole = index;  // the first element's place in the tensor, which twins, blocks and words go by
+    if (rows != nullptr) {
+      const int64_t width = rows->sizes[1], row = index / width, column = index - row * width;
+      whole = rows->rows[row] * width + column;
+      if (n > width - column) n = width - column;
+      const int64_t ahead = row + kRowsAhead;
+      if (column == 0 && ahead < rows->sizes[0]) {
+        fetch_row(bundle, ahead, ready.operands, ready.used);
+        if (!is_native) fetch_row_of(companions.twin, rows->rows[ahead], width * bytes_of_twin);
+      }
+    }
+    const Start of_grad(bundle.layout, index), of_row(nullptr, whole);
+    const Start& start = rows != nullptr ? of_row : of_grad;
+    uint16_t* const param = is_dense ? static_cast<uint16_t*>(bundle.data[0]) + whole : moved;
+    void* const twin = static_cast<char*>(companions.twin) + whole * bytes_of_twin;
     float* at[kMaxOperands] = {};
     for (int k = is_native ? 0 : 1; k < ready.operands; ++k) {
       if (!((ready.used >> k) & 1u)) continue;
       if (bundle.storage[k] == Storage::q8) {
-        decode(companions, k, bundle.data[k], index, n, at[k] = buffer[k]);
+        decode(companions, k, bundle.data[k], whole, n, at[k] = buffer[k]);
       } else {
-        at[k] = operands[k].open(start, n, buffer[k]);
+        at[k] = operands[k].open(k == kGradOperand ? of_grad : start, n, buffer[k]);
       }
     }
     if (!is_native) {
@@ -245,9 +262,9 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
     tile.numel = n;
     ready.sweep(ready.rule, tile, 0, n, pass);
     if (draws && companions.place != nullptr) {
-      draw_of_part(companions, index, n, words);
+      draw_of_part(companions, whole, n, words);
     } else if (draws) {
-      draw(companions.key, index, n, words);
+      draw(companions.key, whole, n, words);
     }
     if (!is_native && writes_param) {
       split(companions.precision, bundle.storage[0], at[0], n, param, twin);
@@ -259,16 +276,16 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
     for (int k = is_native ? 0 : 1; k < ready.operands; ++k) {
       if (!((written >> k) & 1u)) continue;
       if (bundle.storage[k] == Storage::q8) {
-        encode(companions, k, at[k], words, bundle.data[k], index, n);
+        encode(companions, k, at[k], words, bundle.data[k], whole, n);
         continue;
       }
       if (bundle.storage[k] == Storage::bf16 && ((companions.by_chance >> k) & 1u)) {
-        uint16_t* const to = operands[k].layout ? moved : static_cast<uint16_t*>(bundle.data[k]) + index;
+        uint16_t* const to = operands[k].layout ? moved : static_cast<uint16_t*>(bundle.data[k]) + whole;
         narrow_by_chance(at[k], words, n, k == 0, (companions.positive >> k) & 1u, to);
         if (operands[k].layout == nullptr) continue;
         widen(moved, Storage::bf16, {1, n, 1, 1}, at[k]);
       }
-      operands[k].close(start, n, at[k]);
+      operands[k].close(k == kGradOperand ? of_grad : start, n, at[k]);
     }
   }
 }

@@ -7,17 +7,20 @@ namespace {
 // Rows lie anywhere in a table larger than the caches: they are asked for before it is their turn.
 constexpr int64_t kRowsAhead = 8, kLinesAhead = 8;
 
-template <class Rule>
-OPTIM_EXT_INLINE void fetch_row(const Bundle& bundle, int64_t n) {
+// Row `place` of what has so many bytes for each.
+OPTIM_EXT_INLINE void fetch_row_of(const void* data, int64_t place, int64_t bytes) {
+  const char* const row = static_cast<const char*>(data) + place * bytes;
+  for (int64_t at = 0; at < bytes && at < kLinesAhead * kLine; at += kLine) __builtin_prefetch(row + at, 1);
+}
+
+OPTIM_EXT_INLINE void fetch_row(const Bundle& bundle, int64_t n, int operands, unsigned used) {
   const Layout& layout = *bundle.layout;
-  for (int k = 0; k < Rule::kOperands; ++k) {
-    if (!((Rule::kUsed >> k) & 1u)) continue;
-    const int64_t bytes = layout.sizes[1] * bytes_of(bundle.storage[k]);
+  for (int k = 0; k < operands; ++k) {
+    if (!((used >> k) & 1u)) continue;
     const int64_t place = k != kGradOperand          ? layout.rows[n]
                           : layout.firsts != nullptr ? layout.sources[layout.firsts[n]]
                                                      : n;
-    const char* const row = static_cast<const char*>(bundle.data[k]) + place * bytes;
-    for (int64_t at = 0; at < bytes && at < kLinesAhead * kLine; at += kLine) __builtin_prefetch(row + at, 1);
+    fetch_row_of(bundle.data[k], place, layout.sizes[1] * bytes_of(bundle.storage[k]));
   }
 }
 
@@ -34,7 +37,7 @@ OPTIM_EXT_INLINE void sweep_rows(const Rule& given, const Bundle& bundle, int64_
   for (int k = 0; k < Rule::kOperands; ++k) data[k] = static_cast<V*>(bundle.data[k]);
   int64_t row = begin / width, column = begin - row * width;
   for (int64_t start = begin, n; start < end; start += n) {
-    if (column == 0) fetch_row<Rule>(bundle, row + kRowsAhead < last ? row + kRowsAhead : last);
+    if (column == 0) fetch_row(bundle, row + kRowsAhead < last ? row + kRowsAhead : last, Rule::kOperands, Rule::kUsed);
     n = width - column < end - start ? width - column : end - start;
     V* tile[Rule::kOperands];
     for (int k = 0; k < Rule::kOperands; ++k) tile[k] = data[k] + layout.rows[row] * width + column;
