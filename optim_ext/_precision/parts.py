@@ -85,7 +85,7 @@ def place_of(dtensor: Any) -> Tensor | None:
 def local_entry(dtensor: Any, entry: Mapping[str, Any], scalars: Collection[str]) -> dict[str, Any] | None:
     """What this process has of a parameter's state; None where that is not laid out as the parameter.
 
-    scalars: keys of state that is a number.
+    scalars: keys of state that is a number, or has others than a number for each element.
     """
     if _sharding.local_part(dtensor) is None:
         return None
@@ -106,6 +106,8 @@ def wrapped(key: str, value: Any, dtensor: Any) -> Any:
     """State as the optimizer has it, of which this process has ``value``."""
     if key == ROUNDING_KEY:
         return value
+    if not key.endswith(SCALE) and value.shape != dtensor._local_tensor.shape:  # a row or column of it
+        return _sharding.wrapped_copy(value.detach(), dtensor)
     return (wrapped_scale if key.endswith(SCALE) else _sharding.wrapped)(value.detach(), dtensor)
 
 

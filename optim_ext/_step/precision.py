@@ -316,7 +316,7 @@ class KeptStep(OpStep):
         if not _sharding.is_dtensor(p):
             converted = self._converted(group, index, p, entry)
         else:
-            seen = parts.local_entry(p, entry, TABLES[self._op].scalar_state)
+            seen = parts.local_entry(p, entry, TABLES[self._op].scalar_state | TABLES[self._op].partial_state)
             if seen is None:  # of another layout, which the next step refuses
                 return
             made = self._converted(group, index, _sharding.local(p), seen)

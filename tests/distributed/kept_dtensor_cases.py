@@ -353,8 +353,8 @@ def rules_about_norms_take_it():
 
 
 def rules_about_whole_tensors_take_it_for_copies():
-    """They step tensors of which every process has the whole, also beside others that are cut and kept as torch does. Those
-    that are cut are refused otherwise, by name."""
+    """They step tensors of which every process has the whole, also beside others that are cut and kept as torch does, and
+    take up what was saved. Those that are cut are refused otherwise, by name."""
     rows = {"copies": (line(), [Replicate()], (32, 80)), "cut": (line(), [Shard(0)], (33, 7))}
     for spec in TAKING:
         if not spec.ours._about_whole_tensors:
@@ -370,8 +370,13 @@ def rules_about_whole_tensors_take_it_for_copies():
                 for of in (wholes, params)
             )
             theirs, ours = (averaged_by(each, of, True) for each, of in ((single, wholes), (optimizer, params)))
-            for index in range(3):
+            for index in range(4):
                 give_grads(wholes, params, index)
+                if index == 2:
+                    for each in (single, optimizer):
+                        saved = copy.deepcopy(each.state_dict())
+                        each.load_state_dict(saved)
+                    assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}, loaded")
                 single.step()
                 optimizer.step()
             assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}")

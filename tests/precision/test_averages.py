@@ -54,10 +54,20 @@ def step(model, optimizer, number, frozen=()):
     optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"use_buffers": True}, {"update_every": 2}], ids=str)
-def test_masters_are_averaged(way, options):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (optim.AdamW, {}),
+        (optim.AdamW, {"use_buffers": True}),
+        (optim.AdamW, {"update_every": 2}),
+        (optim.Adafactor, {}),
+        (optim.Muon, {}),
+    ],
+    ids=str,
+)
+def test_masters_are_averaged(way, cls, options):
     model = network()
-    optimizer = optim.AdamW(model.parameters(), **way)
+    optimizer = cls([p for p in model.parameters() if cls is not optim.Muon or p.dim() == 2], **way)
     average, shadow = average_of(model, **options), Shadow(model, optimizer, **options)
     optimizer.average_into(average, masters=True)
     for number in range(5):
@@ -175,11 +185,12 @@ def test_explain_says_which_averages_are_of_masters():
 
 
 @pytest.mark.parametrize("precision", ["master", "remainder", "kahan"])
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.Adafactor])
 @pytest.mark.parametrize("measure", [optim.AdamW.measure_step, optim.utils.measure_step], ids=["method", "function"])
-def test_a_step_too_small_for_16_bits_is_measured(precision, measure):
+def test_a_step_too_small_for_16_bits_is_measured(precision, measure, cls):
     """From the first step on, at which nothing lies beside the parameter yet."""
     p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-    optimizer = optim.AdamW([p], lr=1e-4, weight_decay=0.0, param_precision=precision)
+    optimizer = cls([p], lr=1e-4, weight_decay=0.0, param_precision=precision)
     for number in range(3):
         p.grad = torch.ones_like(p)
         with measure(optimizer) as norms:
