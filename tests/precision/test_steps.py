@@ -193,6 +193,22 @@ def test_parameters_that_are_views_keep_their_values(taking, way):
     assert same(*found)
 
 
+def test_parameters_that_overlap_go_in_turns(taking):
+    """With what lies beside each of them."""
+    found = []
+    for together in (True, False):
+        memory = random((40, 20), torch.bfloat16, 1)
+        params = [torch.nn.Parameter(memory[:24]), torch.nn.Parameter(memory[16:])]
+        groups = [params] if together else [params[:1], params[1:]]
+        optimizers = [taking.ours(group, **copy_of(taking.typical), param_precision="kahan") for group in groups]
+        for step in range(3):
+            give_grads(params, step)
+            for optimizer in optimizers:
+                optimizer.step()
+        found.append([bits for optimizer in optimizers for bits in everything(optimizer)])
+    assert same(*found)
+
+
 def test_clipping_and_skipping_in_every_way(taking, way):
     """Half a gradient by clipping is half a gradient, and a skipped step draws no words and changes no bit."""
     clipped, params = make(taking, way, shapes=((64, 100),))
