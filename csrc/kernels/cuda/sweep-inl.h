@@ -1,5 +1,6 @@
 // The kernels around a block's work. Each family of rules is a translation unit that includes its header and this file
 // and instantiates the kernel for its rules: to change a rule recompiles its own family only.
+#include "kept_block.h"
 #include "launch.h"
 #include "sweep_block.h"
 
@@ -13,11 +14,22 @@ sweep(OPTIM_EXT_ARGUMENT(Args<Rule, kBytes>) args) {
   sweep_block<Rule, V, kAveraged>(args);
 }
 
-template <class Rule, int64_t kBytes>
+// A kernel of its own, with room for more registers, so that steps which keep nothing beside pay nothing for it.
+template <class Rule, int64_t kBytes, bool kAveraged>
+OPTIM_EXT_KERNEL(kThreads, 2)
+sweep_kept(OPTIM_EXT_ARGUMENT(Args<Rule, kBytes>) args) {
+  sweep_kept_block<Rule, kAveraged>(args);
+}
+
+template <class Rule, class EntryOf, int64_t kBytes>
 OPTIM_EXT_KERNEL(kThreads)
 advance_scalars(OPTIM_EXT_ARGUMENT(Args<Rule, kBytes>) args) {
-  advance_scalars_of_thread(args);
+  advance_scalars_of_thread<Rule, EntryOf>(args);
 }
+
+// Whether parameters of a rule may be kept in another way than it sees them; averages are of what is rounded.
+template <class Rule, class V>
+constexpr bool kMayBeKept = sizeof(V) == sizeof(float) && !std::is_same_v<Rule, rules::Average>;
 
 }  // namespace
 
@@ -27,10 +39,16 @@ device::Status launch_sweep(const Args<Rule, kBytes>& args, int64_t chunks, devi
   if constexpr (kCanAverage<Rule>) {
     if (args.batch.averaged) kernel = &sweep<Rule, V, kBytes, true>;
   }
+  if constexpr (kMayBeKept<Rule, V>) {
+    if (args.batch.kept)
+      kernel = args.batch.averaged ? &sweep_kept<Rule, kBytes, true> : &sweep_kept<Rule, kBytes, false>;
+  }
   device::Status error = launch_blocks(kernel, args, chunks, stream);
   if constexpr (rules::kStoresScalars<Rule>) {
     const int64_t blocks = (args.batch.count + kThreads - 1) / kThreads;
-    if (error == device::kSuccess) error = launch_blocks(&advance_scalars<Rule, kBytes>, args, blocks, stream);
+    auto* advance = &advance_scalars<Rule, Entry<Rule>, kBytes>;
+    if (args.batch.kept) advance = &advance_scalars<Rule, KeptEntry<Rule>, kBytes>;
+    if (error == device::kSuccess) error = launch_blocks(advance, args, blocks, stream);
   }
   return error;
 }
