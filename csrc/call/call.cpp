@@ -141,7 +141,8 @@ void Call::store_scalars(const RuleProgram& program, const void* rule) {
 void Call::advance(int64_t i) {
   for (size_t kind = 0; bundles[i].companions && kind < companion_kinds(); ++kind) {
     const at::Tensor& key = companion(kind, i);
-    if (key.scalar_type() == at::kLong && !follows_key(kind, i)) ++key.mutable_data_ptr<int64_t>()[kDraws];
+    if (key.is_cpu() && key.scalar_type() == at::kLong && !follows_key(kind, i))
+      ++static_cast<RoundingKey*>(key.mutable_data_ptr())->draws;
   }
   if (!spec_.state_steps || !spec_.counts) return;
   const at::Tensor& step = (*spec_.state_steps)[i];

@@ -75,9 +75,10 @@ struct CallSpec {
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
   bool counts = true;  // false: the step is counted by another call of the same op, after this one
   std::initializer_list<PartialList> partial = {};  // only checked
-  bool any_order = false;         // nothing is summed over elements, so that these may come in any order
-  bool takes_companions = false;  // every sweep and reduction of the op reads parameters and state through them
-  int leader = 0;                 // the operand whose shape the others must have and whose memory order is walked
+  bool any_order = false;          // nothing is summed over elements, so that these may come in any order
+  bool takes_companions = false;   // every sweep and reduction of the op reads parameters and state through them
+  bool companions_on_gpu = false;  // so do its kernels on a GPU
+  int leader = 0;                  // the operand whose shape the others must have and whose memory order is walked
 };
 
 // Throws unless `weight`, of the newest in a running average, is a number in [0, 1].

@@ -14,10 +14,6 @@ namespace optim_ext::ops {
 
 constexpr int kParam = 0, kGrad = kGradOperand;
 
-// Where random words come from: the parameter's key, how often it was drawn from, and, a bit each, the operands it
-// serves and, 8 bits up, those without a sign.
-enum InRoundingKey { kKey, kDraws, kByChance, kKeyLength };
-
 std::optional<Storage> storage_of(at::ScalarType dtype);
 
 // Tells autograd that a tensor has been written.
