@@ -7,7 +7,6 @@ from ranks import cases_in
 
 PROGRAM = Path(__file__).with_name("kept_dtensor_cases.py")
 CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_")]
-pytestmark = pytest.mark.about_the_cpu("precision options are for parameters there")
 
 
 @pytest.fixture(scope="module", params=[2, 4, 1])  # all tests of one number first

@@ -241,12 +241,7 @@ REFUSED = {
 }
 
 
-ON_CPU_ONLY = pytest.mark.about_the_cpu("elsewhere param_precision is refused in other words")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=ON_CPU_ONLY) if kind == "kept" else kind for kind in REFUSED]
-)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused_is_refused_before_anything_is_written(kind):
     make, options, words = REFUSED[kind]
     param, other = make(), nn.Parameter(torch.ones(3))
