@@ -147,10 +147,10 @@ fault(kept_without_barrier kept "${race_or_poison}" kernels/cuda/kept_block.h
 [[  if (!FAULT) device::barrier();
   if (block.skip) return;]])
 fault(kept_average_without_barrier kept "${race_or_poison}" kernels/cuda/kept_block.h
-[[    device::barrier();
-    if (!average.skip)]]
-[[    if (!FAULT) device::barrier();
-    if (!average.skip)]])
+[[  device::barrier();
+  if (!average.skip)]]
+[[  if (!FAULT) device::barrier();
+  if (!average.skip)]])
 fault(exponent_read_by_all kept "${race}" kernels/cuda/kept_block.h
 [[storage == Storage::q8 && share.leads && share.left > 0)]]
 [[storage == Storage::q8 && (share.leads || FAULT) && share.left > 0)]])
