@@ -189,8 +189,8 @@ double: double-build
 	CUDA_DOUBLE=lazy,closed $(ON_DOUBLE) $(ABOUT_STREAMS)
 	CUDA_DOUBLE=guard $(ON_DOUBLE) $(ABOUT_MEMORY)
 # What of them speaks of the CPU is marked so.
-FOR_ANY_DEVICE := tests/optim tests/lbfgs tests/distributed
-ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py)
+FOR_ANY_DEVICE := tests/optim tests/lbfgs tests/precision tests/distributed
+ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py kept.py)
 ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py -k 'lbfgs or layouts or frozen or mixed'
 
 # Other people's frameworks stand on the environment of the tests: torch, pytest and optim_ext are its, and the frameworks have

@@ -141,7 +141,7 @@ void Call::keep_all(const at::Tensor& factor) {
   for (Bundle& bundle : bundles) {
     if (steps_on_device && bundle.device_step) bundle.step = 1.0;
   }
-  steps_on_device = false;
+  steps_on_device = draws_on_device = false;
   if (pass.unscale) {
     pass.grad_factor /= pass.grad_scale;
     pass.unscale = false;
@@ -157,7 +157,8 @@ void Call::advance(int64_t i) {
   if (!spec_.counts) return;
   for (size_t kind = 0; bundles[i].companions && kind < companion_kinds(); ++kind) {
     const at::Tensor& key = companion(kind, i);
-    if (key.scalar_type() == at::kLong && !follows_key(kind, i)) ++key.mutable_data_ptr<int64_t>()[kDraws];
+    if (key.is_cpu() && key.scalar_type() == at::kLong && !follows_key(kind, i))
+      ++static_cast<RoundingKey*>(key.mutable_data_ptr())->draws;
   }
   if (!spec_.state_steps) return;
   const at::Tensor& step = (*spec_.state_steps)[i];

@@ -22,7 +22,10 @@ const at::Tensor& Call::companion(size_t kind, int64_t i) const {
 // kept.
 void Call::add_companions(int64_t i) {
   Bundle& bundle = bundles[i];
-  if (!device.is_cpu()) refuse("params", i, text("is on ", device, ", where nothing can lie beside it yet"));
+  if (!device.is_cpu() && !spec_.companions_on_gpu)
+    refuse("params", i, text("is on ", device, ", where nothing can lie beside it yet"));
+  if (!device.is_cpu() && bundle.layout && bundle.layout->rows)
+    refuse("grads", i, text("is sparse and on ", device, ", expected dense beside companions"));
   for (int k = 0; k < rule_.count; ++k) {
     if (rule_.is_used(k) && bundle.storage[k] == Storage::f64) refuse(rule_.lists[k].name, i, kNoDouble);
   }
@@ -33,8 +36,11 @@ void Call::add_companions(int64_t i) {
     const at::Tensor& tensor = companion(kind, i);
     const char* const name = kCompanions[kind];
     if (!tensor.defined()) refuse(name, i, "is undefined");
-    if (tensor.layout() != at::kStrided || tensor.device() != device)
-      refuse(name, i, text("is on ", tensor.device(), ", expected a strided tensor on ", device));
+    // Where a part is in the whole goes into tables that the host makes.
+    const bool is_place = tensor.scalar_type() == at::kLong && follows_key(kind, i);
+    const at::Device expected = is_place ? at::kCPU : device;
+    if (tensor.layout() != at::kStrided || tensor.device() != expected)
+      refuse(name, i, text("is on ", tensor.device(), ", expected a strided tensor on ", expected));
     check_writable(name, i, tensor);
     add_companion(kind, i, made);
   }
@@ -63,12 +69,17 @@ void Call::add_companion(size_t kind, int64_t i, Companions& made) {
   if (dtype == at::kByte) return add_exponents(kind, i, made);
   if (dtype == at::kLong && follows_key(kind, i)) return add_place(kind, i, made);
   if (dtype == at::kLong) {
-    if (tensor.numel() != kKeyLength || !tensor.is_contiguous())
+    if (tensor.numel() * tensor.element_size() != sizeof(RoundingKey) || !tensor.is_contiguous())
       refuse(name, i, text("has shape ", tensor.sizes(), ", expected 3 numbers"));
-    const int64_t* const key = tensor.const_data_ptr<int64_t>();
-    made.key = key_at_step(static_cast<uint64_t>(key[kKey]), static_cast<uint64_t>(key[kDraws]) + 1);
-    made.by_chance = static_cast<unsigned>(key[kByChance] & 0xffff) & spec_.kept;
-    made.positive = static_cast<unsigned>(key[kByChance] >> 16 & 0xffff);
+    if (!device.is_cpu()) {  // kernels read it; nothing waits for it
+      made.live_key = static_cast<RoundingKey*>(tensor.mutable_data_ptr());
+      draws_on_device = true;
+      return;
+    }
+    const RoundingKey& key = *static_cast<const RoundingKey*>(tensor.const_data_ptr());
+    made.key = key_at_step(static_cast<uint64_t>(key.key), static_cast<uint64_t>(key.draws) + 1);
+    made.by_chance = key.rounded() & spec_.kept;
+    made.positive = key.positive();
     if ((made.by_chance & 1u) && (storage != Storage::bf16 || made.precision != Precision::native))
       refuse(name, i, text("rounds a parameter of dtype ", param.scalar_type(), " by chance, expected BFloat16 alone"));
     return;

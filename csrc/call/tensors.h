@@ -14,10 +14,6 @@ namespace optim_ext::ops {
 
 constexpr int kParam = 0, kGrad = kGradOperand;
 
-// Where random words come from: the parameter's key, how often it was drawn from, and, a bit each, the operands it
-// serves and, 8 bits up, those without a sign.
-enum InRoundingKey { kKey, kDraws, kByChance, kKeyLength };
-
 // What is wrong with a double where something lies beside a parameter.
 constexpr const char* kNoDouble = "has dtype Double, expected Float or a type of 16 bits beside companions";
 

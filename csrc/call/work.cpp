@@ -14,7 +14,7 @@ void make_ready(const RuleProgram& program, const void* rule, const Bundle& bund
 void Work::begin_second_rule() {
   pass.unscale = false;
   pass.on_device.grad_scale = nullptr;
-  steps_on_device = false;
+  steps_on_device = draws_on_device = false;
 }
 
 void Work::use_scalars(int k, const double* values) {

@@ -43,9 +43,11 @@ struct Work {
   std::vector<DeviceHyper> device_hypers;
   Pass pass;
   bool steps_on_device = false;
-  bool at_one_point = false;  // known of all bundles; see same_point()
+  bool draws_on_device = false;  // random words, which are counted there
+  bool at_one_point = false;     // known of all bundles; see same_point()
 
-  // For another rule over the same memory: gradients are unscaled by now, and steps are counted on the device, too.
+  // For another rule over the same memory: gradients are unscaled by now, and steps and draws are counted on the
+  // device, too.
   void begin_second_rule();
 
   // Gives every parameter's rule a number that was computed for it, in place of scalar state: those at `values`, which

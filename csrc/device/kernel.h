@@ -5,7 +5,8 @@
 //   OPTIM_EXT_SHARED(name, Type);                                                 a variable of the block
 //   OPTIM_EXT_DEVICE                                                              a function of kernels only
 //   thread_x(), block_x(), block_y(), blocks_y()
-//   barrier(), shuffle_down(mask, value, apart, width), fence(), atomic_add(to, value), load_past_l1(from)
+//   barrier(), fence(), atomic_add(to, value), load_past_l1(from)
+//   shuffle_down(mask, value, apart, width), shuffle_from(mask, value, lane, width), shuffle_xor(mask, value, lanes)
 #pragma once
 
 #if defined(OPTIM_EXT_DEVICE_DOUBLE)

@@ -85,9 +85,10 @@ bool Planning::add_companion(PlannedCall& call, const Member& member, const py::
   const std::string& key = call.companion_keys[kind];
   const py::object value = item_or_null(entry, py::str(key));
   const bool there = value && THPVariable_Check(value.ptr());
-  TORCH_CHECK(!there || THPVariable_Unpack(value.ptr()).device() == member.tensor.device(), name_of(member),
-              ": its state '", key, "' is on ", THPVariable_Unpack(value.ptr()).device(), ", expected ",
-              member.tensor.device());
+  // Where a part is in the whole is for the host to read.
+  TORCH_CHECK(!there || key == "rounding_place" || THPVariable_Unpack(value.ptr()).device() == member.tensor.device(),
+              name_of(member), ": its state '", key, "' is on ", THPVariable_Unpack(value.ptr()).device(),
+              ", expected ", member.tensor.device());
   call.companions[kind].add(there ? value.ptr() : nullptr);
   if (there) state_tensors.insert(value.ptr());
   return there;

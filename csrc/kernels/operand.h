@@ -109,10 +109,21 @@ struct ScalarState {
 // How a parameter of 16 bits is kept more exactly than it says itself (storage/).
 enum class Precision : uint8_t { native, master, remainder, kahan };
 
+// What a parameter's state keeps of its random words: the key of all of them, how many steps have drawn some, and which
+// operands they round (bit k: operand k, bit k + 16: operand k has no sign).
+struct RoundingKey {
+  int64_t key, draws, by_chance;
+
+  OPTIM_EXT_HOST_DEVICE unsigned rounded() const { return static_cast<unsigned>(by_chance & 0xffff); }
+  OPTIM_EXT_HOST_DEVICE unsigned positive() const { return static_cast<unsigned>(by_chance >> 16 & 0xffff); }
+};
+
 // What lies beside a parameter and its state where memory holds something else than the numbers a rule sees.
 struct Companions {
   Precision precision;
-  void* twin;          // an element for each of the parameter's, in its memory order; null where it is native
+  void* twin;  // an element for each of the parameter's, in its memory order; null where it is native
+  RoundingKey*
+      live_key;        // where the key lives on the device, which then says what the three below say; null on the host
   uint64_t key;        // of the random words at this step (storage/stochastic.h)
   unsigned by_chance;  // bit k: operand k is rounded so
   uint8_t* exponents[kMaxOperands];  // of the blocks of operands in q8; null of others

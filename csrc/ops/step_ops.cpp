@@ -34,18 +34,24 @@ const char* type_of(HyperKind kind) {
 }  // namespace
 
 StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise,
-               bool takes_companions)
+               bool takes_companions, bool companions_on_gpu)
     : name(name),
       lists(std::move(lists)),
       hypers(std::move(hypers)),
       is_element_wise(is_element_wise),
-      takes_companions(takes_companions) {
+      takes_companions(takes_companions),
+      companions_on_gpu(companions_on_gpu) {
   registered().push_back(this);
   all_by_name().emplace(name, this);
 }
 
 StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
-    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(true), takes_companions(true) {
+    : name(name),
+      lists(std::move(lists)),
+      hypers(std::move(hypers)),
+      is_element_wise(true),
+      takes_companions(true),
+      companions_on_gpu(false) {
   all_by_name().emplace(name, this);
 }
 

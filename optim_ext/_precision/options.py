@@ -107,13 +107,10 @@ def asks_for(group: Mapping[str, Any], precision: str) -> bool:
     return precision in (asked.values() if isinstance(asked, Mapping) else (asked,))
 
 
-def keeping_of(
-    p: Tensor, device: torch.device, group: Mapping[str, Any], places: Mapping[str, int | None], described: str
-) -> Keeping | None:
+def keeping_of(p: Tensor, group: Mapping[str, Any], places: Mapping[str, int | None], described: str) -> Keeping | None:
     """What the options of a group come to for one of its parameters; None where everything is kept as torch does.
 
     p: the parameter, or a tensor without memory that is like it, or like the whole that it is a part of.
-    device: where it is.
     places: the operand of the rule that each state of the parameter's shape is; None of one that only some parameters
         have, or of fewer numbers, which is not rounded.
     """
@@ -130,11 +127,6 @@ def keeping_of(
             by_chance |= 1 << place | has_no_sign(key) << (place + 16)
     if param == "native" and all(precision == "native" for _, precision in state):
         return None
-    if device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{described}: param_precision and state_precision are for parameters on the CPU so far, and it is on "
-            f"{device}; use 'native' for both"
-        )
     return Keeping(param, tuple(state), by_chance)
 
 

@@ -54,8 +54,8 @@ def why_not(keeping: Keeping, dtensor: Any) -> str | None:
 
 
 def place_of(dtensor: Any) -> Tensor | None:
-    """Where this process's part is in the whole, as the ops take it (csrc/kernels/operand.h): int64. None where it is the
-    whole.
+    """Where this process's part is in the whole, as the ops take it (csrc/kernels/operand.h): int64, on the host, which
+    reads it. None where it is the whole.
 
     Raises:
         RuntimeError: the part has another shape than the layout says.
@@ -65,7 +65,7 @@ def place_of(dtensor: Any) -> Tensor | None:
         return None
     local: Tensor = dtensor._local_tensor
     if local.numel() == 0:
-        return torch.tensor([0, 0, 1], device=local.device)
+        return torch.tensor([0, 0, 1], device="cpu")
     offsets, sizes = _extent(spec)
     if tuple(local.shape) != sizes:
         raise RuntimeError(
@@ -79,7 +79,7 @@ def place_of(dtensor: Any) -> Tensor | None:
         else:
             dims.append((sizes[d], strides[d]))
     first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-    return torch.tensor([first, *(number for dim in dims or [(1, 1)] for number in dim)], device=local.device)
+    return torch.tensor([first, *(number for dim in dims or [(1, 1)] for number in dim)], device="cpu")
 
 
 def local_entry(dtensor: Any, entry: Mapping[str, Any], scalars: Collection[str]) -> dict[str, Any] | None:

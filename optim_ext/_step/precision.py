@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim_ext import _grad_control, _sharding
 from optim_ext._precision import codecs, options, parts, values
 from optim_ext._precision.options import CODES, PLACE, ROUNDING_KEY, SCALE, TWINS, Keeping
 from optim_ext._step.base import Group, OpStep
 from optim_ext._tables import TABLES
+
+# The operands that rounding keys on a GPU serve, by these tensors: what has been looked at once is not waited for again.
+_ROUNDED_BY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 # The state keys of one parameter in place of those of its group, and the keys of its companions; None: there are none.
 Way = tuple[tuple[str | None, ...], tuple[str, ...]] | None
@@ -75,6 +79,11 @@ class KeptStep(OpStep):
         """Whether the class takes any of these options."""
         return TABLES[cls._op].takes_companions
 
+    @classmethod
+    def _keeps_on(cls, device: torch.device) -> bool:
+        """Whether there are kernels for that beside the CPU's."""
+        return device.type == "cuda" and TABLES[cls._op].companions_on_gpu
+
     def _keeps(self, group: Group) -> bool:
         return bool(options.given(group))
 
@@ -106,7 +115,12 @@ class KeptStep(OpStep):
         ordered = {key: places.get(key) for key in sorted(keys, key=lambda key: places.get(key, 0))}
         dtensor = self._dtensor_of(p)
         whole = p if dtensor is None else parts.whole_of(dtensor)
-        keeping = options.keeping_of(whole, p.device, group, ordered, described)
+        keeping = options.keeping_of(whole, group, ordered, described)
+        if keeping is not None and p.device.type not in ("cpu", "meta") and not self._keeps_on(p.device):
+            raise ValueError(
+                f"{described}: {type(self).__name__} takes param_precision and state_precision for parameters on the CPU "
+                f"so far, and it is on {p.device}; use 'native' for both"
+            )
         if keeping is None or dtensor is None:
             takes_chance = options.asks_for(group, "q8") or (keeping is not None and keeping.by_chance)
             if takes_chance and _grad_control.is_flat_shard(p):
@@ -366,18 +380,25 @@ class KeptStep(OpStep):
                 made[key] = values.twin_of(p, keeping.param, values.param_value(p, entry))
         if keeping.by_chance:
             found = entry.get(ROUNDING_KEY)
-            if isinstance(found, Tensor) and found.dtype is torch.int64 and found.shape == (3,):
-                key_and_draws = found.tolist()[:2]
-            else:
-                key_and_draws = [self._new_rounding_key(group, index), 0]
-            if not (isinstance(found, Tensor) and found.tolist() == [*key_and_draws, keeping.by_chance]):
-                device = "cpu" if p.is_meta else p.device  # it has a value where parameters have none
-                found = torch.tensor([*key_and_draws, keeping.by_chance], dtype=torch.int64, device=device)
-            made[ROUNDING_KEY] = found
+            made[ROUNDING_KEY] = self._key_beside(group, index, p, found, keeping.by_chance)
             place = parts.place_of(self._dtensor_of(group["params"][index])) if keeping.is_part else None
             if place is not None:
                 made[PLACE] = place
         return made
+
+    def _key_beside(self, group: Group, index: int, p: Tensor, found: Any, by_chance: int) -> Tensor:
+        """What the random words of a parameter come from, where its state has ``found`` for it."""
+        is_key = isinstance(found, Tensor) and found.dtype is torch.int64 and found.shape == (3,)
+        if is_key and _ROUNDED_BY.get(found) == by_chance:
+            return found  # type: ignore[no-any-return]
+        numbers = found.tolist() if is_key else [self._new_rounding_key(group, index), 0, 0]
+        key: Tensor = found
+        if not is_key or numbers[2] != by_chance:
+            device = "cpu" if p.is_meta else p.device  # it has a value where parameters have none
+            key = torch.tensor([*numbers[:2], by_chance], dtype=torch.int64, device=device)
+        if key.device.type not in ("cpu", "meta"):
+            _ROUNDED_BY[key] = by_chance
+        return key
 
     def _new_rounding_key(self, group: Group, index: int) -> int:
         names = group.get("param_names")

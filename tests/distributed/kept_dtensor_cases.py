@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from kept import TAKING, WAYS, name_of
 from lockstep import copy_of
 from parts import part_of, spread
@@ -38,7 +39,7 @@ FEW = [
 
 @functools.cache
 def line():
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+    return init_device_mesh(DEVICE.type, (dist.get_world_size(),))
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def layouts():
         "turned": (line(), [Shard(0)], (6, 15)),
     }
     if dist.get_world_size() == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        square = init_device_mesh(DEVICE.type, (2, 2), mesh_dim_names=("a", "b"))
         rows |= {
             "hybrid": (square, [Replicate(), Shard(0)], (34, 70)),
             "rows and columns": (square, [Shard(0), Shard(1)], (32, 128)),
@@ -194,7 +195,7 @@ def what_a_layout_does_not_allow_is_refused_alike():
     world = dist.get_world_size()
     cases = [([Shard(1)], (16, 100), "q8", r"cut blocks of 64 elements.*use 'bf16' or 'fp32'")] if world > 1 else []
     if world == 4:
-        square = init_device_mesh("cpu", (2, 2))
+        square = init_device_mesh(DEVICE.type, (2, 2))
         strided = [_StridedShard(0, split_factor=2), Shard(0)]
         cases += [(strided, (32, 100), state, r"do not say where its parts are") for state in ("q8", "bf16")]
     for places, shape, state, message in cases:
@@ -228,7 +229,7 @@ def strided_shards_are_kept_without_chance():
     """Tensor parallelism below FSDP: what goes by elements alone has the bits of one process."""
     if dist.get_world_size() != 4:
         return
-    square = init_device_mesh("cpu", (2, 2))
+    square = init_device_mesh(DEVICE.type, (2, 2))
     places, whole = [_StridedShard(0, split_factor=2), Shard(0)], torch.randn(8, 3).bfloat16()
     dist.broadcast(whole, 0)
     outer, inner = square.get_coordinate()
@@ -447,7 +448,7 @@ def flat_shards_of_fsdp_take_what_goes_by_elements():
     """Parameters of FullyShardedDataParallel are vectors that do not say which elements of what they are."""
     torch.manual_seed(0)
     for way in ({"param_precision": "remainder"}, {"param_precision": "master", "state_precision": "fp32"}):
-        model = FullyShardedDataParallel(nn.Linear(10, 6, dtype=torch.bfloat16), device_id=torch.device("cpu"))
+        model = FullyShardedDataParallel(nn.Linear(10, 6, dtype=torch.bfloat16), device_id=DEVICE)
         (p,) = model.parameters()
         whole = nn.Parameter(
             torch.randn(p.numel() * dist.get_world_size(), generator=torch.Generator().manual_seed(2)).bfloat16()

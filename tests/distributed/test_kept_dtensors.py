@@ -1,16 +1,19 @@
-"""Sharded parameters that are kept in other ways than torch's, on one, two and four processes: see kept_dtensor_cases.py."""
+"""Sharded parameters that are kept in other ways than torch's, on one, two and four processes, on a GPU on one: see
+kept_dtensor_cases.py."""
 
 from pathlib import Path
 
 import pytest
+from device import ON_CPU
 from ranks import cases_in
 
 PROGRAM = Path(__file__).with_name("kept_dtensor_cases.py")
-CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_")]
-pytestmark = pytest.mark.about_the_cpu("precision options are for parameters there")
+WORLDS = (2, 4, 1) if ON_CPU else (1,)
+ABOUT_THE_CPU = () if ON_CPU else ("rules_written_in_python_have_the_bits_of_the_built_in_one",)
+CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_") and name not in ABOUT_THE_CPU]
 
 
-@pytest.fixture(scope="module", params=[2, 4, 1])  # all tests of one number first
+@pytest.fixture(scope="module", params=WORLDS)  # all tests of one number first
 def world(request):
     return request.param
 
@@ -18,7 +21,7 @@ def world(request):
 @pytest.fixture(scope="module")
 def saved(worlds):
     """A checkpoint is in the folder, of as many processes as come first."""
-    worlds.expect(2, "then_saves")
+    worlds.expect(WORLDS[0], "then_saves")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device import DEVICE
 from lockstep import bits, copy_of, give_grads, make_params, snapshot
 
 import optim_ext
@@ -190,7 +191,6 @@ def test_sparse_adam():
     assert bits(tables[0]) == bits(tables[1]) and ours.grad_policy.skipped_steps == 1
 
 
-@pytest.mark.about_the_cpu("precision options are for parameters there")
 def test_together_with_precision_averages_and_a_scaler():
     """Each as it is on its own; a step that GradScaler skips is skipped once."""
     results = []
@@ -202,7 +202,7 @@ def test_together_with_precision_averages_and_a_scaler():
             optimizer.set_grad_policy(**POLICY)
         ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5), dtype=torch.float32)
         optimizer.average_into(ema)
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
         for step in range(4):
             optimizer.zero_grad()
             scaler.scale(model(torch.full((2, 4), math.inf if step == 1 else 1.0 + step).bfloat16()).sum()).backward()

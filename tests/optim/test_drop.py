@@ -172,7 +172,6 @@ def test_averages_go_on_with_the_whole_model():
     assert [bits(p) for p in twin.parameters()] == [bits(p) for p in ema.parameters()]
 
 
-@pytest.mark.about_the_cpu("precision options are for parameters there")
 def test_what_is_kept_beside_parameters_goes_too():
     params = make_params(((64, 80), (64, 80)), torch.bfloat16)
     optimizer = optim_ext.AdamW(params, param_precision="master", state_precision="q8", skip_nonfinite=True)

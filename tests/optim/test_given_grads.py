@@ -97,7 +97,6 @@ def test_a_policy_takes_their_norm():
     assert [bits(p) for p in params] == [bits(q) for q in others] and ours.grad_policy.skipped_steps == 1
 
 
-@pytest.mark.about_the_cpu("precision options are for parameters there")
 def test_with_averages_and_precision_options():
     runs = []
     for given in (True, False):

@@ -71,7 +71,6 @@ def test_shares_no_memory_and_has_the_same_bits(variant):
     ],
     ids=str,
 )
-@pytest.mark.about_the_cpu("precision options are for parameters there")
 def test_with_precision_options(options):
     def make():
         params = make_params(((64, 80), (7,)), torch.bfloat16)

@@ -74,6 +74,7 @@ def test_options_changed_later_are_looked_at_by_the_next_step():
     assert same(before, everything(optimizer))
 
 
+@pytest.mark.about_the_cpu("elsewhere a capturable step is native")
 def test_a_group_that_takes_torchs_code():
     p = parameter(4)
     optimizer = optim.AdamW([p], param_precision="master", capturable=True)

@@ -76,6 +76,7 @@ def Kept(param, grad, velocity, slow, *, step, lr=1e-3):
     return param - lr * velocity, velocity, slow + param
 
 
+@pytest.mark.about_the_cpu("rules keep parameters and state in other ways there only")
 def test_a_rule_of_ones_own():
     (row,) = optim.memory(parameters(), Drift).rows
     assert numbers(row) == held_after_a_step(Drift, parameters())
@@ -121,6 +122,7 @@ def test_groups_with_options_of_their_own_and_parameters_without_gradients():
         assert numbers(row) == held_after_a_step(optim.Adagrad, groups(), **way), way
 
 
+@pytest.mark.about_the_cpu("elsewhere tests make no model on the meta device")
 def test_a_model_on_the_meta_device_and_nothing_is_made_or_changed():
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.LayerNorm(200)).bfloat16()

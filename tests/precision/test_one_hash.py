@@ -11,6 +11,8 @@ import pytest
 
 import optim_ext
 
+pytestmark = pytest.mark.about_the_cpu("its instruction sets and threads are compared")
+
 # ATEN_CPU_CAPABILITY is read once per process. Torch's random numbers differ between instruction sets, NumPy's do not.
 CHILD = """
 import functools, hashlib, io, json, sys

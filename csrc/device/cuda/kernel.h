@@ -36,6 +36,16 @@ OPTIM_EXT_DEVICE double shuffle_down(unsigned mask, double value, int apart, int
   return __shfl_down_sync(mask, value, static_cast<unsigned>(apart), width);
 }
 
+// The value that lane `lane` of the same group of `width` lanes gave.
+OPTIM_EXT_DEVICE uint32_t shuffle_from(unsigned mask, uint32_t value, int lane, int width = 32) {
+  return __shfl_sync(mask, value, lane, width);
+}
+
+// The value of the lane whose number differs in the bits of `lanes`.
+OPTIM_EXT_DEVICE uint32_t shuffle_xor(unsigned mask, uint32_t value, int lanes) {
+  return __shfl_xor_sync(mask, value, lanes);
+}
+
 // What was written before it is seen, by whoever sees what is written after it, on the whole device.
 OPTIM_EXT_DEVICE void fence() { __threadfence(); }
 

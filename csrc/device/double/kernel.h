@@ -30,6 +30,8 @@ inline unsigned blocks_y() { return position.blocks_y; }
 
 void barrier(const Where& where = Where::current());
 double shuffle_down(unsigned mask, double value, int apart, int width = 32, const Where& where = Where::current());
+uint32_t shuffle_from(unsigned mask, uint32_t value, int lane, int width = 32, const Where& where = Where::current());
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lanes, const Where& where = Where::current());
 void fence();
 
 // Lets others run before an atomic operation, and lets it carry on what its block has fenced.

@@ -3,11 +3,11 @@
 
 namespace optim_ext::cuda {
 
-OPTIM_EXT_INSTANTIATE(AdafactorAverage<false>)
-OPTIM_EXT_INSTANTIATE(AdafactorAverage<true>)
-OPTIM_EXT_INSTANTIATE(AdafactorFactor<false>)
-OPTIM_EXT_INSTANTIATE(AdafactorFactor<true>)
-OPTIM_EXT_INSTANTIATE(AdafactorUpdate<false>)
-OPTIM_EXT_INSTANTIATE(AdafactorUpdate<true>)
+OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorAverage<false>)
+OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorAverage<true>)
+OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorFactor<false>)
+OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorFactor<true>)
+OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorUpdate<false>)
+OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorUpdate<true>)
 
 }  // namespace optim_ext::cuda

@@ -3,6 +3,6 @@
 
 namespace optim_ext::cuda {
 
-OPTIM_EXT_INSTANTIATE(Average)
+OPTIM_EXT_INSTANTIATE_NATIVE(Average)
 
 }  // namespace optim_ext::cuda

@@ -73,6 +73,28 @@ struct Entry : EntryHead, ScalarStates<rules::kScalarsOf<Rule>> {
   void* data[kSlots<Rule>];
 };
 
+// Where parameters and state are kept in another way than a rule sees them, what lies beside them (Companions) follows
+// each entry of the table: such entries are another type, so that those of other steps are no longer for it.
+//
+// They count *positions* in place of elements: where a row does not end with a block of q8, it is filled up to one with
+// positions that no element has. A block then always begins at a multiple of kBlock8.
+struct KeptHead {
+  void* twin;
+  const RoundingKey* key;  // null: nothing is rounded by chance
+  int64_t row;             // elements of a row that does not end with a block; 0: positions are elements
+  int32_t place;           // where Companions::place lies, in bytes from the start of the table; 0: it is the whole
+  int32_t place_ndim;
+  Precision precision;
+  bool param_in_order;  // the parameter's elements follow each other in memory as their indices do
+  bool vector;          // so do those of all operands, aligned for accesses of 8 elements, and positions come in eights
+};
+
+template <class Rule>
+struct KeptEntry : Entry<Rule> {
+  KeptHead kept;
+  uint8_t* exponents[kSlots<Rule>];
+};
+
 // What is said of a launch whatever the rule.
 struct BatchHead {
   LiveHyper hypers[kMaxLiveHypers];
@@ -82,6 +104,7 @@ struct BatchHead {
   DeviceControls controls;
   double average_weight;        // of the updated parameter in its average, unless controls say where that lives
   bool averaged;                // some entries have an average
+  bool kept;                    // entries say what lies beside their tensors
   const unsigned char* remote;  // the table in device memory; null: it follows in the arguments
 };
 
@@ -104,25 +127,30 @@ struct RuleShape {
   int64_t bytes;  // of the rule, in whole doubles
   unsigned used;
   int scalars;
+  bool kept = false;  // entries are KeptEntry
 
   OPTIM_EXT_HOST_DEVICE constexpr int slots() const { return __builtin_popcount(used); }
   OPTIM_EXT_HOST_DEVICE constexpr int64_t entry_bytes() const {
+    const unsigned pointers = static_cast<unsigned>(slots()) * (kept ? 2 : 1);
     return static_cast<int64_t>(sizeof(EntryHead) + sizeof(ScalarState) * static_cast<unsigned>(scalars) +
-                                sizeof(void*) * static_cast<unsigned>(slots()));
+                                sizeof(void*) * pointers + (kept ? sizeof(KeptHead) : 0));
   }
 };
 
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE constexpr RuleShape shape_of() {
   constexpr RuleShape shape{(sizeof(Rule) + 7) / 8 * 8, Rule::kUsed, rules::kScalarsOf<Rule>};
+  constexpr RuleShape kept{shape.bytes, shape.used, shape.scalars, true};
   static_assert(alignof(Rule) <= 8 && sizeof(Entry<Rule>) == shape.entry_bytes() &&
+                sizeof(KeptEntry<Rule>) == kept.entry_bytes() &&
                 sizeof(Batch<Rule>) == sizeof(BatchHead) + shape.bytes);
   return shape;
 }
 
 // The compilers of host and device lay these out alike.
 static_assert(sizeof(EntryHead) == 56 && sizeof(ScalarState) == 24 && sizeof(LiveHyper) == 24 &&
-              sizeof(DeviceControls) == 40 && sizeof(BatchHead) == 176 && sizeof(Layout) == 1096);
+              sizeof(DeviceControls) == 40 && sizeof(BatchHead) == 176 && sizeof(Layout) == 1096 &&
+              sizeof(KeptHead) == 40);
 
 // Where the entries of a table begin: after the first chunk of each (int32, compact because it is searched).
 OPTIM_EXT_HOST_DEVICE int64_t entries_at(int64_t count) { return (count * 4 + 7) / 8 * 8; }

@@ -65,16 +65,15 @@ OPTIM_EXT_HOST_DEVICE Rule ready_rule(const Batch<Rule>& batch, const Entry<Rule
   }
 }
 
-template <class Rule>
-OPTIM_EXT_HOST_DEVICE const Entry<Rule>* entries_of(const Batch<Rule>& batch, const unsigned char* table) {
-  return reinterpret_cast<const Entry<Rule>*>(table + entries_at(batch.count));
+template <class Entry>
+OPTIM_EXT_HOST_DEVICE const Entry* entries_of(const BatchHead& batch, const unsigned char* table) {
+  return reinterpret_cast<const Entry*>(table + entries_at(batch.count));
 }
 
 // Stores what the scalar state of one tensor is after the step, once every block has read what it was before.
 template <class Rule>
-OPTIM_EXT_HOST_DEVICE void store_scalars(const Batch<Rule>& batch, const unsigned char* table, int64_t index) {
+OPTIM_EXT_HOST_DEVICE void store_scalars(const Batch<Rule>& batch, const Entry<Rule>& entry) {
   if (is_skipped(batch)) return;
-  const Entry<Rule>& entry = entries_of(batch, table)[index];
   rules::Scalar after[kMaxScalars];
   ready_rule(batch, entry, after);
   for (int k = 0; k < Rule::kScalars; ++k) {
@@ -83,21 +82,27 @@ OPTIM_EXT_HOST_DEVICE void store_scalars(const Batch<Rule>& batch, const unsigne
   }
 }
 
-// Done by one thread of the block before all others start.
-template <class Rule>
-OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
-                                      Block<Rule>& block) {
-  block.skip = is_skipped(batch);
-  if (block.skip) return;
+// The last entry that starts at or before a chunk, and how many chunks later that is.
+struct FoundEntry {
+  int32_t number;
+  int64_t chunk;
+};
+OPTIM_EXT_HOST_DEVICE FoundEntry find_entry(const BatchHead& batch, const unsigned char* table, int64_t index) {
   const int32_t* const first_chunk = reinterpret_cast<const int32_t*>(table);
-  int32_t found = 0, beyond = batch.count;  // the last entry that starts at or before this chunk
+  int32_t found = 0, beyond = batch.count;
   while (beyond - found > 1) {
     const int32_t middle = found + (beyond - found) / 2;
     (first_chunk[middle] <= index ? found : beyond) = middle;
   }
-  block.entry = entries_of(batch, table)[found];
+  return {found, index - first_chunk[found]};
+}
+
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE void open_entry(const Batch<Rule>& batch, const unsigned char* table, const Entry<Rule>& entry,
+                                      int64_t chunk, Block<Rule>& block) {
+  block.entry = entry;
   block.layout = block.entry.layout == 0 ? nullptr : reinterpret_cast<const Layout*>(table + block.entry.layout);
-  block.begin = (index - first_chunk[found]) * batch.chunk;
+  block.begin = chunk * batch.chunk;
   const int64_t left = block.entry.numel - block.begin;
   block.size = static_cast<int32_t>(left < batch.chunk ? left : batch.chunk);
   block.unscale = batch.controls.grad_scale != nullptr;
@@ -107,6 +112,16 @@ OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned c
                           : 1.0;
   rules::Scalar after[kMaxScalars];
   block.rule = ready_rule(batch, block.entry, after);
+}
+
+// Done by one thread of the block before all others start.
+template <class Rule>
+OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
+                                      Block<Rule>& block) {
+  block.skip = is_skipped(batch);
+  if (block.skip) return;
+  const FoundEntry found = find_entry(batch, table, index);
+  open_entry(batch, table, entries_of<Entry<Rule>>(batch, table)[found.number], found.chunk, block);
 }
 
 // The piece of an open block once more, as what the rule of averages works on: its update and its parameter, walked in

@@ -3,6 +3,6 @@
 
 namespace optim_ext::cuda {
 
-OPTIM_EXT_INSTANTIATE(Clip)
+OPTIM_EXT_INSTANTIATE_NATIVE(Clip)
 
 }  // namespace optim_ext::cuda

@@ -9,9 +9,11 @@
 //   check(status), require(condition, message)    throw
 //
 // Call has the bundles, what happens to gradients on the way (pass), the device_hypers, and whether step counts live on
-// the device (steps_on_device).
+// the device (steps_on_device), and whether random words are drawn there (draws_on_device).
 #pragma once
 
+#include <algorithm>
+#include <deque>
 #include <initializer_list>
 #include <utility>
 #include <vector>
@@ -27,11 +29,13 @@ class Driver {
  public:
   explicit Driver(const Place& place) : place_(place) {}
 
-  // One launch for all tensors computed in float and one for those in double, if there are any. While a graph is
-  // captured a table has to travel in the arguments, so a call of hundreds of tensors becomes several launches.
+  // One launch for all tensors computed in float and one for those in double, if there are any; and one for those that
+  // are kept in another way than the rule sees them. While a graph is captured a table has to travel in the arguments,
+  // so a call of hundreds of tensors becomes several launches.
   template <class Call>
   void run(const Program& program, const void* rule, const Call& call) const {
     if (call.steps_on_device) advance_counters(call);
+    if (call.draws_on_device) advance_draws(call);
     Packed args;
     std::memcpy(args.rest, rule, static_cast<size_t>(program.shape.bytes));
     BatchHead& batch = args.batch;
@@ -42,7 +46,8 @@ class Driver {
     for (const auto& hyper : call.device_hypers) {
       batch.hypers[batch.hyper_count++] = {hyper.offset, hyper.value, hyper.storage};
     }
-    for (const bool in_double : {false, true}) sweep(program, args, call, in_double);
+    for (const bool in_double : {false, true}) sweep(program, args, call, in_double, false);
+    sweep(program, args, call, false, true);
   }
   template <class Rule, class Call>
   void run(const Rule& rule, const Call& call) const {
@@ -73,6 +78,24 @@ class Driver {
         counters.counter[counters.count++] = counter;
         if (&of_storage == &by_storage[0]) counters.floats = counters.count;
       }
+    }
+    launch();
+  }
+
+  // The same for the draws of random words.
+  template <class Call>
+  void advance_draws(const Call& call) const {
+    Counters<kArgumentBytes> counters;
+    counters.found_inf = call.pass.on_device.found_inf;
+    counters.count = counters.floats = 0;
+    const auto launch = [&] {
+      Place::check(launch_advance_draws(counters, place_.stream));
+      counters.count = 0;
+    };
+    for (const Bundle& bundle : call.bundles) {
+      if (bundle.companions == nullptr || bundle.companions->live_key == nullptr) continue;
+      if (counters.count == counters.kRoom) launch();
+      counters.counter[counters.count++] = &bundle.companions->live_key->draws;
     }
     launch();
   }
@@ -118,13 +141,18 @@ class Driver {
       bundles.push_back(&bundle);
       chunks += reduce_chunks(bundle.numel);
     }
+    const WithTwins twins(bundles);
     const typename Place::Scratch scratch(chunks * kReduceSlots * static_cast<int64_t>(sizeof(double)));
     auto* slots = static_cast<double*>(scratch.data());
     using Job = ReduceJob<Reduction>;
     Packed args;
     args.batch.chunk = kReduceChunk;
+    args.batch.kept = twins.any;
+    Place::require(kReducesKept<Reduction> || !twins.any, "optim_ext: no kernel reduces what lies beside parameters");
+    RuleShape shape = shape_of<Job>();
+    shape.kept = twins.any;
     Job& job = args.put(Job{});
-    for_each_table(shape_of<Job>(), args, bundles, [&](int64_t of_table) {
+    for_each_table(shape, args, bundles, [&](int64_t of_table) {
       job.slots = slots;
       job.each = results;
       job.chunks = static_cast<int32_t>(of_table);
@@ -188,20 +216,50 @@ class Driver {
   }
 
  private:
+  // Where some parameters of a reduction have twins, all of them say so, and nothing else of what lies beside: it is
+  // one of elements, not of positions.
+  struct WithTwins {
+    explicit WithTwins(std::vector<const Bundle*>& of)
+        : any(std::any_of(of.begin(), of.end(), [](const Bundle* bundle) {
+            return bundle->companions != nullptr && bundle->companions->precision != Precision::native;
+          })) {
+      for (const Bundle*& bundle : of) {
+        if (!any) return;
+        Companions& twin = companions.emplace_back();
+        if (bundle->companions != nullptr) {
+          twin.precision = bundle->companions->precision;
+          twin.twin = bundle->companions->twin;
+        }
+        Bundle& with_twin = bundles.emplace_back(*bundle);
+        with_twin.companions = &twin;
+        bundle = &with_twin;
+      }
+    }
+    WithTwins(const WithTwins&) = delete;
+
+    const bool any;
+    std::deque<Companions> companions;
+    std::deque<Bundle> bundles;
+  };
+
   template <class Call>
-  void sweep(const Program& program, Packed& args, const Call& call, bool in_double) const {
+  void sweep(const Program& program, Packed& args, const Call& call, bool in_double, bool kept) const {
     std::vector<const Bundle*> bundles;
     bundles.reserve(call.bundles.size());
     int64_t elements = 0;
     args.batch.averaged = false;
+    args.batch.kept = kept;
     for (const Bundle& bundle : call.bundles) {
-      if (bundle.in_double != in_double || (bundle.numel == 0 && !program.stores_scalars)) continue;
+      if (bundle.in_double != in_double || (bundle.companions != nullptr) != kept) continue;
+      if (bundle.numel == 0 && !program.stores_scalars) continue;
       bundles.push_back(&bundle);
       elements += bundle.numel;
       args.batch.averaged |= bundle.average != nullptr;
     }
     args.batch.chunk = chunk_for(elements, place_.multiprocessors);
-    for_each_table(program.shape, args, bundles, [&](int64_t chunks) {
+    RuleShape shape = program.shape;
+    shape.kept = kept;
+    for_each_table(shape, args, bundles, [&](int64_t chunks) {
       Place::check(program.sweep[in_double](program.of, args, chunks, place_.stream));
     });
   }

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../../device/device.h"
+#include "../../rules/norm.h"
 #include "table.h"
 
 namespace optim_ext::cuda {
@@ -56,6 +57,10 @@ Program program_of() {
           nullptr};
 }
 
+// Whether parameters are reduced together with what lies beside them: for the norms of LAMB and LARS.
+template <class Reduction>
+constexpr bool kReducesKept = std::is_same_v<Reduction, rules::L2Norm>;
+
 // One block per chunk of kReduceChunk elements.
 template <class Reduction>
 struct ReduceJob;
@@ -71,6 +76,10 @@ template <class Reduction>
 struct FiberJob;
 template <class Reduction, int64_t kBytes>
 device::Status launch_fibers(const Args<FiberJob<Reduction>, kBytes>& args, int64_t chunks, device::Stream stream);
+
+// The counters of a table, all of them draws of a RoundingKey.
+template <int64_t kBytes>
+device::Status launch_advance_draws(const Counters<kBytes>& counters, device::Stream stream);
 
 template <int64_t kBytes>
 device::Status launch_advance(const Counters<kBytes>& counters, device::Stream stream);

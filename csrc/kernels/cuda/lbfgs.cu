@@ -3,8 +3,8 @@
 
 namespace optim_ext::cuda {
 
-OPTIM_EXT_INSTANTIATE(Flatten)
-OPTIM_EXT_INSTANTIATE(Displace<false>)
-OPTIM_EXT_INSTANTIATE(Displace<true>)
+OPTIM_EXT_INSTANTIATE_NATIVE(Flatten)
+OPTIM_EXT_INSTANTIATE_NATIVE(Displace<false>)
+OPTIM_EXT_INSTANTIATE_NATIVE(Displace<true>)
 
 }  // namespace optim_ext::cuda

@@ -29,6 +29,7 @@ inline device::Status load_kernels(const void* image, int kind, LoadedRule& rule
 
 template <bool kInDouble>
 device::Status launch_loaded(const void* of, const Packed& args, int64_t chunks, device::Stream stream) {
+  if (args.batch.kept) return device::kInvalidGrid;
   const LoadedRule& rule = *static_cast<const LoadedRule*>(of);
   const auto launch = [&](device::Kernel kernel, int64_t blocks) {
     return blocks == 0 ? device::kSuccess : device::launch(kernel, {blocks}, kThreads, stream, &args);

@@ -67,8 +67,21 @@ reduce(OPTIM_EXT_ARGUMENT(Args<ReduceJob<Reduction>, kBytes>) args) {
   if (device::thread_x() == 0) job.outcome.write(Reduction::finish(total, job.count));
 }
 
-// One block per tensor of a table whose slots are filled.
+// Fills slots with what parameters are together with what lies beside them, for a result per tensor.
 template <class Reduction, int64_t kBytes>
+OPTIM_EXT_KERNEL(kThreads)
+reduce_kept(OPTIM_EXT_ARGUMENT(Args<ReduceJob<Reduction>, kBytes>) args) {
+  OPTIM_EXT_SHARED(block, KeptReduceBlock<Reduction>);
+  const int warp = static_cast<int>(device::thread_x()) / kLanes, lane = static_cast<int>(device::thread_x()) % kLanes;
+  if (device::thread_x() == 0)
+    open_kept_reduce(args.batch, args.batch.remote ? args.batch.remote : args.room, device::block_x(), block);
+  device::barrier();
+  const double sum = combine_lanes<Reduction>(reduce_kept_thread(block, warp, lane));
+  if (lane == 0) block.rule.slots[device::block_x() * kReduceSlots + warp] = sum;
+}
+
+// One block per tensor of a table whose slots are filled.
+template <class Reduction, class EntryOf, int64_t kBytes>
 OPTIM_EXT_KERNEL(kThreads)
 finish_each(OPTIM_EXT_ARGUMENT(Args<ReduceJob<Reduction>, kBytes>) args) {
   const ReduceJob<Reduction>& job = args.batch.rule;
@@ -77,7 +90,7 @@ finish_each(OPTIM_EXT_ARGUMENT(Args<ReduceJob<Reduction>, kBytes>) args) {
   const int32_t tensor = static_cast<int32_t>(device::block_x());
   const int32_t begin = first_chunk[tensor], end = tensor + 1 < args.batch.count ? first_chunk[tensor + 1] : job.chunks;
   const double result = combine_slots<Reduction>(job.slots + begin * kReduceSlots, (end - begin) * kReduceSlots);
-  const auto count = static_cast<double>(entries_of(args.batch, table)[tensor].numel);
+  const auto count = static_cast<double>(entries_of<EntryOf>(args.batch, table)[tensor].numel);
   if (device::thread_x() == 0) job.each[tensor] = Reduction::finish(result, count);
 }
 
@@ -106,12 +119,20 @@ reduce_fibers(OPTIM_EXT_ARGUMENT(Args<FiberJob<Reduction>, kBytes>) args) {
 
 template <class Reduction, int64_t kBytes>
 device::Status launch_reduce(const Args<ReduceJob<Reduction>, kBytes>& args, int64_t chunks, device::Stream stream) {
+  if constexpr (kReducesKept<Reduction>) {
+    if (args.batch.kept) return launch_blocks(&reduce_kept<Reduction, kBytes>, args, chunks, stream);
+  }
   return launch_blocks(&reduce<Reduction, kBytes>, args, chunks, stream);
 }
 
 template <class Reduction, int64_t kBytes>
 device::Status launch_finish_each(const Args<ReduceJob<Reduction>, kBytes>& args, device::Stream stream) {
-  return launch_blocks(&finish_each<Reduction, kBytes>, args, args.batch.count, stream);
+  using Job = ReduceJob<Reduction>;
+  auto* kernel = &finish_each<Reduction, Entry<Job>, kBytes>;
+  if constexpr (kReducesKept<Reduction>) {
+    if (args.batch.kept) kernel = &finish_each<Reduction, KeptEntry<Job>, kBytes>;
+  }
+  return launch_blocks(kernel, args, args.batch.count, stream);
 }
 
 template <class Reduction, int64_t kBytes>

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "../reduce.h"
-#include "block.h"
+#include "kept_words.h"
 
 namespace optim_ext::cuda {
 
@@ -87,6 +87,42 @@ OPTIM_EXT_HOST_DEVICE double reduce_thread(const Block<ReduceJob<Reduction>>& bl
       default: return lane_of([=](int64_t i) { return load_element<double>(data, Storage::f16, first + i); });
     }
   }
+}
+
+// The same for parameters that are kept in something besides themselves: what the two are together. Its tables have
+// entries for that, whose positions are elements.
+template <class Reduction>
+struct KeptReduceBlock : Block<ReduceJob<Reduction>> {
+  KeptHead kept;
+};
+
+template <class Reduction>
+OPTIM_EXT_HOST_DEVICE void open_kept_reduce(const Batch<ReduceJob<Reduction>>& batch, const unsigned char* table,
+                                            int64_t index, KeptReduceBlock<Reduction>& block) {
+  using Job = ReduceJob<Reduction>;
+  block.skip = is_skipped(batch);
+  if (block.skip) return;
+  const FoundEntry found = find_entry(batch, table, index);
+  const KeptEntry<Job>& entry = entries_of<KeptEntry<Job>>(batch, table)[found.number];
+  open_entry<Job>(batch, table, entry, found.chunk, block);
+  block.kept = entry.kept;
+}
+
+template <class Reduction>
+OPTIM_EXT_HOST_DEVICE double reduce_kept_thread(const KeptReduceBlock<Reduction>& block, int tile, int lane) {
+  const int64_t begin = tile * kReduceTile, left = block.size - begin;
+  const int64_t size = left < kReduceTile ? left : kReduceTile;
+  const int64_t first = block.begin + begin;
+  const Storage storage = block.entry.storage[0];
+  const KeptHead kept = block.kept;
+  const void* const param = in_global(block.entry.data[0]);
+  return reduce_lane<Reduction>(size, lane, [&](int64_t i) {
+    const int64_t index = first + i, at = block.layout ? block.layout->offset(0, index) : index;
+    if (kept.precision == Precision::native) return load_element<double>(param, storage, at);
+    const uint32_t word = load_one(param, bytes_of(storage), at);
+    const uint32_t twin = load_one(in_global(kept.twin), width_of_twin(kept.precision), index);
+    return double{joined(kept.precision, storage, kept.param_in_order ? word : moved(storage, word), twin)};
+  });
 }
 
 // A reduction of fibers. As the tables of batch.h have it, a tensor is as many elements as there are threads to work

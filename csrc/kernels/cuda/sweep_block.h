@@ -29,11 +29,12 @@ OPTIM_EXT_DEVICE void sweep_block(const Args<Rule, kBytes>& args) {
 }
 
 // A thread for each tensor of the table, where the rule has scalars to store.
-template <class Rule, int64_t kBytes>
+template <class Rule, class EntryOf = Entry<Rule>, int64_t kBytes>
 OPTIM_EXT_DEVICE void advance_scalars_of_thread(const Args<Rule, kBytes>& args) {
   if constexpr (rules::kStoresScalars<Rule>) {
     const int32_t index = static_cast<int32_t>(device::block_x()) * kThreads + static_cast<int32_t>(device::thread_x());
-    if (index < args.batch.count) store_scalars(args.batch, args.batch.remote ? args.batch.remote : args.room, index);
+    const unsigned char* const table = args.batch.remote ? args.batch.remote : args.room;
+    if (index < args.batch.count) store_scalars<Rule>(args.batch, entries_of<EntryOf>(args.batch, table)[index]);
   }
 }
 

@@ -140,10 +140,41 @@ fault(history_rows_of_the_other_kind history "failed: " kernels/cuda/history.cu
 [[const Row* const row = static_cast<const Row*>((of_steps ? history.old_stps : history.old_dirs)[r]) + start;]]
 [[const Row* const row = static_cast<const Row*>((of_steps != FAULT ? history.old_stps : history.old_dirs)[r]) + start;]])
 
+# What lies beside parameters and state.
+fault(kept_without_barrier kept "${race_or_poison}" kernels/cuda/kept_block.h
+[[  device::barrier();
+  if (block.skip) return;]]
+[[  if (!FAULT) device::barrier();
+  if (block.skip) return;]])
+fault(kept_average_without_barrier kept "${race_or_poison}" kernels/cuda/kept_block.h
+[[  device::barrier();
+  if (!average.skip)]]
+[[  if (!FAULT) device::barrier();
+  if (!average.skip)]])
+fault(exponent_read_by_all kept "${race}" kernels/cuda/kept_block.h
+[[storage == Storage::q8 && share.leads && share.left > 0)]]
+[[storage == Storage::q8 && (share.leads || FAULT) && share.left > 0)]])
+fault(largest_of_half_a_block kept "failed: .*exponents" kernels/cuda/kept_block.h
+[[lanes = Share<kPack>::kLanesOfBlock / 2; lanes > 0;]]
+[[lanes = Share<kPack>::kLanesOfBlock / (FAULT ? 4 : 2); lanes > 0;]])
+fault(draws_not_counted kept "failed: .*draws" kernels/cuda/driver.h
+[[if (call.draws_on_device) advance_draws(call);]]
+[[if (call.draws_on_device && !FAULT) advance_draws(call);]])
+fault(place_lost kept "failed: .*[35] numbers of place" kernels/cuda/table.h
+[[kept.place = place;]]
+[[kept.place = FAULT ? 0 : place;]])
+fault(kept_gradient_not_unscaled_in_memory kept "failed: .*operand 1" kernels/cuda/kept_block.h
+[[word[kGradSlot][j] = closed(storage, value[kGradSlot][j]);]]
+[[if (!FAULT) word[kGradSlot][j] = closed(storage, value[kGradSlot][j]);]])
+fault(norm_without_twin kept "failed: .*norm" kernels/cuda/reduce_block.h
+[[if (kept.precision == Precision::native) return]]
+[[if (FAULT || kept.precision == Precision::native) return]])
+
 write_planted(${planted_tree})
-add_double(cuda_double_planted ${planted_tree} adam.cu nadam.cu average.cu advance.cu reduce.cu history.cu)
+add_double(cuda_double_planted ${planted_tree} adam.cu nadam.cu lion.cu lamb.cu average.cu advance.cu reduce.cu
+           history.cu)
 target_compile_options(cuda_double_planted PRIVATE -include ${CMAKE_CURRENT_SOURCE_DIR}/planted.h)
-foreach(group sweeps reductions fibers history)
+foreach(group sweeps kept reductions fibers history)
   add_test(NAME cuda_double.no_fault.${group} COMMAND cuda_double_planted ${group} 0)
 endforeach()
 foreach(number RANGE 1 ${fault_count})

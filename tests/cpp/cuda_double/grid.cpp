@@ -333,16 +333,35 @@ void barrier(const Where& where) {
   handover.acquire();
 }
 
-double shuffle_down(unsigned mask, double value, int apart, int width, const Where& where) {
+namespace {
+
+// Gives a value and takes that of lane `source`. Whole numbers of 32 bits are doubles, too.
+double shuffle(unsigned mask, double value, unsigned source, const Where& where) {
   Thread& self = *current;
-  const unsigned lane = self.number % kWarp, in_group = lane % static_cast<unsigned>(width);
   self.mask = mask;
   self.value = value;
-  self.source = in_group + static_cast<unsigned>(apart) < static_cast<unsigned>(width)
-                    ? lane + static_cast<unsigned>(apart)
-                    : lane;
+  self.source = source;
   wish(Wish::shuffle, where);
   return self.result;
+}
+
+unsigned own_lane() { return current->number % kWarp; }
+
+}  // namespace
+
+double shuffle_down(unsigned mask, double value, int apart, int width, const Where& where) {
+  const unsigned lane = own_lane(), in_group = lane % static_cast<unsigned>(width);
+  const bool is_there = in_group + static_cast<unsigned>(apart) < static_cast<unsigned>(width);
+  return shuffle(mask, value, is_there ? lane + static_cast<unsigned>(apart) : lane, where);
+}
+
+uint32_t shuffle_from(unsigned mask, uint32_t value, int lane, int width, const Where& where) {
+  const unsigned in_group = own_lane() % static_cast<unsigned>(width);
+  return static_cast<uint32_t>(shuffle(mask, value, own_lane() - in_group + static_cast<unsigned>(lane), where));
+}
+
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lanes, const Where& where) {
+  return static_cast<uint32_t>(shuffle(mask, value, own_lane() ^ static_cast<unsigned>(lanes), where));
 }
 
 // Orders what came before it through an atomic operation of this block that follows it, and what comes after it where

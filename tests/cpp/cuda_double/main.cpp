@@ -1,5 +1,5 @@
-// Usage: test_cuda_double GROUP [FAULT [races]]: sweeps, reductions, fibers, history or order; or "misuse NAME", which
-// the double has to refuse.
+// Usage: test_cuda_double GROUP [FAULT [races]]: sweeps, kept, reductions, fibers, history or order; or "misuse NAME",
+// which the double has to refuse.
 #include <cstdlib>
 #include <cstring>
 
@@ -23,6 +23,8 @@ int main(int count, char** words) {
   all_races = count > 3 && std::strcmp(words[3], "races") == 0;
   if (is("sweeps")) {
     test_sweeps();
+  } else if (is("kept")) {
+    test_kept();
   } else if (is("reductions")) {
     test_reductions();
   } else if (is("fibers")) {

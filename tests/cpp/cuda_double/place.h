@@ -75,7 +75,7 @@ struct DoubleCall {
   std::vector<Bundle> bundles;
   std::vector<cuda::LiveHyper> device_hypers;
   Pass pass;
-  bool steps_on_device = false;
+  bool steps_on_device = false, draws_on_device = false;
 };
 
 constexpr cpu::Isa kIsa = cpu::Isa::baseline;
@@ -84,6 +84,7 @@ inline bool same_bits(double a, double b) { return std::memcmp(&a, &b, sizeof a)
 
 // The groups of cases.
 void test_sweeps();
+void test_kept();
 void test_reductions();
 void test_fibers();
 void test_history();
