@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from optim_ext._step.base import Group, OpStep
 from optim_ext._tables import TABLES
 
 # The operands that rounding keys on a GPU serve, by these tensors: what has been looked at once is not waited for again.
-_ROUNDED_BY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_ROUNDED_BY: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
 # The state keys of one parameter in place of those of its group, and the keys of its companions; None: there are none.
 Way = tuple[tuple[str | None, ...], tuple[str, ...]] | None

@@ -62,6 +62,7 @@ OPTIM_EXT_HOST_DEVICE void open_kept_average(const Batch<Rule>& batch, const uns
   if (average.skip) return;
   average.begin = element_from(block, block.begin);
   average.size = static_cast<int32_t>(element_from(block, block.begin + block.size) - average.begin);
+  if (average.begin % 8 != 0) average.entry.vector = false;  // a piece begins where a chunk of positions does
 }
 
 // A thread's elements.

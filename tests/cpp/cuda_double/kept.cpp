@@ -16,7 +16,8 @@ namespace {
 using namespace kept;
 
 // Rows that end with a block of q8 and with 8 elements or with neither; one element; more than a block of threads has.
-const Shape kShapes[] = {{1, 1}, {3, 5}, {2, 64}, {20, 63}, {9, 104}, {2, 700}, {1500, 1}, {12, 256}, {3, 1032}};
+const Shape kShapes[] = {{1, 1},   {3, 5},    {2, 64},   {20, 63},  {9, 104},
+                         {2, 700}, {1500, 1}, {12, 256}, {3, 1032}, {20, 129}};
 
 // The whole; a part of it in rows, beyond 2^32 elements; a part in columns.
 Place place_of(int which, const Shape& shape) {
