@@ -191,7 +191,7 @@ double: double-build
 # What of them speaks of the CPU is marked so.
 FOR_ANY_DEVICE := tests/optim tests/lbfgs tests/precision tests/distributed
 ABOUT_STREAMS := $(addprefix tests/cuda/test_,launches.py grad_control.py lbfgs.py kept.py)
-ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py -k 'lbfgs or layouts or frozen or mixed'
+ABOUT_MEMORY := tests/cuda/test_lbfgs.py tests/cuda/test_numerics.py tests/cuda/test_kept.py -k 'lbfgs or layouts or frozen or mixed or any_order'
 
 # Other people's frameworks stand on the environment of the tests: torch, pytest and optim_ext are its, and the frameworks have
 # to be content with that torch, so that no second one is fetched.
