@@ -12,6 +12,7 @@
 #include "host/op_tables.h"
 #include "host/open_rules.h"
 #include "host/plan.h"
+#include "host/whole_parts.h"
 #include "kernels/rule_names.h"
 #include "ops/drivers.h"
 #include "ops/lbfgs_op.h"
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   bind_grad_marks(m);
   bind_lbfgs(m);
   bind_local_view(m);
+  bind_whole_parts(m);
   m.def(
       "rules",
       [] {

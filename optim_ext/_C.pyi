@@ -33,7 +33,10 @@ class Plan:
         hypers: list[tuple[Any, ...]],
         controls: tuple[Tensor | None, Tensor | None, Tensor | None, float | Tensor | None],
         check_only: bool = False,
-    ) -> bool: ...
+        norms: Any = None,
+    ) -> bool:
+        """Step, or return False with nothing written where the plan no longer describes the optimizer. ``norms``: of
+        tensors of which this process has parts, see :class:`optim_ext._step.whole_norms.WholeNorms`."""
     def remember_options(self, param_groups: list[dict[str, Any]], names: Mapping[str, Any]) -> None:
         """Note the options from which the hyper-parameters of the next step will be taken; of these, `names` matter."""
     def repeat(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> bool:
@@ -79,6 +82,13 @@ def grad_norm(
 def unfinished_grad_norm(param_groups: Iterable[Mapping[str, Any]], norm_type: float) -> Tensor: ...
 def any_of_type(param_groups: Iterable[Mapping[str, Any]], type: type) -> bool: ...
 def reads_dtensors_directly(type: type) -> bool: ...
+
+MOST_NORMS: int  # that a rule takes of each parameter
+
+class WholeParts:
+    """Tensors that are parts of wholes of which a step takes norms, and the numbers of elements of these."""
+
+    def __init__(self, params: list[Tensor], numels: list[int]) -> None: ...
 
 class DTensorParts:
     """The DTensors among an optimizer's parameters and state, with stand-ins made of their local tensors."""

@@ -40,7 +40,6 @@ class LAMB(BeyondTorch):
 
     _op = "lamb_"
     _measures_tensors = True
-    _about_whole_tensors = True
 
     def __init__(
         self,

@@ -43,7 +43,6 @@ class LARS(BeyondTorch):
 
     _op = "lars_"
     _measures_tensors = True
-    _about_whole_tensors = True
 
     def __init__(
         self,

@@ -137,6 +137,21 @@ void Call::store_scalars(const RuleProgram& program, const void* rule) {
   }
 }
 
+void Call::keep_all(const at::Tensor& factor) {
+  for (Bundle& bundle : bundles) {
+    if (steps_on_device && bundle.device_step) bundle.step = 1.0;
+  }
+  steps_on_device = false;
+  if (pass.unscale) {
+    pass.grad_factor /= pass.grad_scale;
+    pass.unscale = false;
+  }
+  if (!factor.defined()) return;
+  pass.on_device.grad_scale = nullptr;
+  pass.on_device.grad_factor = held_.emplace_back(factor).const_data_ptr();
+  pass.on_device.grad_factor_storage = Storage::f64;
+}
+
 // In order, as a count may serve several parameters.
 void Call::advance(int64_t i) {
   for (size_t kind = 0; bundles[i].companions && kind < companion_kinds(); ++kind) {

@@ -51,6 +51,11 @@ class Call : public Work {
   // What is left of this where scalar state depends on what was measured after commit().
   void store_scalars(const RuleProgram& program, const void* rule);
 
+  // For a sweep that only measures: gradients are taken as they will be once they are unscaled, steps as they will be
+  // once they are counted, and both stay as they are. `factor`: what scale and factor of the gradients come to, a
+  // double on the device, where that is no CPU and there is a scale.
+  void keep_all(const at::Tensor& factor);
+
   const char* op() const { return spec_.op; }
 
   // Leaves what commit() and a driver would do to the caller, if he has offered to do it.

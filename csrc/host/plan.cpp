@@ -8,6 +8,7 @@
 #include "state_items.h"
 #include "state_numbers.h"
 #include "step_run.h"
+#include "whole_parts.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
@@ -70,8 +71,9 @@ class Plan {
 
   // Steps, or returns False without having written anything if the plan no longer describes the optimizer.
   // hypers: one tuple per call, in the order of the op's schema. told: the fields of StepControls, without averages.
+  // norms: of tensors of which this process has parts, or None (optim_ext/_step/whole_norms.py).
   bool step(const py::object& state, const py::object& param_groups, const py::list& hypers, const py::tuple& told,
-            bool check_only) {
+            bool check_only, const py::object& norms) {
     std::vector<std::vector<HyperValue>> values = read_all_hypers(hypers);
     const StepControls controls = read_controls(told);
     if (!has_same_objects(state, param_groups)) return false;
@@ -86,15 +88,21 @@ class Plan {
       to_make += step.averages(calls_[c]) && !gathered[c].all;
     }
     if (!numbers_.read()) return false;
-    // One call checks itself before it writes. Several must all be sound before the first of them writes; and what a
-    // mode in Python lets through comes back without its index.
     for (size_t i = 0; i < spec_count_; ++i) {
       if (values[i].empty()) values[i] = numbers_of_[i].values();  // of its own, as other threads may step, too
     }
-    if (check_only || to_make > 1 || c10::impl::TorchDispatchModeTLS::any_modes_set())
-      run_all(step, gathered, values, true);
+    if (norms.is_none() || check_only) {
+      // One call checks itself before it writes. Several must all be sound before the first of them writes; and what a
+      // mode in Python lets through comes back without its index.
+      if (check_only || to_make > 1 || c10::impl::TorchDispatchModeTLS::any_modes_set())
+        run_all(step, gathered, values, true);
+      if (!check_only) run_and_remember(step, gathered, values, is_plain(controls, gathered));
+    } else {
+      py::cast<const WholeParts&>(norms.attr("parts")).step(norms.attr("total"), [&](bool first) {
+        run_all(step, gathered, values, first);
+      });
+    }
     if (!check_only) {
-      run_and_remember(step, gathered, values, is_plain(controls, gathered));
       numbers_.write();
       options_will_hold();
     }
@@ -279,11 +287,11 @@ void bind_plan(py::module_& m) {
       .def(
           "step",
           [](Plan& plan, const py::object& state, const py::object& param_groups, const py::list& hypers,
-             const py::tuple& controls, bool check_only) {
-            return as_torch_raises([&] { return plan.step(state, param_groups, hypers, controls, check_only); });
+             const py::tuple& controls, bool check_only, const py::object& norms) {
+            return as_torch_raises([&] { return plan.step(state, param_groups, hypers, controls, check_only, norms); });
           },
           py::arg("state"), py::arg("param_groups"), py::arg("hypers"), py::arg("controls"),
-          py::arg("check_only") = false);
+          py::arg("check_only") = false, py::arg("norms") = py::none());
 }
 
 }  // namespace optim_ext::ops

@@ -1,8 +1,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 
 #include "../rules/lamb.h"
 #include "step_op.h"
+#include "whole_norms.h"
 
 namespace optim_ext::ops {
 
@@ -24,18 +24,18 @@ struct LambRow : StepRow<rules::LambStep> {
     Call call(spec, rules::LambUpdate::kOperands, rules::LambUpdate::kUsed, rules::LambUpdate::kUpdates);
     given.fill(call, update.step_of, &update, sizeof update);
     check_derived(call, update.step_of, &update);
-    if (CheckOnly::active() || call.empty() || call.skip) return;
+    if (call.empty() || call.skip) return;
 
-    const auto count = static_cast<int64_t>(call.bundles.size());
-    const Tensor norms = at::empty({2, count}, at::TensorOptions().device(call.device).dtype(at::kDouble));
-    auto* const param_norms = norms.mutable_data_ptr<double>();
-    call.commit();
-    // What both rules keep in common lies at the same place in each, so hyper-parameters on the device reach both.
-    static_assert(offsetof(rules::LambDirection, step_of) == offsetof(rules::LambUpdate, step_of));
-    Driver::run_for_norms(rules::LambDirection{update.step_of}, call, param_norms, param_norms + count);
-    call.begin_second_rule();
-    call.use_scalars(0, param_norms);
-    call.use_scalars(1, param_norms + count);
+    const auto norms = norms_for_step(call, given.lists[0], given.controls, [&](const Tensor& taken) {
+      // What both rules keep in common lies at the same place in each, so hyper-parameters on the device reach both.
+      static_assert(offsetof(rules::LambDirection, step_of) == offsetof(rules::LambUpdate, step_of));
+      Driver::run_for_norms(rules::LambDirection{update.step_of}, call, taken[0].template mutable_data_ptr<double>(),
+                            taken[1].template mutable_data_ptr<double>());
+      call.begin_second_rule();
+    });
+    if (!norms) return;
+    call.use_scalars(0, (*norms)[0].template const_data_ptr<double>());
+    call.use_scalars(1, (*norms)[1].template const_data_ptr<double>());
     Driver::run(update, call);
   }
 };

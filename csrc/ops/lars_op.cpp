@@ -1,8 +1,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 
 #include "../rules/lars.h"
 #include "step_op.h"
+#include "whole_norms.h"
 
 namespace optim_ext::ops {
 
@@ -23,19 +23,19 @@ struct LarsRow : StepRow<rules::Lars> {
                         .companions_on_gpu = true};
     Call call(spec, rules::Lars::kOperands, rules::Lars::kUsed, rules::Lars::kUpdates);
     given.fill(call, rule);
-    if (CheckOnly::active() || call.empty() || call.skip) return;
+    if (call.empty() || call.skip) return;
 
-    const auto count = static_cast<int64_t>(call.bundles.size());
-    const auto doubles = at::TensorOptions().device(call.device).dtype(at::kDouble);
-    const Tensor param_norms = at::empty({count}, doubles), grad_norms = at::empty({count}, doubles);
-    Driver::template reduce_each<rules::L2Norm>(call, param_norms.mutable_data_ptr<double>());
-    Driver::template reduce_each<rules::L2Norm>(OneOperand(call, 1), grad_norms.mutable_data_ptr<double>());
-    // Those of the gradients as the rule will see them.
-    if (controls.grad_scale) grad_norms.div_(*controls.grad_scale);
-    if (controls.grad_factor) grad_norms.mul_(*controls.grad_factor);
-    call.use_scalars(0, param_norms.const_data_ptr<double>());
-    call.use_scalars(1, grad_norms.const_data_ptr<double>());
-    call.commit();
+    const auto norms = norms_for_step(call, given.lists[0], controls, [&](const Tensor& taken) {
+      Driver::template reduce_each<rules::L2Norm>(call, taken[0].template mutable_data_ptr<double>());
+      const Tensor of_grads = taken[1];
+      Driver::template reduce_each<rules::L2Norm>(OneOperand(call, 1), of_grads.template mutable_data_ptr<double>());
+      // Those of the gradients as the rule will see them.
+      if (controls.grad_scale) of_grads.div_(*controls.grad_scale);
+      if (controls.grad_factor) of_grads.mul_(*controls.grad_factor);
+    });
+    if (!norms) return;
+    call.use_scalars(0, (*norms)[0].template const_data_ptr<double>());
+    call.use_scalars(1, (*norms)[1].template const_data_ptr<double>());
     Driver::run(rule, call);
   }
 };

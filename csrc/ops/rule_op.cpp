@@ -13,6 +13,7 @@
 #include "../kernels/compiled_rule.h"
 #include "drivers.h"
 #include "in_turns.h"
+#include "whole_norms.h"
 
 namespace optim_ext::ops {
 
@@ -222,26 +223,37 @@ void check_faults(const Call& call, const OpenVariant& variant, const OpenRule& 
   }
 }
 
-// The first sweep of a rule with norms: gives each parameter those that its second one takes.
-void measure(const OpenVariant& variant, const RuleProgram* program, const OpenRule& rule, Call& call) {
+// The first sweep of a rule with norms.
+void measure(const OpenVariant& variant, const RuleProgram* program, const OpenRule& rule, Call& call,
+             const Tensor& results) {
   OpenRule first = rule;
   if (program) first.code = &variant.parts.for_norms->code;
-  const size_t count = call.bundles.size();
-  std::vector<double> results(variant.parts.norms.size() * count);
+  const bool has_parts = WholeNorms::current() != nullptr;
   std::vector<CpuDriver::Norm> norms;
   for (const auto& [operand, is_mean] : variant.parts.norms)
-    norms.push_back({operand, is_mean, results.data() + norms.size() * count});
+    norms.push_back(
+        {operand, is_mean && !has_parts, results[static_cast<int64_t>(norms.size())].mutable_data_ptr<double>()});
   CpuDriver::run_for_norms(program, &first, call, norms);
-  for (size_t k = 0; k < norms.size(); ++k) {
-    double* const of = norms[k].results;
+  for (const CpuDriver::Norm& norm : norms) {
+    double* const of = norm.results;
     // Of the gradients as the rule will see them.
-    if (norms[k].operand == kGradOperand)
-      std::transform(of, of + count, of, [&](double norm) {
-        return (call.pass.unscale ? norm / call.pass.grad_scale : norm) * call.pass.grad_factor;
+    if (norm.operand == kGradOperand)
+      std::transform(of, of + call.bundles.size(), of, [&](double value) {
+        return (call.pass.unscale ? value / call.pass.grad_scale : value) * call.pass.grad_factor;
       });
-    call.use_scalars(variant.code.scalars + static_cast<int>(k), of);
   }
   if (program) call.begin_second_rule();
+}
+
+// Gives each parameter the norms that the rule's second sweep takes.
+void use_norms(const OpenVariant& variant, TensorList params, const Tensor& norms, Call& call) {
+  const WholeNorms* const wholes = WholeNorms::current();
+  for (size_t k = 0; k < variant.parts.norms.size(); ++k) {
+    double* const of = norms[static_cast<int64_t>(k)].mutable_data_ptr<double>();
+    for (size_t i = 0; wholes && variant.parts.norms[k].is_mean && i < params.size(); ++i)
+      of[i] /= std::sqrt(wholes->numel_of(params[i], static_cast<double>(call.bundles[i].numel)));
+    call.use_scalars(variant.code.scalars + static_cast<int>(k), of);
+  }
 }
 
 // On a GPU. Rules that take norms have no kernels there.
@@ -294,12 +306,16 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
     check_measured(call, variant);
     if (!call.device.is_cpu()) return run_on_gpu(variant, call, rule);
     const RulePrograms& programs = variant.programs();
-    if (call.empty() || call.skip || call.leave(*programs.rule, &rule) || CheckOnly::active()) return;
+    if (call.empty() || call.skip) return;
     if (has_norms) {
-      call.commit();
-      measure(variant, programs.for_norms, rule, call);
+      const auto norms = norms_for_step(call, lists[0], controls, [&](const Tensor& taken) {
+        measure(variant, programs.for_norms, rule, call, taken);
+      });
+      if (!norms) return;
+      use_norms(variant, lists[0], *norms, call);
       call.store_scalars(*programs.rule, &rule);
     } else {
+      if (call.leave(*programs.rule, &rule) || CheckOnly::active()) return;
       call.commit(*programs.rule, &rule);
     }
     CpuDriver::run({Sweep(*programs.rule, &rule, call.bundles, call.pass)});

@@ -14,12 +14,16 @@ struct SplitMaster {
   int16_t remainder;
 };
 
+// What is no NaN.
+OPTIM_EXT_HOST_DEVICE SplitMaster split_number(uint32_t bits) {
+  return {static_cast<uint16_t>((bits + 0x8000u) >> 16), static_cast<int16_t>(static_cast<uint16_t>(bits))};
+}
+
 OPTIM_EXT_HOST_DEVICE SplitMaster split_master(float master) {
   const uint32_t bits = float_to_bits(master);
   const bool is_nan = (bits & kMagnitude) > kInfinity;
   // Rounding up would make a NaN with a large payload a number.
-  const uint32_t kept = is_nan ? (bits & 0x80000000u) | 0x7fc00000u : bits;
-  return {static_cast<uint16_t>((kept + 0x8000u) >> 16), static_cast<int16_t>(static_cast<uint16_t>(kept))};
+  return split_number(is_nan ? (bits & 0x80000000u) | 0x7fc00000u : bits);
 }
 
 OPTIM_EXT_HOST_DEVICE float join_master(uint16_t param, int16_t remainder) {

@@ -54,9 +54,15 @@ OPTIM_EXT_HOST_DEVICE uint32_t word_of_state(uint32_t word, bool is_positive, in
   return (is_positive ? word : other ^ other >> 12) >> (32 - bits);
 }
 
+// The usual case: nothing is as large as this, so that rounding ends below infinity and there is nothing to choose.
+constexpr uint32_t kMayRoundToInfinity = kInfinity - 0xffffu;
+OPTIM_EXT_HOST_DEVICE uint16_t narrow_small_bf16_by_chance(float value, uint32_t random) {
+  return static_cast<uint16_t>((float_to_bits(value) + random) >> 16);
+}
+
 // `random`: 16 bits. Infinity and NaN stay what they are, and no finite value becomes infinite.
 OPTIM_EXT_HOST_DEVICE uint16_t narrow_bf16_by_chance(float value, uint32_t random) {
-  const uint32_t bits = float_to_bits(value), down = bits >> 16, chosen = (bits + random) >> 16;
+  const uint32_t bits = float_to_bits(value), down = bits >> 16, chosen = narrow_small_bf16_by_chance(value, random);
   const uint32_t magnitude = bits & kMagnitude;
   const uint32_t finite = (chosen & 0x7fffu) >= 0x7f80u ? down : chosen;
   const uint32_t special = magnitude > kInfinity ? (down & 0x8000u) | 0x7fc0u : down;

@@ -221,9 +221,6 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
     def _measures(self, group: Group) -> bool:
         return self._variant(group).has_norms
 
-    def _needs_whole_tensors(self, group: Group) -> bool:
-        return self._variant(group).has_norms
-
     def _state_keys(self, group: Group) -> tuple[str | None, ...]:
         definition = self._definition
         return state_keys_of(definition.index, definition.options.constants_of(group))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,6 +18,7 @@ from optim_ext._precision import parts, values
 from optim_ext._precision.options import PLACE, ROUNDING_KEY, SCALE
 from optim_ext._step.base import Group
 from optim_ext._step.owners import Owners
+from optim_ext._step.whole_norms import WholeNorms
 from optim_ext._tables import TABLES
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class LocalView:
         self._note(optimizer)
         self._spread_norm: _sharding.SpreadNorm | None = None
         self.owners = Owners(optimizer, self)
+        self._measured: list[bool] = []  # by group
+        self.norms: WholeNorms | None = None  # of parts, where the rule takes norms
 
     def whole_of(self, p: Tensor) -> Any:
         """The DTensor that a tensor stands in for, or None."""
@@ -155,14 +158,28 @@ class LocalView:
             )
         return (seen if isinstance(seen, Tensor) else _stand_in(value)), True
 
-    def read_options(self, param_groups: list[Group]) -> None:
+    def read_options(self, optimizer: ShardedStep) -> None:
         """Bring the options of the groups up to date; they may have been scheduled."""
-        for seen, group in zip(self.groups, param_groups, strict=True):
+        for seen, group in zip(self.groups, optimizer.param_groups, strict=True):
             params = seen["params"]
             if len(seen) != len(group):
                 seen.clear()
             seen.update(group)
             seen["params"] = params
+        measured = [optimizer._measures(group) for group in self.groups]
+        if measured == self._measured:
+            return
+        self._measured = measured
+        params = [p for group, taken in zip(self.groups, measured, strict=True) if taken for p in group["params"]]
+        parts = [(p, self.whole_of(p)) for p in params if p in self._whole_of]
+        cut = [(p, whole) for p, whole in parts if _sharding.is_cut(whole._spec)]
+        twice = [p for p, count in Counter(p for p, _ in cut).items() if count > 1]
+        if twice:
+            raise RuntimeError(
+                f"{self.name_of(twice[0])}: it is in the optimizer twice, which a rule about the norm of a tensor that is cut "
+                "does not take; list it once"
+            )
+        self.norms = WholeNorms(cut) if cut else None
 
     def lend_others(self, others: list[int], agreement: Agreement) -> None:
         """Gradients that are not known to be laid out as their parameters: those that are after all, and those that are
@@ -224,8 +241,12 @@ class LocalView:
             for i, stand_in in enumerate(self._stand_ins.values())
         ]
         groups = [_sharding.mesh_groups(spec) for spec in specs]
-        owned = {i for i, stand_in in enumerate(self._whole_of) if self.owners.owns(stand_in)}
-        agree(kinds, problems, groups, _sharding.reduction_device(specs), self.names, agreement, owned)
+        needed = {
+            i
+            for i, p in enumerate(self._whole_of)
+            if self.owners.owns(p) or (self.norms is not None and p in self.norms)
+        }
+        agree(kinds, problems, groups, _sharding.reduction_device(specs), self.names, agreement, needed)
 
     def by_local_tensor(self) -> dict[int, Tensor]:
         """The stand-ins of parameters by the identity of the local tensors that they stand in for."""
@@ -328,7 +349,7 @@ def agree(
     device: torch.device,
     names: Sequence[str],
     agreement: Agreement,
-    owned: Container[int] = (),
+    needed: Container[int] = (),
 ) -> None:
     """Find out whether the processes have gradients of one kind, before any of them waits for the others.
 
@@ -339,7 +360,7 @@ def agree(
         device: where collectives want their numbers.
         names: of the parameters.
         agreement: what they know.
-        owned: which parameters are put together by an owner, so that no part may be missing.
+        needed: of which parameters the rule takes the whole or its norm, so that no part may be missing.
 
     Raises:
         RuntimeError: another process refuses a gradient, or some have none, or one of another layout, and all have to join.
@@ -352,7 +373,7 @@ def agree(
     for i, (most, least) in enumerate(found):
         if most == GradKind.REFUSED and i not in problems:
             raise RuntimeError(f"gradient of {names[i]}: another process refuses it; see the error there")
-        if i in owned and least == -GradKind.NONE and most != GradKind.NONE:
+        if i in needed and least == -GradKind.NONE and most != GradKind.NONE:
             raise RuntimeError(
                 f"gradient of {names[i]}: some processes have none, and the rule is about the whole of it"
             )

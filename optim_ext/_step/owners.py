@@ -1,4 +1,4 @@
-"""Rules about whole tensors (Muon, Adafactor, LAMB, LARS) on DTensors of which no process has the whole.
+"""Rules about whole tensors (Muon, Adafactor) on DTensors of which no process has the whole.
 
 Each such parameter has an owner among the processes that have its parts. For a step these send it their parts of parameter,
 gradient and state; the owner steps as one process would, with the same bits; and everybody gets back what is his. These are

@@ -19,6 +19,7 @@ from optim_ext._native_step import Controls
 from optim_ext._precision import options
 from optim_ext._step.base import Group
 from optim_ext._step.controls import ControlledStep
+from optim_ext._step.whole_norms import WholeNorms
 from optim_ext._tables import TABLES
 
 _PLANS_KEPT = 32  # of an optimizer whose groups are stepped some at a time
@@ -130,7 +131,7 @@ class PlannedStep(ControlledStep):
         if averaging is not None and controls.average_weight is not None:
             plan.besides.run(controls.average_weight, controls.found_inf, check_only=True)
         try:
-            if not plan.step(self.state, self.param_groups, hypers, controls):
+            if not plan.step(self.state, self.param_groups, hypers, controls, norms=self._whole_norms()):
                 return False
         except RuntimeError:
             if all(self._torch_reason(group) is None for group in self.param_groups):
@@ -247,7 +248,7 @@ class PlannedStep(ControlledStep):
                 plan.besides = averaging.besides(averages, self._stand_ins(), self.state)
                 if controls.average_weight is not None:
                     plan.besides.run(controls.average_weight, controls.found_inf, check_only=True)
-            if not plan.step(*arguments):
+            if not plan.step(*arguments, norms=self._whole_norms()):
                 raise RuntimeError(self._what_is_missing())
             if averaging is not None and by_torch:
                 averaging.update(controls.found_inf, self.state)
@@ -275,6 +276,10 @@ class PlannedStep(ControlledStep):
             if isinstance(count, Tensor) and count.device == p.device:
                 _move(self.state[p], keys, p.device)
         return super()._init_group(group, *lists, **named)
+
+    def _whole_norms(self) -> WholeNorms | None:
+        """What a rule about norms asks for where this process has parts of the tensors."""
+        return None
 
     def _stand_ins(self) -> dict[int, Tensor]:
         """By which tensors this step knows local tensors of DTensors, by the identity of these."""

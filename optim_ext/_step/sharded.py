@@ -21,6 +21,7 @@ from optim_ext._load import _C
 from optim_ext._step.base import Group
 from optim_ext._step.local_view import Agreement, LocalView, why_whole
 from optim_ext._step.planning import PlannedStep, is_zero_on_the_host
+from optim_ext._step.whole_norms import WholeNorms
 
 
 class ShardedStep(PlannedStep):
@@ -39,6 +40,8 @@ class ShardedStep(PlannedStep):
 
     def _step_as_told(self, controls: StepControls) -> None:
         view = self._viewing
+        if view is not None and view.norms is not None:
+            return self._step_by_norms(view.norms, controls)
         if view is None or not view.owners:
             return super()._step_as_told(controls)
         asked = self._asked()
@@ -51,6 +54,18 @@ class ShardedStep(PlannedStep):
             asked.averaging = averaging
         if averaging is not None:
             averaging.update(controls.found_inf, self.state, self._stand_ins())
+
+    def _step_by_norms(self, norms: WholeNorms, controls: StepControls) -> None:
+        norms.has_asked = False
+        try:
+            super()._step_as_told(controls)
+        except Exception:
+            if not norms.has_asked:
+                norms.refuse()
+            raise
+
+    def _whole_norms(self) -> WholeNorms | None:
+        return None if self._viewing is None else self._viewing.norms
 
     def _has_dtensors(self) -> bool:
         # A view finds out by itself whether it still is one of these groups.
@@ -85,8 +100,8 @@ class ShardedStep(PlannedStep):
             agreement = self.__dict__.setdefault("_agreement", Agreement())
             if agreement.is_due and self._makes_state_only():
                 agreement = Agreement(is_first=False)
+            view.read_options(self)
             view.lend_others(others, agreement)
-            view.read_options(self.param_groups)
             view.whole_groups = self.param_groups
             self.param_groups, self.state, self._plan, self._viewing = view.groups, view.state, view.plan, view
             view.written = view.has_made_state = False
@@ -132,8 +147,10 @@ class ShardedStep(PlannedStep):
         specs = [p._spec for p in group["params"] if _sharding.is_dtensor(p)]
         if not specs:
             return how
-        whole = self._needs_whole_tensors(group) and any(map(_sharding.sharding_groups, specs))
-        what = "whole tensors at their owners" if whole else "this process's part"
+        is_cut = any(map(_sharding.sharding_groups, specs))
+        what = "whole tensors at their owners" if is_cut and self._needs_whole_tensors(group) else "this process's part"
+        if is_cut and self._measures(group):
+            what += " by norms of the whole"
         ranks = max(math.prod(_sharding.shard_counts(spec)) for spec in specs)
         return f"{how}, on {what}: {len(specs)} of {len(group['params'])} parameters are DTensors, " + (
             f"sharded over {ranks} processes" if ranks > 1 else "of which every process has the whole"

@@ -105,14 +105,20 @@ def give_grads(wholes, params, index, names=None):
         params[name].grad = spread(grad.clone(), *rows[name][:2]) if name in rows else grad.clone()
 
 
+def local(tensor):
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_same(params, wholes, what="value"):
+def assert_same(params, wholes, what="value", rtol=0, atol=0):
     for name, whole in wholes.items():
         mine, theirs = part_of(params[name].detach(), whole.detach())
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda text, n=name: f"{what} of {n}: {text}")
+        torch.testing.assert_close(
+            mine, theirs, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{what} of {n}: {text}"
+        )
 
 
 def assert_same_state(optimizer, params, single, wholes):
@@ -484,8 +490,11 @@ def class_named(name):
 
 
 def rules_about_whole_tensors_have_the_bits_of_one_process():
-    """By owners, or gathered where several dimensions of a mesh cut; state is kept in parts."""
+    """By owners, or gathered where several dimensions of a mesh cut; state is kept in parts. Where norms of the whole are
+    enough, these are added up in another order, so that their last bit may be another."""
     for name, options in WHOLE_ROWS:
+        by_norms = name.startswith("LA")
+        close = dict(rtol=1e-6, atol=1e-6) if by_norms else dict(rtol=0, atol=0)
         wholes, params = made()
         names = [n for n, whole in wholes.items() if whole.dim() == 2 or name != "Muon"]
         wholes, params = ({n: of[n] for n in names} for of in (wholes, params))
@@ -502,17 +511,18 @@ def rules_about_whole_tensors_have_the_bits_of_one_process():
             single.step()
             with CommDebugMode() as communication:
                 optimizer.step()
-            if dist.get_world_size() == 2:  # there and back, and the agreement of the first step
-                assert communication.get_total_counts() == (3 if index == 0 else 2), communication.get_comm_counts()
-            assert_same(params, wholes, f"{name} {index}")
+            if dist.get_world_size() == 2:  # one, or there and back; and the agreement of the first step
+                expected = (1 if by_norms else 2) + (index == 0)
+                assert communication.get_total_counts() == expected, communication.get_comm_counts()
+            assert_same(params, wholes, f"{name} {index}", **close)
             expected, mine = (dict(zip(names, averaged.parameters(), strict=True)) for averaged, _ in found)
-            assert_same(mine, expected, f"average of {name} {index}")
+            assert_same(mine, expected, f"average of {name} {index}", **close)
         assert_native(optimizer)
         for n, whole in wholes.items():
             ours, theirs = optimizer.state[params[n]], single.state[whole]
             assert list(ours) == list(theirs)
             for key, value in theirs.items():
-                torch.testing.assert_close(full(ours[key]), value, rtol=0, atol=0)
+                torch.testing.assert_close(full(ours[key]), value, **close)
                 if isinstance(params[n], DTensor) and value.dim() > 0 and value.shape == whole.shape:
                     assert ours[key].placements == params[n].placements
 
@@ -539,11 +549,101 @@ def rules_about_whole_tensors_clip_and_skip():
                 torch.testing.assert_close(full(params[n].detach()), whole.detach(), rtol=1e-4, atol=1e-5)
 
 
+def rules_take_norms_of_all_parts():
+    """Of parameters, gradients, states and what is computed, also as means and into a number of the state; where gradients
+    are scaled and clipped; with no gradients on some steps."""
+    from user_rules.test_norms import MADE
+
+    classes = (optim_ext.LAMB, optim_ext.LARS, *(MADE if ON_CPU else ()))
+    for cls in classes:
+        wholes, params = made()
+        single, optimizer = (cls(list(of.items()), lr=0.1) for of in (wholes, params))
+        for each in (single, optimizer):
+            each.set_grad_policy(max_norm=1.0)
+        for index in range(4):
+            give_grads(wholes, params, index, ["columns", "plain"] if index == 2 else None)
+            for each in (single, optimizer):
+                each._step_supports_amp_scaling = True
+                each.grad_scale = torch.tensor(3.0, device=DEVICE) if index == 1 else None
+                each.found_inf = torch.tensor(float(index == 3), device=DEVICE)
+                each.step()
+                del each.grad_scale, each.found_inf
+            assert_same(params, wholes, f"{cls.__name__} {index}", rtol=2e-5, atol=2e-6)
+            for n, p in params.items():
+                if p.grad is not None:  # they are unscaled once
+                    torch.testing.assert_close(full(p.grad), wholes[n].grad, rtol=0, atol=0)
+        assert_native(optimizer)
+        for n, whole in wholes.items():
+            for key, value in single.state[whole].items():
+                torch.testing.assert_close(full(optimizer.state[params[n]][key]), value, rtol=2e-5, atol=2e-6)
+
+
+def options_decide_whether_norms_are_taken():
+    """Of a rule that takes them by one of its options."""
+    if not ON_CPU:
+        return
+
+    @optim_ext.rule(backend="interpreted")
+    def Normed(param, grad, *, lr=0.1, by_norm=False):
+        return param - (lr / optim_ext.math.norm(grad) * grad if by_norm else lr * grad)
+
+    wholes, params = made()
+    single, optimizer = (Normed(list(of.items())) for of in (wholes, params))
+    for index in range(6):
+        give_grads(wholes, params, index)
+        for each in (single, optimizer):
+            each.param_groups[0]["by_norm"] = index // 2 == 1
+            each.step()
+        assert_same(params, wholes, f"{index}", rtol=1e-6, atol=1e-6)
+
+
+def a_step_that_one_process_refuses_is_taken_by_none():
+    """Where all of them wait for norms of the whole: nothing is written, no gradient unscaled and no step counted."""
+    wholes, params = made()
+    optimizer = optim_ext.LAMB(list(params.items()), lr=0.1)
+    give_grads(wholes, params, 0)
+    optimizer.step()
+    mine = dist.get_rank() == dist.get_world_size() - 1
+    for what in ("a count", "a state"):
+        entry = optimizer.state[params["vector"]]
+        kept = dict(entry)
+        if mine and what == "a count":
+            entry["step"] = torch.tensor(-3.0)
+        elif mine:
+            del entry["exp_avg"]
+        give_grads(wholes, params, 1)
+        before = copy.deepcopy([list(params.values()), [p.grad for p in params.values()], dict(optimizer.state)])
+        optimizer._step_supports_amp_scaling = True
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+        told = "parameter 'vector'|exp_avg" if mine else "another process of a group refuses"
+        with pytest.raises((RuntimeError, KeyError), match=told):  # as torch raises where state is missing
+            optimizer.step()
+        for p, old, grad, old_grad, (_, old_entry) in zip(
+            params.values(), before[0], (p.grad for p in params.values()), before[1], before[2].items(), strict=True
+        ):
+            assert torch.equal(local(p), local(old)) and torch.equal(local(grad), local(old_grad))
+            for key, value in old_entry.items():
+                assert torch.equal(local(optimizer.state[p][key]), local(value)), key
+        optimizer.state[params["vector"]] = kept
+    optimizer.step()
+
+
+def a_parameter_that_is_there_twice_has_no_norm_of_the_whole():
+    if dist.get_world_size() == 1:
+        return
+    _, params = made()
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = optim_ext.LAMB([params["even"], params["even"]])
+    params["even"].grad = params["even"].detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0: it is in the optimizer twice"):
+        optimizer.step()
+
+
 def what_an_owner_refuses_no_process_waits_for():
     """Bad input that one process alone has: it raises its error, and the others say that there is one."""
     wholes, params = made()
     params = {n: params[n] for n in ("even", "uneven", "empty", "columns", "vector")}  # each has an owner
-    optimizer = optim_ext.LAMB(list(params.items()), lr=0.1)
+    optimizer = optim_ext.Adafactor(list(params.items()), lr=0.1)
     for index in range(2):
         give_grads({n: wholes[n] for n in params}, params, index)
         optimizer.step()
@@ -1084,7 +1184,10 @@ CASES = [
     bad_input_is_refused_on_all_processes_alike, a_plain_gradient_of_a_dtensor_is_refused, a_partial_parameter_is_refused,
     local_tensors_with_operations_of_their_own_are_left_to_torch,
     rules_about_whole_tensors_step_copies_natively, rules_about_whole_tensors_have_the_bits_of_one_process,
-    rules_about_whole_tensors_clip_and_skip, what_an_owner_refuses_no_process_waits_for, explain_says_what_is_sharded,
+    rules_about_whole_tensors_clip_and_skip, what_an_owner_refuses_no_process_waits_for,
+    rules_take_norms_of_all_parts, options_decide_whether_norms_are_taken,
+    a_step_that_one_process_refuses_is_taken_by_none, a_parameter_that_is_there_twice_has_no_norm_of_the_whole,
+    explain_says_what_is_sharded,
     a_model_that_fsdp_has_cut_trains_as_with_torchs_class, checkpoints_go_into_and_out_of_torchs_class,
     then_saves, then_resumes, objects_do_not_accumulate, norms_are_of_all_parts, a_policy_decides_alike_on_all_processes,
     stages_are_put_together_by_a_group, a_process_without_gradients_joins, processes_that_disagree_on_a_gradient_all_refuse_it,

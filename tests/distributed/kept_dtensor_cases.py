@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from user_rules import twins
@@ -312,12 +312,53 @@ def assert_same_averages(ours, theirs, what):
         assert_same_bits(mine, other, f"average, {what}")
 
 
+def assert_close(params, optimizer, wholes, single, what):
+    """Where the last bit of a norm may be another: so may be that of a step, and by chance one bfloat16 number in many."""
+    for name, whole in wholes.items():
+        ours, theirs = optimizer.state[params[name]], single.state[whole]
+        assert set(ours) == set(theirs), (what, name)
+        if "rounding_key" in theirs:
+            assert torch.equal(ours["rounding_key"], theirs["rounding_key"])
+        pairs = [part_of(params[name].detach(), whole.detach())]
+        if isinstance(params[name], DTensor):
+            for key in set(theirs) - {"rounding_key", "step"}:
+                pairs.append(part_of(ours[key].detach(), theirs[key].detach()))
+        for mine, other in pairs:
+            assert mine.dtype == other.dtype and mine.shape == other.shape
+            assert (mine != other).sum() <= max(1, mine.numel() // 50), (what, name)
+        torch.testing.assert_close(
+            part_of(params[name].detach(), whole.detach())[0].float(),
+            part_of(params[name].detach(), whole.detach())[1].float(),
+            rtol=2**-7,
+            atol=1e-6,
+        )
+
+
+def rules_about_norms_take_it():
+    """LAMB, LARS and what is written like them: the norm is that of the masters, the words are those of the whole."""
+    classes = [(spec.ours, spec.typical) for spec in TAKING if spec.ours._measures_tensors]
+    classes += [(cls, {"lr": 0.1}) for cls in (twins.LAMB, twins.LARS)]
+    for cls, typical in classes:
+        for way in FEW:
+            if cls is twins.LARS and way["state_precision"] != "native":
+                continue
+            wholes, params = made()
+            options = {**copy_of(typical), **way, "min_q8_size": 256}
+            single, optimizer = (cls(list(of.items()), **copy_of(options)) for of in (wholes, params))
+            for index in range(3):
+                give_grads(wholes, params, index)
+                single.step()
+                optimizer.step()
+            assert_close(params, optimizer, wholes, single, f"{cls.__name__} {name_of(way)}")
+            assert all(report.native for report in optim_ext.explain(optimizer))
+
+
 def rules_about_whole_tensors_take_it_for_copies():
-    """LAMB and LARS step tensors of which every process has the whole, also beside others that are cut and kept as torch
-    does. Those that are cut are refused otherwise, by name."""
+    """They step tensors of which every process has the whole, also beside others that are cut and kept as torch does. Those
+    that are cut are refused otherwise, by name."""
     rows = {"copies": (line(), [Replicate()], (32, 80)), "cut": (line(), [Shard(0)], (33, 7))}
     for spec in TAKING:
-        if not spec.whole_tensors:
+        if not spec.ours._about_whole_tensors:
             continue
         for way in FEW:
             wholes, params = made(rows=rows)
@@ -426,6 +467,40 @@ def flat_shards_of_fsdp_take_what_goes_by_elements():
                 optim_ext.AdamW(model.parameters(), **way)
 
 
+def flat_shards_of_fsdp_go_through_its_checkpoint():
+    """Where all state is of one dtype, which is all that FullyShardedDataParallel puts together."""
+    if dist.get_world_size() == 1:
+        return  # nothing is cut
+
+    def trained(way, steps):
+        torch.manual_seed(0)
+        model = FullyShardedDataParallel(
+            nn.Linear(10, 6, dtype=torch.bfloat16), use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizer = optim_ext.AdamW(model.parameters(), lr=0.01, **way)
+        for index in range(steps):
+            torch.manual_seed(index)
+            model(torch.randn(4, 10).bfloat16()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    model, optimizer = trained({"param_precision": "master"}, 3)
+    other, resumed = trained({"param_precision": "master"}, 0)
+    for each in (model, other):
+        FullyShardedDataParallel.set_state_dict_type(each, StateDictType.SHARDED_STATE_DICT)
+    state = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, resumed, state))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q) and optimizer.state[p].keys() == resumed.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, resumed.state[q][key]), key
+    for way in ({"param_precision": "remainder"}, {"param_precision": "kahan"}):
+        with pytest.raises(AssertionError, match="Expected dtype == info.dtype"):
+            FullyShardedDataParallel.optim_state_dict(*trained(way, 1))
+
+
 def network(way):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 64), nn.LayerNorm(64), nn.Linear(64, 17)).bfloat16()
@@ -494,8 +569,9 @@ CASES = [
     steps_have_the_bits_of_one_process, rules_written_in_python_have_the_bits_of_the_built_in_one,
     float32_parameters_have_state_in_few_bits,
     local_tensors_and_state_may_be_replaced, what_a_layout_does_not_allow_is_refused_alike,
-    strided_shards_are_kept_without_chance, rules_about_whole_tensors_take_it_for_copies, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
+    strided_shards_are_kept_without_chance, rules_about_norms_take_it, rules_about_whole_tensors_take_it_for_copies, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
     masters_come_out_and_go_in, a_compiled_step_is_taken_eagerly, flat_shards_of_fsdp_take_what_goes_by_elements,
+    flat_shards_of_fsdp_go_through_its_checkpoint,
     state_loads_back, then_saves, then_resumes,
 ]  # fmt: skip
 

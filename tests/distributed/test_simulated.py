@@ -40,8 +40,8 @@ def main():
                 return DTensor.from_local(torch.ones(part), mesh, places, run_check=False, shape=shape, stride=stride)
 
             params = [nn.Parameter(made()) for _ in range(count)]
-            for name, of_step in (("AdamW", 0), ("LAMB", 2)):
-                if cuts > 1 and name == "LAMB":
+            for name, of_step in (("AdamW", 0), ("Adafactor", 2), ("LAMB", cuts)):
+                if cuts > 1 and name == "Adafactor":
                     continue  # it is gathered, for which the fake has nothing
                 optimizer = getattr(optim_ext, name)(params)
                 for policy in (False, True):

@@ -35,12 +35,31 @@ OPTIM_EXT_SHARED void join(Precision precision, Storage storage, const uint16_t*
   }
 }
 
+// The bits of the largest magnitude. Where it is small enough a codec has nothing to choose, and the loop is shorter
+// than one that chooses; as integers these are compared in packs.
+OPTIM_EXT_INLINE uint32_t largest_magnitude(const float* value, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto magnitude = static_cast<int32_t>(float_to_bits(value[i]) & kMagnitude);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return static_cast<uint32_t>(largest);
+}
+
 OPTIM_EXT_SHARED void split(Precision precision, Storage storage, const float* value, int64_t n, uint16_t* param,
                             void* twin) {
   const bool is_bf16 = storage == Storage::bf16;
   if (precision == Precision::master) return narrow(value, param, storage, {1, n, 1, 1});
   if (precision == Precision::remainder) {
     int16_t* const remainder = static_cast<int16_t*>(twin);
+    if (largest_magnitude(value, n) <= kInfinity) {
+      OPTIM_EXT_FOR(i, n) {
+        const SplitMaster master = split_number(float_to_bits(value[i]));
+        param[i] = master.param;
+        remainder[i] = master.remainder;
+      }
+      return;
+    }
     OPTIM_EXT_FOR(i, n) {
       const SplitMaster master = split_master(value[i]);
       param[i] = master.param;
@@ -95,14 +114,25 @@ OPTIM_EXT_SHARED void draw_of_part(const Companions& companions, int64_t index, 
   }
 }
 
-// Rounds to numbers that bf16 has, by the bits of each word that serve a parameter or a state.
-OPTIM_EXT_SHARED void round_by_chance(float* value, const uint32_t* words, int64_t n, bool is_param, bool is_positive) {
-  if (is_param) {
-    OPTIM_EXT_FOR(i, n) value[i] = widen_bf16(narrow_bf16_by_chance(value[i], word_of_param(words[i])));
-  } else if (is_positive) {
-    OPTIM_EXT_FOR(i, n) value[i] = widen_bf16(narrow_bf16_by_chance(value[i], word_of_state(words[i], true, 16)));
+template <class RandomOf>
+OPTIM_EXT_INLINE void narrow_by_chance(const float* value, const uint32_t* words, int64_t n, uint16_t* to,
+                                       const RandomOf& random_of) {
+  if (largest_magnitude(value, n) < kMayRoundToInfinity) {
+    OPTIM_EXT_FOR(i, n) to[i] = narrow_small_bf16_by_chance(value[i], random_of(words[i]));
   } else {
-    OPTIM_EXT_FOR(i, n) value[i] = widen_bf16(narrow_bf16_by_chance(value[i], word_of_state(words[i], false, 16)));
+    OPTIM_EXT_FOR(i, n) to[i] = narrow_bf16_by_chance(value[i], random_of(words[i]));
+  }
+}
+
+// By the bits of each word that serve a parameter or a state.
+OPTIM_EXT_SHARED void narrow_by_chance(const float* value, const uint32_t* words, int64_t n, bool is_param,
+                                       bool is_positive, uint16_t* to) {
+  if (is_param) {
+    narrow_by_chance(value, words, n, to, [](uint32_t word) { return word_of_param(word); });
+  } else if (is_positive) {
+    narrow_by_chance(value, words, n, to, [](uint32_t word) { return word_of_state(word, true, 16); });
+  } else {
+    narrow_by_chance(value, words, n, to, [](uint32_t word) { return word_of_state(word, false, 16); });
   }
 }
 
@@ -124,19 +154,38 @@ OPTIM_EXT_INLINE void over_blocks(const Companions& companions, int64_t index, i
   }
 }
 
+OPTIM_EXT_INLINE void decode_block(const uint8_t* from, uint8_t exponent, bool has_sign, int64_t n, float* buffer) {
+  if (has_sign) {
+    OPTIM_EXT_FOR(i, n) buffer[i] = decode_signed8(from[i], exponent);
+  } else {
+    OPTIM_EXT_FOR(i, n) buffer[i] = decode_positive8(from[i], exponent);
+  }
+}
+
 OPTIM_EXT_SHARED void decode(const Companions& companions, int k, const void* codes, int64_t index, int64_t n,
                              float* buffer) {
   const uint8_t* const from = static_cast<const uint8_t*>(codes) + index;
   const uint8_t* const exponents = companions.exponents[k];
   const bool has_sign = !((companions.positive >> k) & 1u);
   over_blocks(companions, index, n, [=](int64_t first, int64_t many, int64_t block) {
-    const uint8_t exponent = exponents[block];
-    if (has_sign) {
-      OPTIM_EXT_FOR(i, many) buffer[first + i] = decode_signed8(from[first + i], exponent);
+    if (many == kBlock8) {  // of a length that the compiler knows
+      decode_block(from + first, exponents[block], has_sign, kBlock8, buffer + first);
     } else {
-      OPTIM_EXT_FOR(i, many) buffer[first + i] = decode_positive8(from[first + i], exponent);
+      decode_block(from + first, exponents[block], has_sign, many, buffer + first);
     }
   });
+}
+
+// Gives the block's exponent.
+OPTIM_EXT_INLINE uint8_t encode_block(const float* value, const uint32_t* words, bool has_sign, int64_t n,
+                                      uint8_t* to) {
+  const uint8_t exponent = exponent_of_block(largest_magnitude(value, n));
+  if (has_sign) {
+    OPTIM_EXT_FOR(i, n) to[i] = encode_signed8(value[i], exponent, word_of_state(words[i], false, 20));
+  } else {
+    OPTIM_EXT_FOR(i, n) to[i] = encode_positive8(value[i], exponent, word_of_state(words[i], true, 20));
+  }
+  return exponent;
 }
 
 OPTIM_EXT_SHARED void encode(const Companions& companions, int k, const float* value, const uint32_t* words,
@@ -145,19 +194,8 @@ OPTIM_EXT_SHARED void encode(const Companions& companions, int k, const float* v
   uint8_t* const exponents = companions.exponents[k];
   const bool has_sign = !((companions.positive >> k) & 1u);
   over_blocks(companions, index, n, [=](int64_t first, int64_t many, int64_t block) {
-    int32_t largest = 0;
-    for (int64_t i = 0; i < many; ++i) {
-      const auto magnitude = static_cast<int32_t>(float_to_bits(value[first + i]) & kMagnitude);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const uint8_t exponent = exponents[block] = exponent_of_block(static_cast<uint32_t>(largest));
-    if (has_sign) {
-      OPTIM_EXT_FOR(i, many)
-      to[first + i] = encode_signed8(value[first + i], exponent, word_of_state(words[first + i], false, 20));
-    } else {
-      OPTIM_EXT_FOR(i, many)
-      to[first + i] = encode_positive8(value[first + i], exponent, word_of_state(words[first + i], true, 20));
-    }
+    exponents[block] = many == kBlock8 ? encode_block(value + first, words + first, has_sign, kBlock8, to + first)
+                                       : encode_block(value + first, words + first, has_sign, many, to + first);
   });
 }
 
@@ -224,8 +262,12 @@ inline void sweep_companions(const ReadyRule& ready, const Bundle& bundle, int64
         encode(companions, k, at[k], words, bundle.data[k], index, n);
         continue;
       }
-      if (bundle.storage[k] == Storage::bf16 && ((companions.by_chance >> k) & 1u))
-        round_by_chance(at[k], words, n, k == 0, (companions.positive >> k) & 1u);
+      if (bundle.storage[k] == Storage::bf16 && ((companions.by_chance >> k) & 1u)) {
+        uint16_t* const to = operands[k].layout ? moved : static_cast<uint16_t*>(bundle.data[k]) + index;
+        narrow_by_chance(at[k], words, n, k == 0, (companions.positive >> k) & 1u, to);
+        if (operands[k].layout == nullptr) continue;
+        widen(moved, Storage::bf16, {1, n, 1, 1}, at[k]);
+      }
       operands[k].close(start, n, at[k]);
     }
   }
