@@ -141,7 +141,7 @@ void Call::keep_all(const at::Tensor& factor) {
   for (Bundle& bundle : bundles) {
     if (steps_on_device && bundle.device_step) bundle.step = 1.0;
   }
-  steps_on_device = false;
+  steps_on_device = draws_on_device = false;
   if (pass.unscale) {
     pass.grad_factor /= pass.grad_scale;
     pass.unscale = false;
