@@ -604,7 +604,7 @@ def a_step_that_one_process_refuses_is_taken_by_none():
     give_grads(wholes, params, 0)
     optimizer.step()
     mine = dist.get_rank() == dist.get_world_size() - 1
-    for what in ("a count", "a state"):
+    for what in ("a count", "a state") if ON_CPU else ("a state",):  # counts on a GPU are not read
         entry = optimizer.state[params["vector"]]
         kept = dict(entry)
         if mine and what == "a count":

@@ -85,8 +85,8 @@ struct KeptHead {
   int32_t place;           // where Companions::place lies, in bytes from the start of the table; 0: it is the whole
   int32_t place_ndim;
   Precision precision;
-  bool param_in_order;  // the parameter's elements follow each other in memory as their indices do
-  bool vector;          // so do those of all operands, aligned for accesses of 8 elements, and positions come in eights
+  uint16_t in_order;  // bit k: the elements of operand k follow each other in memory as their indices do
+  bool vector;        // all of them do, aligned for accesses of 8 elements, and positions come in eights
 };
 
 template <class Rule>

@@ -213,6 +213,7 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
   const bool has_twin = kept.precision != Precision::native;
   const int64_t width_of_twin_here = width_of_twin(kept.precision);
   const Storage of_param = block.entry.storage[0];
+  const auto is_in_order = [&](int operand) { return kInEights || ((kept.in_order >> operand) & 1u); };
   for (int32_t start = from; start < to; start += kThreads * kPack) {
     const Mine share = share_of<kPack>(block, start, to, thread);
     // Where each operand has each element.
@@ -282,7 +283,7 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
       } else if (s == 0 && has_twin) {
         if constexpr (kInEights) part_eight(width_of_twin_here, of_twin);
         OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) {
-          const uint32_t param = kInEights || kept.param_in_order ? word[0][j] : moved(of_param, word[0][j]);
+          const uint32_t param = is_in_order(0) ? word[0][j] : moved(of_param, word[0][j]);
           value[0][j] = joined(kept.precision, of_param, param, of_twin[j]);
         }
       } else {
@@ -318,14 +319,15 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
       } else if (s == 0 && has_twin) {
         OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) {
           const SplitWords words = split(kept.precision, storage, value[s][j]);
-          made[j] = kInEights || kept.param_in_order ? words.param : moved(storage, words.param);
+          made[j] = is_in_order(0) ? words.param : moved(storage, words.param);
           of_twin[j] = words.twin;
         }
         store(kept.twin, width_of_twin_here, in_order, of_twin);
       } else if (storage == Storage::bf16 && ((block.by_chance >> operand_of<Rule>(s)) & 1u)) {
         OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) {
-          made[j] = closed_by_chance(value[s][j],
-                                     s == 0 ? word_of_param(random[j]) : word_of_state(random[j], is_positive, 16));
+          const uint32_t bits = s == 0 ? word_of_param(random[j]) : word_of_state(random[j], is_positive, 16);
+          const uint32_t half = narrow_bf16_by_chance(value[s][j], bits);
+          made[j] = is_in_order(operand_of<Rule>(s)) ? half : moved(storage, half);
         }
       } else {
         OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) made[j] = closed(storage, value[s][j]);

@@ -41,10 +41,6 @@ OPTIM_EXT_HOST_DEVICE uint32_t closed(Storage storage, float value) {
     default: return float_to_bits(value);
   }
 }
-OPTIM_EXT_HOST_DEVICE uint32_t closed_by_chance(float value, uint32_t random) {
-  return narrow_bf16(widen_bf16(narrow_bf16_by_chance(value, random)));
-}
-
 OPTIM_EXT_HOST_DEVICE float joined(Precision precision, Storage storage, uint32_t param, uint32_t twin) {
   const bool is_bf16 = storage == Storage::bf16;
   const auto half = static_cast<uint16_t>(param), other = static_cast<uint16_t>(twin);
@@ -72,8 +68,8 @@ OPTIM_EXT_HOST_DEVICE SplitWords split(Precision precision, Storage storage, flo
 }
 OPTIM_EXT_HOST_DEVICE int64_t width_of_twin(Precision precision) { return precision == Precision::master ? 4 : 2; }
 
-// A parameter that is no one piece of memory is widened and narrowed on its way, as all operands are: a NaN then is the
-// one that conversions make.
+// What does not lie in order is widened and narrowed once more on its way, as the CPU does: a NaN then is the one that
+// conversions make.
 OPTIM_EXT_HOST_DEVICE uint32_t moved(Storage storage, uint32_t word) { return closed(storage, opened(storage, word)); }
 
 }  // namespace optim_ext::cuda

@@ -121,7 +121,7 @@ OPTIM_EXT_HOST_DEVICE double reduce_kept_thread(const KeptReduceBlock<Reduction>
     if (kept.precision == Precision::native) return load_element<double>(param, storage, at);
     const uint32_t word = load_one(param, bytes_of(storage), at);
     const uint32_t twin = load_one(in_global(kept.twin), width_of_twin(kept.precision), index);
-    return double{joined(kept.precision, storage, kept.param_in_order ? word : moved(storage, word), twin)};
+    return double{joined(kept.precision, storage, kept.in_order & 1u ? word : moved(storage, word), twin)};
   });
 }
 

@@ -97,7 +97,9 @@ inline void write_kept(const Bundle& bundle, const RuleShape& rule, int32_t plac
   kept.place = place;
   kept.place_ndim = companions.place_ndim;
   kept.precision = companions.precision;
-  kept.param_in_order = bundle.layout == nullptr || bundle.layout->is_dense(0);
+  for (int k = 0; k < kMaxOperands; ++k) {
+    if (bundle.layout == nullptr || bundle.layout->is_dense(k)) kept.in_order |= static_cast<uint16_t>(1u << k);
+  }
   kept.vector = in_eights(bundle, rule.used);
   std::memcpy(to, &kept, sizeof kept);
   for (int s = 0; s < rule.slots(); ++s) {
