@@ -659,7 +659,7 @@ class PlanStub:
     def repeat(self, *_):
         return False
 
-    def step(self, *_):
+    def step(self, *_, **__):
         if self.fails:
             raise RuntimeError("no such step")
         return True
