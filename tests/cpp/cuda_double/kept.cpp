@@ -215,7 +215,8 @@ void test_reading() {
       expected.push_back(rules::L2Norm::finish(reduce_slots<rules::L2Norm>(slots.data(), slots.size()), 0.0));
     }
     find_races(true);
-    const cuda::Driver driver(DoublePlace{});
+    const DoublePlace place;
+    const cuda::Driver driver(place);
     driver.run(rule, call);
     driver.reduce_each<rules::L2Norm>(call, got.data());
     for (size_t i = 0; i < members.size(); ++i) {
