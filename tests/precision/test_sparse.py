@@ -19,6 +19,8 @@ from optim_ext import checkpoints
 from optim_ext._tables import TABLES
 from optim_ext.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+pytestmark = pytest.mark.about_the_cpu("sparse gradients step what is kept in other ways there only")
+
 WIDTH = 100  # a block and a part of one
 LAZY = [spec for spec in TAKING if TABLES[spec.op].is_element_wise]
 SPARSE_ADAM = Spec("SparseAdam", op="sparse_adam_", state=lambda o: {"exp_avg", "exp_avg_sq"}, grid=(), typical={})
