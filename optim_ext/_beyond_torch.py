@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from optim_ext._step import FusedStep, Group
 
 
-class BeyondTorch(FusedStep):
-    """Base of optimizers without a class in torch: `_state_keys` names all the state there is."""
+class StateByKeys(Optimizer):
+    """What stands in for torch's own class where there is none: `_state_keys` names all the state there is."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                if name != "differentiable":  # torch gives every optimizer a default for it
-                    group.setdefault(name, value)
-            for p in group["params"]:
-                step = self.state.get(p, {}).get("step")
-                if step is not None and not isinstance(step, Tensor):
-                    self.state[p]["step"] = _count(float(step))
+    _state_keys: Callable[[Group], tuple[str | None, ...]]
+    _first_state: Callable[[Group, Tensor], dict[str, Any]]
 
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Tensor]) -> None:
         keys = self._state_keys(group)
@@ -39,6 +33,21 @@ class BeyondTorch(FusedStep):
             for key, entries in zip(keys, lists, strict=True):
                 if key is not None:
                     entries.append(state[key])
+
+
+class BeyondTorch(FusedStep, StateByKeys):
+    """Base of optimizers without a class in torch."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch gives every optimizer a default for it
+                    group.setdefault(name, value)
+            for p in group["params"]:
+                step = self.state.get(p, {}).get("step")
+                if step is not None and not isinstance(step, Tensor):
+                    self.state[p]["step"] = _count(float(step))
 
     def _first_state(self, group: Group, p: Tensor) -> dict[str, Any]:
         keys = (key for key in self._state_keys(group) if key is not None)

@@ -40,12 +40,12 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             **added: Unpack[AddedOptions],
         ) -> None: ...
 
-    def _init_group(self, group: Group, *lists: list[Tensor]) -> Any:
+    def _init_group(self, group: Any, *lists: Any, **named: Any) -> Any:
         """As torch's, which before 2.14 refuses fused=True on a GPU for want of a kernel."""
         stepping = [p for p in group["params"] if p.grad is not None]
         if stepping and all(p.is_cuda and p.is_floating_point() for p in stepping):
             self._need_device_dtype_check_for_fused = False
-        return super()._init_group(group, *lists)
+        return super()._init_group(group, *lists, **named)
 
     def _first_value(self, group: Group, key: str) -> float | None:
         return float(group["initial_accumulator_value"]) if key == "sum" else None

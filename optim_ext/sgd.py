@@ -49,23 +49,24 @@ class SGD(FusedStep, torch.optim.SGD):
     def _hypers(self, group: Group, is_first_step: bool = False) -> tuple[Any, ...]:
         return super()._hypers({**group, "is_first_step": is_first_step})
 
-    def _init_group(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor | None]
-    ) -> bool:
+    def _init_group(self, group: Any, *lists: Any, **named: Any) -> Any:
         """As torch's, but without dampening a missing buffer is made at once: zeros give torch's first step. (A compiler
         runs this method itself and does not trace it, so the first step's graph serves the others.)"""
-        has_sparse_grad = bool(super()._init_group(group, params, grads, momentum_buffers))
+        found = super()._init_group(group, *lists, **named)
+        params, grads, momentum_buffers = lists[:3]
         by_torch = self._on_torchs_path or group["differentiable"]
-        if self._starts_at_zero(group) and not has_sparse_grad and not by_torch:
+        if self._starts_at_zero(group) and not by_torch and not any(grad.is_sparse for grad in grads):
             for index, (p, buffer) in enumerate(zip(params, momentum_buffers, strict=False)):
                 if buffer is None:
                     momentum_buffers[index] = self._make_buffer(group, p)
-        return has_sparse_grad
+        return found
 
     def _traced_step(self) -> Tensor | None:
         """With dampening the first step is another formula, and a traced graph cannot tell; torch's code can."""
         if any(group["momentum"] != 0 and group["dampening"] != 0 for group in self.param_groups):
             self._refuse_controls("compiled SGD with dampened momentum")
+            for group in self.param_groups:
+                self._refuse_precision(group, "compiled SGD with dampened momentum is torch's")
             self._bare_torch_step(self)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
             return found_inf

@@ -21,6 +21,9 @@ DEFAULTS: Final[dict[str, Any]] = {
     "min_q8_size": 4096,
 }
 
+# What parameters are of that may be kept more exactly than they are.
+HALVES: Final = (torch.bfloat16, torch.float16)
+
 # Under which key the state has what a parameter is kept in besides itself, and in which dtype; None: in its own.
 TWINS: Final[dict[str, tuple[str, torch.dtype | None]]] = {
     "master": ("master_param", torch.float32),
@@ -155,7 +158,7 @@ def _of_param(p: Tensor, precision: str, described: str) -> str:
         raise ValueError(
             f"{described}: param_precision={precision!r} is for bfloat16, and it is float16; use 'master' or 'kahan'"
         )
-    return precision if p.dtype in (torch.bfloat16, torch.float16) else "native"
+    return precision if p.dtype in HALVES else "native"
 
 
 def _of_state(p: Tensor, is_exact: bool, precision: str, param: str, min_q8_size: int, described: str) -> str:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from optim_ext._averaging.step import StepAveraging
 from optim_ext._beyond_torch import BeyondTorch, _count
 from optim_ext._constructor import refuse_unknown
-from optim_ext._grad_control import StepControls, Verdict
+from optim_ext._grad_control import StepControls
 from optim_ext._load import _C
 from optim_ext._precision.options import has_no_sign
 from optim_ext._rules import cuda
@@ -296,7 +296,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         on_cpu = any(p.device.type == "cpu" for p in stepped)
         return _reason_while_tracing(definition.index, definition.options.constants_of(group), on_cpu, gpus)
 
-    def _traced_call(self, group: Group, lists: list[list[Tensor]], verdict: Verdict) -> None:
+    def _traced_call(self, group: Group, lists: list[list[Tensor]], controls: dict[str, Any]) -> None:
         definition = self._definition
         count = len(definition.states)
         params, grads, *state = lists
@@ -309,9 +309,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             steps,
             rule=_name_of(definition.index, definition.options.constants_of(group)),
             hypers=[self._as_tensor(number) for number in numbers],
-            grad_scale=verdict.grad_scale,
-            found_inf=verdict.found_inf,
-            grad_factor=verdict.grad_factor,
+            **controls,
         )
 
     @classmethod

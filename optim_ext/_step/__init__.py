@@ -120,7 +120,7 @@ class FusedStep(TracedStep):
             found_inf = self._traced_step()
             averaging = self._asked().averaging
             if averaging is not None:
-                averaging.update(found_inf)
+                averaging.update(found_inf, self.state)
         else:
             if "capturable" in self.defaults:  # without the option torch captures the step as it is, and so do we
                 _HEALTH_CHECK(self)

@@ -266,17 +266,6 @@ class PlannedStep(ControlledStep):
             plan.of_shards = any(_grad_control.is_flat_shard(p) for group in self.param_groups for p in group["params"])
             self._keep(plan)
 
-    def _init_group(self, group: Any, *lists: Any, **named: Any) -> Any:
-        """Torch's, before which numbers of the state are brought to where their step count lies: torch.compile moves that
-        to the parameter's device, and runs this as it traces a step."""
-        keys = TABLES[self._op].scalar_state - {"step"}
-        by_torch = self._on_torchs_path or group.get("differentiable")
-        for p in group["params"] if keys and not by_torch else ():
-            count = self.state[p].get("step") if p in self.state else None
-            if isinstance(count, Tensor) and count.device == p.device:
-                _move(self.state[p], keys, p.device)
-        return super()._init_group(group, *lists, **named)
-
     def _whole_norms(self) -> WholeNorms | None:
         """What a rule about norms asks for where this process has parts of the tensors."""
         return None
@@ -319,10 +308,10 @@ class PlannedStep(ControlledStep):
                     f"this one is skipped is known on {p.device} only; use set_grad_policy without skip_nonfinite and "
                     "skip_above"
                 )
-            _move(entry, keys, p.device)
+            move(entry, keys, p.device)
 
 
-def _move(entry: dict[str, Any], keys: Iterable[str], device: torch.device) -> None:
+def move(entry: dict[str, Any], keys: Iterable[str], device: torch.device) -> None:
     """Move tensors of the state from the CPU to a device, without waiting for it."""
     for key in keys:
         value = entry.get(key)

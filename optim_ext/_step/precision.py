@@ -145,9 +145,9 @@ class KeptStep(OpStep):
 
     def _seen_dtype(self, group: Group, index: int) -> torch.dtype:
         """The dtype of a parameter as the rule sees it, which a default may depend on."""
-        keeping = self._keeping(group, index) if self._keeps(group) else None
         dtype: torch.dtype = group["params"][index].dtype
-        return dtype if keeping is None or keeping.param == "native" else torch.float32
+        is_kept = dtype in options.HALVES and group.get("param_precision", "native") != "native"
+        return torch.float32 if is_kept else dtype
 
     def _dtensor_of(self, p: Tensor) -> Any:
         """The DTensor that a parameter is, or that it stands in for; or None."""
@@ -226,7 +226,7 @@ class KeptStep(OpStep):
                 self._set_master(group, index, value)
 
     def _master(self, p: Tensor) -> Tensor:
-        if p.dtype not in (torch.bfloat16, torch.float16):
+        if p.dtype not in options.HALVES:
             return p.detach().clone()
         value = values.param_value(p, self.state.get(p, {})).clone()
         return _sharding.wrapped(value, p) if _sharding.is_dtensor(p) else value
@@ -266,7 +266,7 @@ class KeptStep(OpStep):
         for index, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            if all(values.is_ours(key) for key in self.state.get(p, ())):
+            if values.TWIN_KEYS.issuperset(self.state.get(p, ())):
                 self._make_state(group, p)
                 made.add(index)
             self._convert(group, index)
@@ -276,7 +276,7 @@ class KeptStep(OpStep):
         """What torch would make for a float32 parameter of this value, as conversions of float32 lose nothing of what it begins
         with, and for a dense gradient where the class takes one."""
         kept = self._keeps(group) or self._is_strange(p)
-        dtype = torch.float32 if kept and p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+        dtype = torch.float32 if kept and p.dtype in options.HALVES else p.dtype
         by_itself = dtype is p.dtype and not (p.grad is not None and p.grad.is_sparse)
         like = p if by_itself else self._value_in(dtype, p).requires_grad_()
         if not by_itself and self._takes_dense:
@@ -285,7 +285,7 @@ class KeptStep(OpStep):
             like.grad = torch.zeros(p.shape, dtype=dtype, device=p.device, layout=torch.sparse_coo)
         keys = self._state_keys(group)
         self._init_group({**group, "params": [like]}, *([] for _ in range(2 + len(keys))))
-        companions = {} if by_itself else self.state.pop(p, {})
+        companions = {} if by_itself else self.state.get(p, {})
         entry = self.state[p] if by_itself else self.state.pop(like, {}) | companions
         for key in keys:
             if key in TABLES[self._op].places and entry.get(key) is None:

@@ -11,6 +11,7 @@ from optim_ext import _grad_control
 from optim_ext._grad_control import Verdict
 from optim_ext._step.base import Group
 from optim_ext._step.controls import NOT_COMPILED
+from optim_ext._step.planning import move
 from optim_ext._step.sharded import ShardedStep
 from optim_ext._step.torch_path import RECORDED
 from optim_ext._tables import TABLES
@@ -22,9 +23,11 @@ class TracedStep(ShardedStep):
 
         Returns what says whether it was skipped.
         """
-        for group in self.param_groups:
-            self._refuse_precision(group, "it is being compiled, which these options do not take yet: step eagerly")
         reasons = [self._traced_torch_reason(group) for group in self.param_groups]
+        for group, reason in zip(self.param_groups, reasons, strict=True):
+            # A step is compiled anew where an option changes that has been looked at, so these are in any case.
+            if self._keeps(group) and reason is not None:
+                self._refuse_precision(group, reason)
         by_torch = [group for group, reason in zip(self.param_groups, reasons, strict=True) if reason is not None]
         if by_torch:
             self._refuse_controls(next(reason for reason in reasons if reason is not None))
@@ -33,21 +36,82 @@ class TracedStep(ShardedStep):
         for group, reason in zip(self.param_groups, reasons, strict=True):
             if reason is not None:
                 continue
-            lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
-            self._init_group(group, *lists)
-            if lists[0]:
-                self._traced_call(group, lists, verdict)
+            way, is_last = 0, False
+            while not is_last:
+                lists: list[list[Tensor]] = [[] for _ in range(2 + len(self._state_keys(group)))]
+                companions: list[Tensor] = []
+                is_last = self._init_group(group, *lists, companions, way=way)
+                if lists[0]:
+                    self._traced_call(group, lists, self._traced_controls(verdict, companions))
+                way += 1
         verdict.record()
         return verdict.found_inf
 
-    def _traced_call(self, group: Group, lists: list[list[Tensor]], verdict: Verdict) -> None:
+    def _traced_call(self, group: Group, lists: list[list[Tensor]], controls: dict[str, Any]) -> None:
         getattr(torch.ops.optim_ext, self._op)(
             *([tensor for tensor in one if tensor is not None] for one in lists),
             **self._named_hypers(group),
-            grad_scale=verdict.grad_scale,
-            found_inf=verdict.found_inf,
-            grad_factor=verdict.grad_factor,
+            **controls,
         )
+
+    @staticmethod
+    def _traced_controls(verdict: Verdict, companions: list[Tensor]) -> dict[str, Any]:
+        """The arguments that an op has whatever its rule."""
+        controls = {
+            "grad_scale": verdict.grad_scale,
+            "found_inf": verdict.found_inf,
+            "grad_factor": verdict.grad_factor,
+        }
+        return {**controls, "companions": companions} if companions else controls
+
+    def _init_group(self, group: Any, *lists: Any, **named: Any) -> Any:
+        """Torch's. A compiler does not trace what has this name, but runs it as it traces a step.
+
+        With ``way=k`` it gathers those parameters only whose state is kept in the k-th of the group's ways, what lies beside
+        them in one more list, and returns whether this was the last way.
+        """
+        way: int | None = named.pop("way", None)
+        self._gather_numbers(group)
+        if way is None:
+            return super()._init_group(group, *lists, **named)
+        if way == 0 and self._make_kept_state(group) is None:
+            super()._init_group(group, *lists[:-1], **named)
+            return True
+        return self._gather_way(group, way, *lists)
+
+    def _gather_numbers(self, group: Group) -> None:
+        """Bring numbers of the state to where their step count lies: torch.compile moves that to the parameter's device."""
+        keys = TABLES[self._op].scalar_state - {"step"}
+        by_torch = self._on_torchs_path or group.get("differentiable")
+        for p in group["params"] if keys and not by_torch else ():
+            count = self.state[p].get("step") if p in self.state else None
+            if isinstance(count, Tensor) and count.device == p.device:
+                move(self.state[p], keys, p.device)
+
+    def _gather_way(self, group: Group, number: int, *lists: list[Any]) -> bool:
+        """Put the parameters that are kept in one of the group's ways, in the order of these, and what belongs to them into
+        the lists; whether it is the last way."""
+        members = [index for index, p in enumerate(group["params"]) if p.grad is not None]
+        ways = self._ways(group, members) or (None,) * len(members)
+        every = list(dict.fromkeys(ways))
+        if not every:
+            return True
+        params, grads, *state, companions = lists
+        keys, beside = every[number] or (self._state_keys(group), ())
+        chosen = [group["params"][index] for index, way in zip(members, ways, strict=True) if way == every[number]]
+        params += chosen
+        grads += [p.grad for p in chosen]
+        for key, values in zip(keys, state, strict=True):
+            if key is None:
+                continue
+            optional = key in TABLES[self._op].partial_state
+            found = [self.state[p].get(key) for p in chosen]
+            if not optional and any(value is None for value in found):
+                raise RuntimeError(self._what_is_missing())
+            values += [value for value in found if value is not None]
+        for key in beside:
+            companions += [self.state[p][key] for p in chosen]
+        return number + 1 == len(every)
 
     def _traced_torch_reason(self, group: Group) -> str | None:
         """As _torch_reason, for what a compiler can trace."""

@@ -386,20 +386,3 @@ def test_copies_step_alike(way):
     train(optimizer, params, 2, 2)
     train(other, others, 2, 2)
     assert same(everything(optimizer), everything(other))
-
-
-def test_a_compiled_step_is_taken_eagerly(way):
-    """These options are not compiled yet: the graph breaks, and the bits are those of an eager step."""
-    spec = next(s for s in TAKING if s.name == "AdamW")
-    found = []
-    torch._dynamo.utils.counters.clear()
-    for compiled in (False, True):
-        optimizer, params = make(spec, way, shapes=((64, 100), (7,)))
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for number in range(2):
-            give_grads(params, number)
-            step()
-        found.append(everything(optimizer))
-    assert same(*found)
-    frames = torch._dynamo.utils.counters["frames"]["total"]
-    assert 0 < frames < 10, "the functions of an eager step were compiled one by one"
