@@ -24,13 +24,11 @@ from optim_ext import _command_line, _grad_control
 from optim_ext._precision import options as precision
 from optim_ext._step import FusedStep
 
-_HALVES = (torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class GroupBytes:
-    """Bytes of one parameter group: of its parameters, of a gradient for each that requires one, of its state after a
-    step."""
+    """Bytes of one parameter group: of its parameters, of a gradient for each that requires one (0 where gradients have to
+    be sparse), of its state after a step."""
 
     params: int
     grads: int
@@ -64,9 +62,12 @@ class MemoryTable:
     optimizer: str
     numel: int
     rows: tuple[MemoryRow, ...]
+    without_grads: bool = False  # as they are sparse, and of a size that is known only when they are there
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.optimizer}, {self.numel:,} elements in parameters; bytes", *_aligned(self._cells())])
+        bytes_of = "bytes without gradients, which are sparse" if self.without_grads else "bytes"
+        title = f"{self.optimizer}, {self.numel:,} elements in parameters; {bytes_of}"
+        return "\n".join([title, *_aligned(self._cells())])
 
     def _cells(self) -> Iterator[list[str]]:
         groups = max(len(row.groups) for row in self.rows)
@@ -94,7 +95,8 @@ def memory(
 ) -> MemoryTable:
     """The bytes that parameters, gradients and state will take for each combination of ``param_precision`` and
     ``state_precision`` that ``cls`` takes: those held after a step in which every parameter that requires a gradient has
-    one. Nothing is allocated, so parameters may be on the meta device; they are not written to.
+    one. Nothing is allocated, so parameters may be on the meta device; they are not written to. Gradients of a class that
+    takes sparse ones only are not counted.
 
     Args:
         params: a model, or what the constructor of ``cls`` takes: parameters, named parameters or parameter groups.
@@ -109,7 +111,7 @@ def memory(
 
     Raises:
         TypeError: ``cls`` is no class of this package that keeps state for each parameter.
-        ValueError: gradients of ``cls`` are sparse; a parameter is sharded or has no shape yet; the options are refused.
+        ValueError: a parameter is sharded or has no shape yet; the options are refused.
 
     Example::
 
@@ -117,7 +119,7 @@ def memory(
         ...     model = GPT().bfloat16()
         >>> print(optim_ext.memory(model, optim_ext.AdamW, state_precision="q8"))
     """
-    _check_class(cls)
+    without_grads = not _checked_class(cls)._takes_dense
     given = params.named_parameters() if isinstance(params, Module) else params
     source = _Source(given)
     averaged = _average_bytes(params if isinstance(params, Module) else None, source, average)
@@ -131,7 +133,7 @@ def memory(
             if index == 0:  # as the caller asks for it, or as it comes: not a way among others
                 raise
             rows.append(MemoryRow(param, state, refused=str(error)))
-    return MemoryTable(cls.__name__, sum(p.numel() for p in source.parameters), tuple(rows))
+    return MemoryTable(cls.__name__, sum(p.numel() for p in source.parameters), tuple(rows), without_grads)
 
 
 class _Source:
@@ -180,20 +182,19 @@ def _copy(p: Tensor) -> Tensor:
     return torch.nn.Parameter(torch.empty_like(p, device="meta", requires_grad=False), requires_grad=p.requires_grad)
 
 
-def _check_class(cls: Any) -> None:
+def _checked_class(cls: Any) -> type[FusedStep]:
     if not (isinstance(cls, type) and issubclass(cls, FusedStep)):
         name = cls.__name__ if isinstance(cls, type) else repr(cls)
         ours = getattr(optim_ext, name, None)
         advice = f"; use optim_ext.{name}" if isinstance(ours, type) and issubclass(ours, FusedStep) else ""
         raise TypeError(f"memory takes a class of optim_ext that keeps state for each parameter, found {name}{advice}")
-    if not cls._takes_dense:
-        raise ValueError(f"{cls.__name__} takes sparse gradients, whose size is known only when they are there")
+    return cls
 
 
 def _ways(cls: Any, source: _Source, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Combinations of the two options, first the one that the caller names or that is the default."""
     takes = cls._keeps_otherwise()
-    is_half = any(p.dtype in _HALVES for p in source.parameters)
+    is_half = any(p.dtype in precision.HALVES for p in source.parameters)
     params = precision.PARAM_PRECISIONS if takes and is_half else ("native",)
     states: tuple[Any, ...] = precision.STATE_PRECISIONS if takes else ("native",)
     return itertools.product(
@@ -209,17 +210,23 @@ def _groups_of(cls: Any, source: _Source, options: Mapping[str, Any]) -> tuple[G
     found = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = torch.empty_like(p, requires_grad=False) if p.requires_grad else None
+            p.grad = _gradient(p, cls._takes_dense) if p.requires_grad else None
         optimizer._make_missing_state(group)
         state = [value for p in group["params"] if p in optimizer.state for value in optimizer.state[p].values()]
         found.append(
             GroupBytes(
                 params=_bytes(group["params"]),
-                grads=_bytes(p.grad for p in group["params"]),
+                grads=_bytes(p.grad for p in group["params"]) if cls._takes_dense else 0,
                 state=_bytes(state),
             )
         )
     return tuple(found)
+
+
+def _gradient(p: Tensor, is_dense: bool) -> Tensor:
+    if is_dense:
+        return torch.empty_like(p, requires_grad=False)
+    return torch.zeros(p.shape, dtype=p.dtype, device=p.device, layout=torch.sparse_coo)
 
 
 def _bytes(values: Iterable[Any]) -> int:

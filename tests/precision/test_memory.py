@@ -181,7 +181,6 @@ def test_ways_that_are_refused_say_why():
     [
         (torch.optim.AdamW, {}, TypeError, "found AdamW; use optim_ext.AdamW"),
         (optim.LBFGS, {}, TypeError, "keeps state for each parameter, found LBFGS$"),
-        (optim.SparseAdam, {}, ValueError, "SparseAdam takes sparse gradients"),
         (optim.AdamW, {"lr": -1.0}, ValueError, "Invalid learning rate"),
         (optim.AdamW, {"state_precision": "q4"}, ValueError, "state_precision is 'q4'"),
         ("AdamW", {}, TypeError, "found 'AdamW'"),

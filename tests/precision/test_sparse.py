@@ -223,10 +223,21 @@ def test_clipping_and_skipping(way):
     assert same(everything(clipped), everything(plain))
 
 
-def test_explain_and_memory():
+def test_explain():
     optimizer, p = make(SPARSE_ADAM, {"param_precision": "remainder", "state_precision": "q8"})
     p.grad = sparse(0)
     (report,) = optim_ext.explain(optimizer)
     assert report.native and "1 bfloat16 parameters: remainder, exp_avg and exp_avg_sq q8" in report.reason
-    with pytest.raises(ValueError, match="SparseAdam takes sparse gradients"):
-        optim_ext.memory([p], optim_ext.SparseAdam, param_precision="remainder")
+
+
+def test_memory_is_what_a_step_leaves():
+    """But for gradients, whose size is known only when they are there."""
+    table = optim_ext.memory([make(SPARSE_ADAM, {})[1]], optim_ext.SparseAdam, min_q8_size=1)
+    assert "bytes without gradients, which are sparse" in str(table)
+    for row in table.rows:
+        way = {"param_precision": row.param_precision, "state_precision": row.state_precision}
+        optimizer, p = make(SPARSE_ADAM, way)
+        train(optimizer, p, 1)
+        state = sum(value.nbytes for value in optimizer.state[p].values() if torch.is_tensor(value))
+        (group,) = row.groups
+        assert (group.params, group.grads, group.state) == (p.nbytes, 0, state), way
