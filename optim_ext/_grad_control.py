@@ -329,8 +329,8 @@ def is_flat_shard(p: Tensor) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
-    return hasattr(tensor, "to_local")
+    """Whether this is a DTensor: by its class, as a compiler does not see such an attribute of the tensor itself."""
+    return hasattr(type(tensor), "to_local")
 
 
 def _refuse_flat_shards(optimizer: Optimizer) -> None:
