@@ -28,13 +28,15 @@ def whole_of(dtensor: Any) -> Tensor:
     return strided if strided.is_contiguous() else torch.empty_like(strided)
 
 
-def why_not(keeping: Keeping, dtensor: Any) -> str | None:
+def why_not(keeping: Keeping, dtensor: Any, steps_wholes: bool) -> str | None:
     """Why a parameter's parts cannot be kept in this way with the bits of the whole; None where they can.
 
     Words of chance belong to an element's place in the whole, and blocks are those of the whole.
+
+    steps_wholes: whether the rule steps whole tensors, so that parts need not say where they are.
     """
     spec = dtensor._spec
-    if keeping.by_chance and not _says_where(spec):
+    if keeping.by_chance and not steps_wholes and not _says_where(spec):
         return f"its {_sharding.described(spec)} do not say where its parts are in the whole, which chance goes by; {USE_NO_CHANCE}"
     if not keeping.has_blocks:
         return None

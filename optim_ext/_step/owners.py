@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from optim_ext import _sharding
+from optim_ext._precision import codecs, options, parts, values
+from optim_ext._precision.options import ROUNDING_KEY, SCALE
 from optim_ext._step.base import Group
 
 if TYPE_CHECKING:
@@ -37,13 +39,15 @@ class Whole:
         self.owner = 0  # rank in the group, where there is one
         self.steps_here = True
         self.is_exchanged = False  # with an owner, or gathered
-        self.tensor = torch.empty(self.shape, dtype=local.dtype, device=local.device)
+        # In the order of memory that the whole has, by which words of chance go.
+        self.tensor = torch.empty_like(parts.whole_of(dtensor), dtype=local.dtype, device=local.device)
         self._kept: dict[str, Tensor] = {}  # the whole of gradient and state, by key
         self._copied: dict[str, Tensor] = {}
 
     def cut(self, state: dict[str, Any]) -> list[str]:
         """The keys of the state that is cut as the parameter is; of the rest everyone has a copy."""
-        return [key for key, value in state.items() if isinstance(value, Tensor) and key not in self.copies]
+        copies = self.copies | {ROUNDING_KEY}
+        return [key for key, value in state.items() if isinstance(value, Tensor) and key not in copies]
 
     def grad(self) -> Tensor:
         """This process's part, zeros where it has none. What is sent must not depend on which gradients there are."""
@@ -60,8 +64,17 @@ class Whole:
     def keep(self, key: str, like: Tensor) -> Tensor:
         """Memory for the whole of what a process has a part of."""
         if key not in self._kept or self._kept[key].dtype != like.dtype:
-            self._kept[key] = torch.empty(self.shape, dtype=like.dtype, device=like.device)
+            if key.endswith(SCALE):
+                self._kept[key] = like.new_empty(self.shape[0], codecs.blocks_of_row(self.shape))
+            else:
+                self._kept[key] = torch.empty_like(self.tensor, dtype=like.dtype)
         return self._kept[key]
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Let go of the memory for what the state does not have any more."""
+        for key in keys:
+            self._kept.pop(key, None)
+            self._copied.pop(key, None)
 
     def copy(self, key: str, value: Tensor) -> Tensor:
         """A tensor in the place of state of which every process has a copy, until the step is known to hold."""
@@ -138,51 +151,77 @@ class OwnedBy:
         _fill(places, received)
 
     def _parts(self, wholes: Sequence[Tensor], dim: int, rank: int) -> list[Tensor]:
-        """What a process has of whole tensors: cut as torch.chunk cuts."""
-        size = wholes[0].shape[dim]
-        step = -(-size // self.size)
-        begin = min(rank * step, size)
-        return [whole.narrow(dim, begin, min(begin + step, size) - begin) for whole in wholes]
+        """What a process has of whole tensors: cut as torch.chunk cuts, exponents where their blocks are."""
+        cut = []
+        for whole in wholes:
+            along = min(dim, whole.dim() - 1)
+            size = whole.shape[along]
+            step = -(-size // self.size)
+            begin = min(rank * step, size)
+            cut.append(whole.narrow(along, begin, min(begin + step, size) - begin))
+        return cut
 
 
 class Gathered:
     """A parameter that several dimensions of a mesh cut: every process steps the whole of it."""
 
     def __init__(self, whole: Whole, dtensor: Any):
-        self.whole, self._spec, self._type = whole, dtensor._spec, type(dtensor)
-        mesh = self._spec.mesh
-        # Where in the whole this process's elements are: each is labelled with its process and its place there. Of copies
-        # the first process's are gathered.
-        of_first = [
-            0 if place.is_replicate() else c
-            for place, c in zip(self._spec.placements, mesh.get_coordinate(), strict=True)
-        ]
-        rank = sum(c * math.prod(mesh.shape[dim + 1 :]) for dim, c in enumerate(of_first))
-        places = torch.arange(whole.local.numel(), device=whole.local.device).view(whole.local.shape)
-        labels = self._whole_of(places + rank * _LABELS).view(-1)
-        mine = (labels // _LABELS == rank).nonzero().view(-1)
-        self._index = mine[(labels[mine] % _LABELS).argsort()]
+        self.whole = whole
+        self._like_param = Layout(type(dtensor), dtensor._spec, whole.local)
+        self._exponents = type(dtensor), parts.scale_spec(dtensor)
+        self._like_exponents: Layout | None = None
 
-    def _whole_of(self, local: Tensor) -> Tensor:
-        meta = self._spec.tensor_meta._replace(dtype=local.dtype)
-        spec = type(self._spec)(self._spec.mesh, self._spec.placements, tensor_meta=meta)
-        found: Tensor = self._type(local, spec, requires_grad=False).full_tensor()
-        return found
+    def _layout(self, key: str, part: Tensor) -> Layout:
+        if not key.endswith(SCALE):
+            return self._like_param
+        if self._like_exponents is None:
+            self._like_exponents = Layout(*self._exponents, part)
+        return self._like_exponents
 
     def fetch(self, states: dict[Tensor, dict[str, Any]]) -> None:
         whole, state = self.whole, states.get(self.whole.local, {})
-        parts = {"grad": whole.grad()}
-        parts |= {key: state[key] for key in whole.cut(state)}
-        wholes = {key: whole.keep(key, part) for key, part in parts.items()}
+        pieces = {"grad": whole.grad()}
+        pieces |= {key: state[key] for key in whole.cut(state)}
+        wholes = {key: whole.keep(key, part) for key, part in pieces.items()}
         whole.take_memory()
-        whole.tensor.copy_(self._whole_of(whole.local.detach()))
-        for key, part in parts.items():
-            wholes[key].copy_(self._whole_of(part.detach()))
+        whole.tensor.copy_(self._like_param.whole_of(whole.local.detach()))
+        for key, part in pieces.items():
+            wholes[key].copy_(self._layout(key, part).whole_of(part.detach()))
 
     def give_back(self, states: dict[Tensor, dict[str, Any]], refused: bool) -> None:
         whole, state = self.whole, states.get(self.whole.local, {})
-        for part, of in [(whole.local, whole.tensor), *((state[k], whole.keep(k, state[k])) for k in whole.cut(state))]:
-            part.copy_(of.reshape(-1)[self._index].view(part.shape))
+        self._like_param.take_part(whole.local, whole.tensor)
+        for key in whole.cut(state):
+            self._layout(key, state[key]).take_part(state[key], whole.keep(key, state[key]))
+
+
+class Layout:
+    """How processes have parts of tensors of one shape, whatever their dtype."""
+
+    def __init__(self, kind: Any, spec: Any, local: Tensor):
+        self._spec, self._type = spec, kind
+        mesh = spec.mesh
+        # Where in the whole this process's elements are: each is labelled with its process and its place there. Of copies
+        # the first process's are gathered.
+        of_first = [
+            0 if place.is_replicate() else c for place, c in zip(spec.placements, mesh.get_coordinate(), strict=True)
+        ]
+        rank = sum(c * math.prod(mesh.shape[dim + 1 :]) for dim, c in enumerate(of_first))
+        places = torch.arange(local.numel(), device=local.device).view(local.shape)
+        labels = self.whole_of(places + rank * _LABELS).view(-1)
+        mine = (labels // _LABELS == rank).nonzero().view(-1)
+        self._index = mine[(labels[mine] % _LABELS).argsort()]
+
+    def whole_of(self, part: Tensor) -> Tensor:
+        if part.dtype is torch.int16:  # which neither gloo nor NCCL gather
+            return self.whole_of(part.view(torch.bfloat16)).view(torch.int16)
+        meta = self._spec.tensor_meta._replace(dtype=part.dtype)
+        spec = type(self._spec)(self._spec.mesh, self._spec.placements, tensor_meta=meta)
+        found: Tensor = self._type(part, spec, requires_grad=False).full_tensor()
+        return found
+
+    def take_part(self, part: Tensor, whole: Tensor) -> None:
+        part.copy_(whole.reshape(-1)[self._index].view(part.shape))
 
 
 _LABELS = 2**40
@@ -196,6 +235,7 @@ class Owners:
         self.groups: list[Group] = []
         self.state: defaultdict[Any, Any] = defaultdict(dict)
         self._wholes: dict[Tensor, Whole] = {}  # by the stand-in of this process's part
+        self._kept_as: dict[int, dict[str, Any]] = {}  # by number of the group, what its state was brought into
         by_group: dict[str, OwnedBy] = {}
         self._rounds: list[OwnedBy | Gathered] = []
         for group in view.groups:
@@ -232,16 +272,25 @@ class Owners:
         return p in self._wholes
 
     def make_state(self, optimizer: ShardedStep, view: LocalView) -> None:
-        """State that is missing, of all parameters: what is sent must not depend on which gradients there are here."""
-        for group in view.groups:
-            for p in group["params"]:
-                if p in self._wholes and not view.state.get(p):
+        """State that is missing, or is to be kept in another way, of all parameters: what is sent must not depend on which
+        gradients there are here."""
+        for number, group in enumerate(view.groups):
+            asked = options.given(group)
+            is_new_way = self._kept_as.get(number) != asked
+            for index, p in enumerate(group["params"]):
+                if p not in self._wholes:
+                    continue
+                is_missing = values.TWIN_KEYS.issuperset(view.state.get(p, ()))
+                if is_missing:
                     view.state[p].update(self._made_state(optimizer, group, p))
+                if (is_new_way or is_missing) and (asked or optimizer._is_strange(p)):
+                    optimizer._convert(group, index)
+            self._kept_as[number] = asked
 
     def _made_state(self, optimizer: ShardedStep, group: Group, p: Tensor) -> dict[str, Any]:
         """As torch makes it, which in all these classes starts at zero: seen on a tensor without memory."""
         shape = self._wholes[p].shape
-        ghost = torch.empty(shape, dtype=p.dtype, device="meta")
+        ghost = torch.empty(shape, dtype=optimizer._dtype_of_state(group, p), device="meta")
         ghost.grad = torch.empty_like(ghost)
         state, optimizer.state = optimizer.state, defaultdict(dict)
         try:
@@ -301,6 +350,10 @@ class Owners:
             elif whole.steps_here:
                 cut = whole.cut(seen)
                 entry = self.state.get(whole.tensor, {})
+                gone = entry.keys() - seen.keys()
+                whole.forget(gone)
+                for key in gone:
+                    del entry[key]
                 for key, value in seen.items():
                     if key in cut:
                         value = whole.keep(key, value)

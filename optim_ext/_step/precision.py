@@ -129,15 +129,11 @@ class KeptStep(OpStep):
                     f"in the whole; {parts.USE_NO_CHANCE}"
                 )
             return keeping
-        problem = parts.why_not(keeping, dtensor)
-        if problem is None and self._needs_whole_tensors(group) and _sharding.is_cut(dtensor._spec):
-            problem = (
-                f"{type(self).__name__} is about whole tensors, and takes param_precision and state_precision for those "
-                "only of which every process has the whole; use 'native' for both"
-            )
+        steps_wholes = self._needs_whole_tensors(group)
+        problem = parts.why_not(keeping, dtensor, steps_wholes)
         if problem is not None:
             raise ValueError(f"{described}: {problem}")
-        return dataclasses.replace(keeping, is_part=_sharding.is_cut(dtensor._spec))
+        return dataclasses.replace(keeping, is_part=not steps_wholes and _sharding.is_cut(dtensor._spec))
 
     def _state_keys_of(self, group: Group, p: Tensor) -> list[str]:
         """The keys of the state that a parameter has."""
@@ -275,8 +271,7 @@ class KeptStep(OpStep):
     def _make_state(self, group: Group, p: Tensor) -> None:
         """What torch would make for a float32 parameter of this value, as conversions of float32 lose nothing of what it begins
         with, and for a dense gradient where the class takes one."""
-        kept = self._keeps(group) or self._is_strange(p)
-        dtype = torch.float32 if kept and p.dtype in options.HALVES else p.dtype
+        dtype = self._dtype_of_state(group, p)
         by_itself = dtype is p.dtype and not (p.grad is not None and p.grad.is_sparse)
         like = p if by_itself else self._value_in(dtype, p).requires_grad_()
         if not by_itself and self._takes_dense:
@@ -292,6 +287,11 @@ class KeptStep(OpStep):
                 entry[key] = torch.zeros_like(like, requires_grad=False)
         if entry:
             self.state[p] = entry
+
+    def _dtype_of_state(self, group: Group, p: Tensor) -> torch.dtype:
+        """Of a parameter for which torch makes state, before that is kept as asked."""
+        kept = self._keeps(group) or self._is_strange(p)
+        return torch.float32 if kept and p.dtype in options.HALVES else p.dtype
 
     def _value_in(self, dtype: torch.dtype, p: Tensor) -> Tensor:
         """A copy of a parameter with what it is kept in besides itself: a state may begin as the parameter is."""

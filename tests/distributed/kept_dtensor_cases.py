@@ -349,39 +349,88 @@ def rules_about_norms_take_it():
             assert all(report.native for report in optim_ext.explain(optimizer))
 
 
-def rules_about_whole_tensors_take_it_for_copies():
-    """They step tensors of which every process has the whole, also beside others that are cut and kept as torch does, and
-    take up what was saved. Those that are cut are refused otherwise, by name."""
-    rows = {"copies": (line(), [Replicate()], (32, 80)), "cut": (line(), [Shard(0)], (33, 7))}
+def rules_about_whole_tensors_have_the_bits_of_one_process():
+    """By owners, or gathered where several dimensions of a mesh cut: also where options change, state is loaded, averages are of
+    masters, and beside groups that are kept as torch does."""
     for spec in TAKING:
         if not spec.ours._about_whole_tensors:
             continue
-        for way in FEW:
+        rows = {name: row for name, row in layouts().items() if len(row[2]) == 2 or spec.name != "Muon"}
+        for way in WAYS if dist.get_world_size() == 2 else WAYS[::3]:
             wholes, params = made(rows=rows)
             options = {**copy_of(spec.typical), "min_q8_size": 256}
+            names = list(wholes)
             single, optimizer = (
                 spec.ours(
-                    [{"params": [("cut", of["cut"])]}, {"params": [(n, of[n]) for n in ("copies", "plain")], **way}],
+                    [{"params": [("few", of["few"])]}, {"params": [(n, of[n]) for n in names if n != "few"], **way}],
                     **copy_of(options),
                 )
                 for of in (wholes, params)
             )
             theirs, ours = (averaged_by(each, of, True) for each, of in ((single, wholes), (optimizer, params)))
-            for index in range(4):
+            for index in range(6):
+                what = f"{spec.name} {name_of(way)} {index}"
                 give_grads(wholes, params, index)
                 if index == 2:
                     for each in (single, optimizer):
                         saved = copy.deepcopy(each.state_dict())
                         each.load_state_dict(saved)
-                    assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}, loaded")
+                    assert_same(params, optimizer, wholes, single, f"{what}, loaded")
+                if index >= 4:  # in another way, and back to what torch keeps
+                    other = FEW[0] if index == 4 else {"param_precision": "native", "state_precision": "native"}
+                    for each in (single, optimizer):
+                        each.param_groups[1].update(other)
+                for each in (single, optimizer):
+                    each.step()
+                assert_same(params, optimizer, wholes, single, what)
+                assert_same_averages(ours, theirs, what)
+            assert all(report.native for report in optim_ext.explain(optimizer))
+
+
+def a_step_of_whole_tensors_that_is_skipped_draws_nothing():
+    for spec in TAKING:
+        if not spec.ours._about_whole_tensors:
+            continue
+        rows = {name: row for name, row in layouts().items() if len(row[2]) == 2}
+        for way in FEW:
+            wholes, params, single, optimizer = pair(spec, way, rows=rows, skip_nonfinite=True)
+            for index in range(3):
+                give_grads(wholes, params, index)
+                if index == 1:
+                    wholes["rows"].grad[-1, -1] = math.inf  # in the part of the last process
+                    p = params["rows"]
+                    p.grad = spread(wholes["rows"].grad.clone(), p.device_mesh, p.placements)
                 single.step()
                 optimizer.step()
-            assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)}")
-            assert_same_averages(ours, theirs, f"{spec.name} {name_of(way)}")
-            if dist.get_world_size() > 1:
-                cut = nn.Parameter(spread(wholes["copies"].detach(), line(), [Shard(0)]))
-                with pytest.raises(ValueError, match=f"parameter 'weight': {spec.name} is about whole tensors"):
-                    spec.ours([("weight", cut)], **way)
+                assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)} {index}")
+            assert int(optimizer.skipped_steps) == 1
+
+
+def strided_shards_of_whole_tensors_take_chance():
+    """Who steps the whole knows where each element is."""
+    if dist.get_world_size() != 4:
+        return
+    square = init_device_mesh(DEVICE.type, (2, 2))
+    places = [_StridedShard(0, split_factor=2), Shard(0)]
+    outer, inner = square.get_coordinate()
+
+    def cut(tensor):
+        part = tensor.chunk(2)[inner].chunk(2)[outer].clone()
+        return DTensor.from_local(part, square, places, shape=tensor.shape, stride=tensor.stride())
+
+    for way in FEW:
+        whole = torch.randn((32, 70), generator=torch.Generator().manual_seed(1)).bfloat16()
+        single, p = nn.Parameter(whole), nn.Parameter(cut(whole))
+        one, optimizer = (optim_ext.Muon([("weight", of)], lr=0.01, min_q8_size=1, **way) for of in (single, p))
+        for index in range(3):
+            single.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2 + index)).bfloat16()
+            p.grad = cut(single.grad)
+            one.step()
+            optimizer.step()
+        assert torch.equal(cut(single.detach()).to_local(), p.detach().to_local())
+        for key, value in one.state[single].items():
+            if value.dim() == 2:
+                assert torch.equal(cut(value).to_local(), optimizer.state[p][key].to_local()), key
 
 
 def averages_follow():
@@ -502,14 +551,15 @@ def flat_shards_of_fsdp_go_through_its_checkpoint():
             FullyShardedDataParallel.optim_state_dict(*trained(way, 1))
 
 
-def network(way):
+def network(way, kind=optim_ext.AdamW, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 64), nn.LayerNorm(64), nn.Linear(64, 17)).bfloat16()
     whole = copy.deepcopy(model)
     for layer in model:
         fully_shard(layer, mesh=line())
     fully_shard(model, mesh=line())
-    cls = functools.partial(optim_ext.AdamW, amsgrad=True, lr=0.01, min_q8_size=256, **way)
+    options = options or {"amsgrad": True}
+    cls = functools.partial(kind, lr=0.01, min_q8_size=256, **way, **options)
     return model, cls(model.named_parameters()), whole, cls(whole.named_parameters())
 
 
@@ -543,6 +593,18 @@ def state_loads_back():
             assert_network(other, resumed, whole, single, f"{name_of(way)}, {kind}, trained on")
 
 
+def state_of_whole_tensors_loads_back():
+    for way in FEW:
+        model, optimizer, whole, single = network(way, optim_ext.Adafactor, weight_decay=0.1)
+        train(model, optimizer, whole, single, range(2))
+        weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+        other, resumed, _, _ = network(way, optim_ext.Adafactor, weight_decay=0.1)
+        set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state)
+        assert_network(other, resumed, whole, single, f"Adafactor, {name_of(way)}")
+        train(other, resumed, whole, single, range(2, 4))
+        assert_network(other, resumed, whole, single, f"Adafactor, {name_of(way)}, trained on")
+
+
 def then_saves():
     for number, way in enumerate(FEW):
         model, optimizer, whole, single = network(way)
@@ -568,12 +630,13 @@ def then_resumes():
 
 CASES = [
     steps_have_the_bits_of_one_process, rules_written_in_python_have_the_bits_of_the_built_in_one,
-    float32_parameters_have_state_in_few_bits,
-    local_tensors_and_state_may_be_replaced, what_a_layout_does_not_allow_is_refused_alike,
-    strided_shards_are_kept_without_chance, rules_about_norms_take_it, rules_about_whole_tensors_take_it_for_copies, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
+    float32_parameters_have_state_in_few_bits, local_tensors_and_state_may_be_replaced,
+    what_a_layout_does_not_allow_is_refused_alike, strided_shards_are_kept_without_chance, rules_about_norms_take_it,
+    rules_about_whole_tensors_have_the_bits_of_one_process, a_step_of_whole_tensors_that_is_skipped_draws_nothing,
+    strided_shards_of_whole_tensors_take_chance, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
     masters_come_out_and_go_in, a_compiled_step_is_taken_eagerly, flat_shards_of_fsdp_take_what_goes_by_elements,
-    flat_shards_of_fsdp_go_through_its_checkpoint,
-    state_loads_back, then_saves, then_resumes,
+    flat_shards_of_fsdp_go_through_its_checkpoint, state_loads_back, state_of_whole_tensors_loads_back, then_saves,
+    then_resumes,
 ]  # fmt: skip
 
 if __name__ == "__main__":

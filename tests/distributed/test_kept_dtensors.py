@@ -9,11 +9,7 @@ from ranks import cases_in
 
 PROGRAM = Path(__file__).with_name("kept_dtensor_cases.py")
 WORLDS = (2, 4, 1) if ON_CPU else (1,)
-ABOUT_THE_CPU = (
-    ()
-    if ON_CPU
-    else ("rules_written_in_python_have_the_bits_of_the_built_in_one", "rules_about_whole_tensors_take_it_for_copies")
-)
+ABOUT_THE_CPU = () if ON_CPU else ("rules_written_in_python_have_the_bits_of_the_built_in_one",)
 CASES = [name for name in cases_in(PROGRAM) if not name.startswith("then_") and name not in ABOUT_THE_CPU]
 
 
