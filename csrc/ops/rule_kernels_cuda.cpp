@@ -23,7 +23,7 @@ const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::
                     cuda::kKindsOfKernels);
   const RuleCode& code = variant.code;
   const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(gpu)));
-  cuda::LoadedRule rule{{}, nullptr, code.scalars > 0};
+  cuda::LoadedRule rule{{}, nullptr, nullptr, code.scalars > 0};
   for (int kind = 0; kind < cuda::kKindsOfKernels; ++kind) {
     const std::string& image = images[static_cast<size_t>(kind)];
     if (!image.empty()) CudaPlace::check(cuda::load_kernels(image.data(), kind, rule));
@@ -35,16 +35,22 @@ const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::
 }
 
 void check_kernels(const OpenKernels* kernels, const OpenVariant& variant, const Work& call) {
+  const auto check = [&](int kind, const char* what_for, const char* how) {
+    TORCH_CHECK_VALUE(kernels != nullptr && kernels->rule.sweep[kind] != nullptr,
+                      "optim_ext::rule_: this process has no kernels of rule ", variant.name, " for ", call.device,
+                      " that ", what_for, "; have its class compiled with compile(\"cuda\"", how, ") there first");
+  };
   const bool averages = std::any_of(call.bundles.begin(), call.bundles.end(),
                                     [](const Bundle& bundle) { return bundle.average != nullptr; });
   for (const Bundle& bundle : call.bundles) {
-    for (const bool averaging : {false, averages}) {
-      const bool is_there =
-          kernels != nullptr && kernels->rule.sweep[cuda::kind_of_kernel(averaging, bundle.in_double)] != nullptr;
-      TORCH_CHECK_VALUE(is_there, "optim_ext::rule_: this process has no kernels of rule ", variant.name, " for ",
-                        call.device, " that compute in ", bundle.in_double ? "double" : "float",
-                        averaging ? " and average" : "",
-                        "; have its class compiled with compile(\"cuda\") there first");
+    if (bundle.companions != nullptr) {
+      check(cuda::kKeptKernel, "take what lies beside parameters and state", ", param_precision=\"auto\"");
+      continue;
+    }
+    check(cuda::kind_of_kernel(false, bundle.in_double), bundle.in_double ? "compute in double" : "compute in float", "");
+    if (averages) {
+      check(cuda::kind_of_kernel(true, bundle.in_double),
+            bundle.in_double ? "compute in double and average" : "compute in float and average", "");
     }
   }
   TORCH_CHECK_VALUE(call.device_hypers.size() <= static_cast<size_t>(cuda::kMaxLiveHypers),

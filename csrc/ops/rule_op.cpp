@@ -297,7 +297,8 @@ void run_variant(const OpenVariant& variant, const StepControls& controls, const
                         .scalars = scalars,
                         .takes_sparse = !has_norms,
                         .any_order = !has_norms,
-                        .takes_companions = true};
+                        .takes_companions = true,
+                        .companions_on_gpu = !has_norms};
     Call call(spec, variant.code.operands, variant.code.used, variant.code.updates,
               has_norms ? nullptr : Handover::current());
     OpenRule rule{&variant.code, {}};

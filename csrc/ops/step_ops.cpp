@@ -51,7 +51,7 @@ StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::
       hypers(std::move(hypers)),
       is_element_wise(true),
       takes_companions(true),
-      companions_on_gpu(false) {
+      companions_on_gpu(true) {
   all_by_name().emplace(name, this);
 }
 

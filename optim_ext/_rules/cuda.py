@@ -30,7 +30,7 @@ from optim_ext._rules.compiler import (
 )
 from optim_ext._rules.definition import Variant
 from optim_ext._rules.errors import RuleError
-from optim_ext._rules.native_text import KINDS_OF_KERNELS, Kernels, cuda_unit_of
+from optim_ext._rules.native_text import KEPT, KINDS_OF_KERNELS, Kernels, cuda_unit_of
 from optim_ext._rules.self_check import check_on_gpu
 
 # As setup.py has nvcc compile the kernels of built-in rules. What -fmad, -prec and -ftz say is what makes bits equal.
@@ -130,9 +130,14 @@ def architecture_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def kinds_of(in_double: Iterable[bool], averaging: bool) -> frozenset[Kernels]:
-    """Those that a step needs. in_double: of its parameters."""
-    return frozenset(Kernels(each, averages) for each in in_double for averages in {False, averaging})
+def kinds_of(in_double: Iterable[bool], averaging: bool, keeps: bool = False) -> frozenset[Kernels]:
+    """Those that a step needs.
+
+    in_double: of its parameters, without those that are kept in another way than the rule sees them.
+    keeps: whether there are such.
+    """
+    plain = (Kernels(each, averages) for each in in_double for averages in {False, averaging})
+    return frozenset([*plain, *([KEPT] if keeps else [])])
 
 
 def runs_on(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) -> bool:
@@ -189,12 +194,28 @@ def load_in_time(variant: Variant, device: torch.device, kinds: frozenset[Kernel
     compile_in_background((variant, device, kinds), compile_politely)
 
 
-def reason_against(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) -> str | None:
-    """Why a rule does not run natively on a GPU as things are; None if it does."""
+def reason_never(variant: Variant) -> str | None:
+    """Why a rule runs natively on no GPU; None if it may."""
     if variant.has_norms:
         return "rules that take norms have kernels for the CPU"
     if variant.definition.backend == "interpreted":
         return 'the rule has backend="interpreted", which is for the CPU'
-    if runs_on(variant, device, kinds):
-        return None
-    return variant.gpu_problems.get(device, f"its kernels for {device} are not compiled yet")
+    return None
+
+
+def reason_against(
+    variant: Variant, device: torch.device, kinds: frozenset[Kernels], waits: bool = False
+) -> str | None:
+    """Why a rule does not run natively on a GPU as things are; None if it does.
+
+    waits: it is about a step that waits until its kernels are compiled.
+    """
+    never = reason_never(variant)
+    if never is not None or runs_on(variant, device, kinds):
+        return never
+    problem = variant.gpu_problems.get(device)
+    if problem is not None or waits:
+        return problem
+    if torch.cuda.is_current_stream_capturing():
+        return f"its kernels for {device} are loaded between steps: take one before a graph is captured"
+    return f"its kernels for {device} are not compiled yet"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from optim_ext._beyond_torch import BeyondTorch, _count
 from optim_ext._constructor import refuse_unknown
 from optim_ext._grad_control import StepControls
 from optim_ext._load import _C
-from optim_ext._precision.options import has_no_sign
+from optim_ext._precision import options as precision_options
 from optim_ext._rules import cuda
 from optim_ext._rules.compiler import CannotCompile, compile_now, compile_soon
 from optim_ext._rules.definition import (
@@ -27,7 +27,7 @@ from optim_ext._rules.definition import (
     state_keys_of,
 )
 from optim_ext._rules.function_step import FunctionStep
-from optim_ext._rules.native_text import Kernels, cuda_unit_of, unit_of
+from optim_ext._rules.native_text import KEPT, KINDS_OF_KERNELS, Kernels, cuda_unit_of, unit_of
 from optim_ext._rules.options import ADDED
 from optim_ext._rules.self_check import becoming_negative
 from optim_ext._step import Group
@@ -138,7 +138,8 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             if p.device.type != "cuda":
                 problem: str | None = "rules have kernels for the CPU and CUDA"
             else:
-                problem = cuda.reason_against(variant, p.device, self._kinds([p])) or self._too_many_tensors(
+                kinds, waits = self._kinds(group, [index]), ahead and self._keeps(group)
+                problem = cuda.reason_against(variant, p.device, kinds, waits) or self._too_many_tensors(
                     group, p.device
                 )
             if problem is not None:
@@ -160,7 +161,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             if "cuda" in kinds and self._definition.backend in ("auto", "compiled"):
                 # What a function in torch's operations cannot do is worth waiting for.
                 asked = controls.grad_scale, controls.found_inf, controls.grad_factor
-                self._load_kernels(group, wait=any(value is not None for value in asked))
+                self._load_kernels(group, wait=self._keeps(group) or any(value is not None for value in asked))
         super()._planning_step(signature, controls, averaging)
 
     def _load_kernels(self, group: Group, wait: bool) -> None:
@@ -169,14 +170,22 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             return
         variant = self._variant(group)
         for device in {p.device for p in group["params"] if p.device.type == "cuda"}:
-            kinds = self._kinds([p for p in group["params"] if p.device == device])
+            kinds = self._kinds(group, [index for index, p in enumerate(group["params"]) if p.device == device])
             if self._definition.backend == "auto":
                 cuda.load_in_time(variant, device, kinds, wait)
             elif not torch.cuda.is_current_stream_capturing():
                 cuda.load_now(variant, device, kinds)
 
-    def _kinds(self, params: list[Tensor]) -> frozenset[Kernels]:
-        return cuda.kinds_of(map(self._is_in_double, params), self._asked().averaging is not None)
+    def _kinds(self, group: Group, indices: Iterable[int]) -> frozenset[Kernels]:
+        """The kernels that steps of some parameters need."""
+        kept = {index: self._has_companions(group, index) for index in indices}
+        in_double = [self._is_in_double(group["params"][index]) for index, keeps in kept.items() if not keeps]
+        return cuda.kinds_of(in_double, self._asked().averaging is not None, any(kept.values()))
+
+    def _has_companions(self, group: Group, index: int) -> bool:
+        """Whether something lies beside a parameter and its state."""
+        keeping = self._keeping(group, index) if self._keeps(group) else None
+        return keeping is not None and bool(keeping.companions)
 
     def _is_in_double(self, p: Tensor) -> bool:
         """Whether a parameter is stepped in double: where one of the tensors that a kernel is given is in double."""
@@ -205,13 +214,20 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         coded = {key for keeping in kept if keeping for key, precision in keeping.state if precision == "q8"}
         rounded = {key for keeping in kept if keeping for key, precision in keeping.state if precision == "bf16"}
         variant = self._variant(group)
+        never = cuda.reason_never(variant)
+        for index, (p, keeping) in enumerate(zip(group["params"], kept, strict=True)):
+            if never is not None and keeping is not None and p.device.type == "cuda":
+                raise ValueError(
+                    f"{self._described(group, index)}: it is on {p.device}, where param_precision and state_precision need the "
+                    f"kernels of {type(self).__name__}, and {never}; use 'native' for both"
+                )
         measured = {key for place, key in enumerate(definition.states) if place + 2 in variant.norms} & coded
         if measured:
             raise ValueError(
                 f"group {number}: {type(self).__name__} takes the norm of {min(measured)!r}, which cannot be in 8 bits then"
             )
         # By their names: what is said to have no sign is rounded as if it had none.
-        unsigned = [key for key in definition.states if key in coded | rounded and has_no_sign(key)]
+        unsigned = [key for key in definition.states if key in coded | rounded and precision_options.has_no_sign(key)]
         for key in becoming_negative(variant, group, unsigned) if unsigned else ():
             raise ValueError(
                 f"group {number}: the state {key!r} of {type(self).__name__} becomes negative, and what has this name is kept "
@@ -318,7 +334,8 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
 
         Args:
             kind: for which kind of device.
-            options: those that are compiled in (truth values, strings, None), where not as by default.
+            options: those that are compiled in (truth values, strings, None), where not as by default; and
+                param_precision and state_precision, with which there is another kernel for CUDA.
 
         Raises:
             ValueError: another kind.
@@ -326,12 +343,13 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         """
         if kind not in ("cpu", "cuda"):
             raise ValueError(f"kind is {kind!r}, expected 'cpu' or 'cuda'")
+        keeps = cls._taken_out_of(options)
         variant = cls._variant_with(options)
         if kind == "cpu":
             return unit_of(variant.struct, _C.isa())
         if variant.has_norms:
             raise ValueError(f"{cls.__name__} takes norms, and such rules have kernels for the CPU")
-        return cuda_unit_of(variant.struct, variant.rule_bytes)
+        return cuda_unit_of(variant.struct, variant.rule_bytes, KEPT if keeps else KINDS_OF_KERNELS[0])
 
     @classmethod
     def compile(cls, device: str = "cpu", **options: Any) -> None:
@@ -340,14 +358,16 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
         Args:
             device: ``"cpu"``, in the way that suits the machine at hand; ``"cuda"``, for the GPUs at hand; or their
                 architecture, such as ``"sm_90"``, where there is none.
-            options: those that are compiled in (truth values, strings, None), where not as by default.
+            options: those that are compiled in (truth values, strings, None), where not as by default; and
+                param_precision and state_precision, with which there is one more kernel to compile for GPUs.
 
         Raises:
             ValueError: another device.
             TypeError: the rule has no such option.
             RuntimeError: there is no compiler, or it fails, or there is no GPU.
         """
-        variant, kinds = cls._variant_with(options), cuda.kinds_of((False, True), averaging=False)
+        keeps = cls._taken_out_of(options)
+        variant, kinds = cls._variant_with(options), cuda.kinds_of((False, True), averaging=False, keeps=keeps)
         if device == "cpu":
             compile_now(variant)
         elif device == "cuda":
@@ -360,6 +380,13 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
                 cuda.image_of(variant, int(device.removeprefix("sm_")), kind)
         else:
             raise ValueError(f"device is {device!r}, expected 'cpu', 'cuda' or an architecture such as 'sm_90'")
+
+    @classmethod
+    def _taken_out_of(cls, options: dict[str, Any]) -> bool:
+        """Take out what says in which precision parameters and state are kept. Gives whether it asks for anything."""
+        asked = {name: options.pop(name) for name in precision_options.DEFAULTS if name in options}
+        precision_options.check(asked, cls.__name__)
+        return bool(precision_options.given(asked))
 
     @classmethod
     def _variant_with(cls, options: Mapping[str, Any]) -> Variant:

@@ -6,12 +6,14 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from optim_ext._precision import values as precision_values
+from optim_ext._precision.options import CODES, ROUNDING_KEY, SCALE, TWINS, Keeping, has_no_sign
 from optim_ext._rules.errors import RuleError
 
 if TYPE_CHECKING:
@@ -46,13 +48,42 @@ def _both_options(variant: Variant) -> list[dict[str, Any]]:
     return [options, other] if other != options else [options]
 
 
+class _Form(NamedTuple):
+    """What steps are compared in: the type of numbers, and how parameter and states are kept."""
+
+    dtype: torch.dtype
+    averaging: bool = False
+    param: str = "native"
+    state: str = "native"
+    shape: tuple[int, ...] = (_ELEMENTS,)
+
+    def keeping(self, variant: Variant) -> Keeping:
+        keys = [key for key, used in zip(variant.definition.states, variant.used, strict=True) if used]
+        by_chance = int(self.param == "stochastic")
+        for place, key in enumerate(variant.definition.states, 2):
+            if key in keys and self.state in ("bf16", "q8"):
+                by_chance |= 1 << place | has_no_sign(key) << (place + 16)
+        return Keeping(self.param, tuple((key, self.state) for key in keys), by_chance)
+
+
+# All that the kernel for what is kept otherwise does with memory: 8 elements at a time and singly, rows that end with a
+# block of 64 or in the midst of one.
+_KEPT_FORMS = (
+    _Form(torch.bfloat16, param="remainder", state="q8", shape=(1, _ELEMENTS), averaging=True),
+    _Form(torch.bfloat16, param="stochastic", state="bf16"),
+    _Form(torch.float16, param="master", state="fp32", averaging=True),
+    _Form(torch.bfloat16, param="kahan", state="fp32", shape=(1, _ELEMENTS)),
+    _Form(torch.float32, state="q8", shape=(8, 32)),
+)
+
+
 def check_same_bits(variant: Variant, name: str) -> None:
     """Compare what a variant was compiled to with the interpreter, in every type of numbers: they give the same bits.
 
     Raises:
         RuleError: they do not.
     """
-    _compare_bits(variant, name, _CPU, averaging=False, dtypes=(torch.float64, *_IN_FLOAT))
+    _compare_bits(variant, name, _CPU, map(_Form, (torch.float64, *_IN_FLOAT)))
 
 
 def check_on_gpu(variant: Variant, name: str, device: torch.device, kinds: Iterable[Kernels]) -> None:
@@ -62,42 +93,74 @@ def check_on_gpu(variant: Variant, name: str, device: torch.device, kinds: Itera
         torch.cuda.set_sync_debug_mode("default")  # results are waited for
     try:
         for kind in sorted(kinds):
-            _compare_bits(variant, name, device, kind.averaging, (torch.float64,) if kind.in_double else _IN_FLOAT)
+            dtypes = (torch.float64,) if kind.in_double else _IN_FLOAT
+            plain = (_Form(dtype, kind.averaging) for dtype in dtypes)
+            _compare_bits(variant, name, device, _KEPT_FORMS if kind.kept else plain)
     finally:
         if asked:
             torch.cuda.set_sync_debug_mode(asked)
 
 
-def _compare_bits(
-    variant: Variant, name: str, device: torch.device, averaging: bool, dtypes: Iterable[torch.dtype]
-) -> None:
+def _compare_bits(variant: Variant, name: str, device: torch.device, forms: Iterable[_Form]) -> None:
     definition, generator = variant.definition, torch.Generator("cpu").manual_seed(1)
-    names = [definition.operands[0], *definition.states, *(["average"] if averaging else [])]
     where = "" if device.type == "cpu" else f" for {device}"
     with _undisturbed():
         wide = torch.randn(_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
         grads = [gradient(generator).clamp(-6e4, 6e4) for _ in range(_STEPS)]
-        for dtype, options in product(dtypes, _both_options(variant)):
-            param = wide.to(dtype)
-            values = [param, *start_of(definition, param, options)]
-            average = param.clone() if averaging else None
+        for form, options in product(forms, _both_options(variant)):
+            keeping, count = form.keeping(variant), math.prod(form.shape)
+            value = wide[:count].view(form.shape)
+            values, companions = _as_kept(definition, keeping, value.to(form.dtype), options)
+            average = values[0].clone() if form.averaging else None
             scalars = definition.first_scalars(options)
             for step, grad in enumerate(grads, 1):
-                arguments = values, grad.to(dtype), scalars, step, options
+                arguments = values, grad[:count].view(form.shape).to(form.dtype), scalars, step, options
                 try:
-                    found, found_scalars = by_op(variant, name, *arguments, device, average)
+                    found, found_scalars = by_op(variant, name, *arguments, device, average, companions)
                 except (ArithmeticError, ValueError):
                     break  # options that the rule has no step for
-                expected, scalars = by_op(variant, variant.name, *arguments, average=average)
-                for what, mine, other in zip(names, found, expected, strict=True):
+                expected, scalars = by_op(variant, variant.name, *arguments, _CPU, average, companions)
+                seen = _as_seen(definition, keeping, found)
+                for what, other in _as_seen(definition, keeping, expected).items():
+                    mine = seen[what]
                     same = torch.equal(mine, other) or bool(((mine == other) | (mine.isnan() & other.isnan())).all())
                     if not same or found_scalars != scalars:
+                        kept = "" if form.param == form.state == "native" else f" kept as {keeping}"
                         raise _refusal(
                             definition,
-                            f"compiled{where} it differs from interpreted in {dtype} at step {step}, in {what}; please report it",
+                            f"compiled{where} it differs from interpreted in {form.dtype}{kept} at step {step}, in {what}; please "
+                            "report it",
                         )
-                average = expected.pop() if averaging else None
-                values = expected
+                own = 1 + len(definition.states)
+                values, companions = expected[:own], expected[own : own + len(companions)]
+                average = expected[-1] if form.averaging else None
+
+
+def _as_kept(
+    definition: Definition, keeping: Keeping, param: Tensor, options: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameter and states as they begin, and what lies beside them, as an op takes it."""
+    states = start_of(definition, param, options)
+    how, entry = dict(keeping.state), {}
+    if keeping.param in TWINS:
+        entry[TWINS[keeping.param][0]] = precision_values.twin_of(param, keeping.param, param.float())
+    entry[ROUNDING_KEY] = torch.tensor([1, 0, keeping.by_chance], dtype=torch.int64, device="cpu")
+    for key, state in zip(definition.states, states, strict=True):
+        entry |= precision_values.as_kept(param, key, state, how.get(key, "native"))
+    kept = [str(keeping.key_of(key)) for key in definition.states]
+    return [param, *(entry[key] for key in kept)], [entry[key] for key in keeping.companions]
+
+
+def _as_seen(definition: Definition, keeping: Keeping, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What by_op() gives, by name; states in 8 bits as what these stand for, as codes mean nothing in a block that is NaN."""
+    states = [str(keeping.key_of(key)) for key in definition.states]
+    names = [definition.operands[0], *states, *keeping.companions]
+    entry = dict(zip([*names, "average"], tensors, strict=False))
+    for key, precision in keeping.state:
+        if precision == "q8":
+            entry[key] = precision_values.state_value(tensors[0], entry, key)  # type: ignore[assignment]
+            del entry[key + CODES], entry[key + SCALE]
+    return entry
 
 
 @contextlib.contextmanager
@@ -217,13 +280,16 @@ def by_op(
     options: dict[str, Any],
     device: torch.device = _CPU,
     average: Tensor | None = None,
+    companions: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[float]]:
-    """The same as the native module takes it, on a device; behind the states the average, where there is one."""
+    """The same as the native module takes it, on a device; behind the states what lies beside them, and the average, where
+    there are such."""
     from optim_ext._rules.definition import arranged
 
     definition = variant.definition
     own = [value.to(device, copy=True) for value in values]
     averages = [] if average is None else [average.to(device, copy=True)]
+    beside = [companion.to(device, copy=True) for companion in companions]
     numbers = definition.options.numbers_of(options, lambda group, option, count: tuple(group[option]))
     own_scalars = [torch.tensor(scalar, dtype=torch.float64, device=device) for scalar in scalars]
     states = [[state] if used else [] for state, used in zip(own[1:], variant.used, strict=True)]
@@ -237,8 +303,9 @@ def by_op(
         hypers=[torch.tensor(float(number), dtype=torch.float64, device="cpu") for number in (1.0, *numbers)],
         averages=averages,
         average_weight=None if average is None else torch.tensor(0.25, dtype=torch.float64, device="cpu"),
+        companions=beside,
     )
-    return [value.cpu() for value in (*own, *averages)], [float(scalar) for scalar in own_scalars]
+    return [value.cpu() for value in (*own, *beside, *averages)], [float(scalar) for scalar in own_scalars]
 
 
 def _same(definition: Definition, step: int, what: str, mine: Tensor, other: Tensor) -> None:

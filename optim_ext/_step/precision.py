@@ -164,7 +164,7 @@ class KeptStep(OpStep):
             name = next(iter(options.given(group)))
             raise RuntimeError(
                 f"{name}={group[name]!r} of group {self._number_of(group)} needs a native step, but torch's own code would "
-                f"run ({reason})"
+                f"run ({reason}); it may with 'native' for param_precision and state_precision"
             )
 
     def _kept_how(self, group: Group) -> list[str]:
