@@ -1,20 +1,40 @@
 """What one of several processes has of DTensors on a GPU that are kept in other ways than torch keeps them: the bits of the
-CPU. The other processes are not there: torch's fake process group does nothing, and these steps communicate nothing."""
+CPU. The other processes are not there: torch's fake process group does nothing, and these steps communicate nothing.
+
+With the argument "rule": of a rule written in Python, whose kernels are compiled."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_parts_have_the_bits_of_the_cpu():
+
+@pytest.mark.usefixtures("one_cache_of_rules")
+@pytest.mark.parametrize("of", ["built-in", "rule"])
+def test_parts_have_the_bits_of_the_cpu(of):
     folders = [os.environ.get("PYTHONPATH"), *map(str, Path(__file__).parents[1:3])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, folders))}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, __file__, of], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def main():
+def a_rule(params, **options):
+    """Compiled on a GPU, interpreted on the CPU."""
+    import optim_ext
+    from optim_ext.math import sqrt
+
+    @optim_ext.rule(("exp_avg", "exp_avg_sq"), backend="compiled" if params[0].is_cuda else "interpreted")
+    def Written(param, grad, exp_avg, exp_avg_sq, *, step, lr=1e-2, beta=0.9, eps=1e-6):
+        exp_avg = beta * exp_avg + (1 - beta) * grad
+        exp_avg_sq = beta * exp_avg_sq + (1 - beta) * grad * grad
+        return param - lr / (1 - beta**step) * exp_avg / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq
+
+    return Written(params, **options)
+
+
+def main(of):
     import torch
     import torch.distributed as dist
     from on_double import ON_DOUBLE
@@ -42,7 +62,7 @@ def main():
         ((5, 3), 0, (2, 3)),
     ]
 
-    def trained(device, spec, way):
+    def trained(device, made, typical, way):
         mesh = init_device_mesh(device, (4,))
 
         def part(i, seed):
@@ -54,7 +74,7 @@ def main():
             )
 
         params = [nn.Parameter(part(i, 0)) for i in range(len(layouts))]
-        optimizer = spec.ours(params, **copy_of(spec.typical, device), **way, min_q8_size=256)
+        optimizer = made(params, **copy_of(typical, device), **way, min_q8_size=256)
         for step in range(3):
             for i, p in enumerate(params):
                 p.grad = part(i, 100 * (1 + step))
@@ -67,12 +87,13 @@ def main():
             for p in params
         ]
 
-    for spec in [spec for spec in TAKING if not spec.whole_tensors]:
-        for way in WAYS if spec.name == "AdamW" else WAYS[-1:]:
-            on_gpu, on_cpu = (trained(device, spec, way) for device in ("cuda", "cpu"))
+    stepped = [(spec.name, spec.ours, spec.typical) for spec in TAKING if not spec.whole_tensors]
+    for name, made, typical in stepped if of == "built-in" else [("rule", a_rule, {})]:
+        for way in WAYS if name in ("AdamW", "rule") else WAYS[-1:]:
+            on_gpu, on_cpu = (trained(device, made, typical, way) for device in ("cuda", "cpu"))
             for (shape, _, _), mine, other in zip(layouts, on_gpu, on_cpu, strict=True):
-                assert mine == other, (spec.name, way, shape)
+                assert mine == other, (name, way, shape)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -101,11 +101,6 @@ def test_rows_that_sparse_gradients_hold_have_the_bits_of_the_cpu(device):
     assert report.native
 
 
-def test_parameters_and_state_are_kept_as_they_are_there(device):
-    with pytest.raises(ValueError, match="takes param_precision and state_precision for parameters on the CPU so far"):
-        tiger("interpreted")(make_params(SHAPES, torch.bfloat16, device=device), param_precision="master")
-
-
 def test_everything_a_step_may_be_told_stays_on_the_device(device):
     """Clipping and skipping, a rate in a tensor, counters and scalars there."""
 

@@ -76,7 +76,7 @@ def Kept(param, grad, velocity, slow, *, step, lr=1e-3):
     return param - lr * velocity, velocity, slow + param
 
 
-@pytest.mark.about_the_cpu("rules keep parameters and state in other ways there only")
+@pytest.mark.about_the_cpu("interpreted rules take param_precision and state_precision there only")
 def test_a_rule_of_ones_own():
     (row,) = optim.memory(parameters(), Drift).rows
     assert numbers(row) == held_after_a_step(Drift, parameters())

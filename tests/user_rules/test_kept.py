@@ -14,7 +14,7 @@ from optim_ext.checkpoints import to_torch_state_dict
 from optim_ext.math import maximum, norm, sqrt
 from optim_ext.swa_utils import AveragedModel
 
-pytestmark = pytest.mark.about_the_cpu("elsewhere param_precision and state_precision are refused")
+pytestmark = pytest.mark.about_the_cpu("interpreted rules take param_precision and state_precision there only")
 
 by_case = pytest.mark.parametrize("twin_case", TYPICAL, ids=[case.spec.name for case in TYPICAL])
 by_way = pytest.mark.parametrize("way", WAYS, ids=name_of)
