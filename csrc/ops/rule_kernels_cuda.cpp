@@ -35,22 +35,23 @@ const OpenKernels* load_kernels(const OpenVariant& variant, int gpu, const std::
 }
 
 void check_kernels(const OpenKernels* kernels, const OpenVariant& variant, const Work& call) {
-  const auto check = [&](int kind, const char* what_for, const char* how) {
+  const auto check = [&](int kind, const char* what_for, bool averaging, const char* how) {
     TORCH_CHECK_VALUE(kernels != nullptr && kernels->rule.sweep[kind] != nullptr,
                       "optim_ext::rule_: this process has no kernels of rule ", variant.name, " for ", call.device,
-                      " that ", what_for, "; have its class compiled with compile(\"cuda\"", how, ") there first");
+                      " that ", what_for, averaging ? " and average" : "",
+                      "; have its class compiled with compile(\"cuda\"", how, ") there first");
   };
   const bool averages = std::any_of(call.bundles.begin(), call.bundles.end(),
                                     [](const Bundle& bundle) { return bundle.average != nullptr; });
   for (const Bundle& bundle : call.bundles) {
-    if (bundle.companions != nullptr) {
-      check(cuda::kKeptKernel, "take what lies beside parameters and state", ", param_precision=\"auto\"");
-      continue;
-    }
-    check(cuda::kind_of_kernel(false, bundle.in_double), bundle.in_double ? "compute in double" : "compute in float", "");
-    if (averages) {
-      check(cuda::kind_of_kernel(true, bundle.in_double),
-            bundle.in_double ? "compute in double and average" : "compute in float and average", "");
+    for (const bool averaging : {false, averages}) {
+      if (bundle.companions != nullptr) {
+        check(cuda::kind_of_kept_kernel(averaging), "take what lies beside parameters and state", averaging,
+              ", param_precision=\"auto\"");
+      } else {
+        check(cuda::kind_of_kernel(averaging, bundle.in_double),
+              bundle.in_double ? "compute in double" : "compute in float", averaging, "");
+      }
     }
   }
   TORCH_CHECK_VALUE(call.device_hypers.size() <= static_cast<size_t>(cuda::kMaxLiveHypers),

@@ -30,7 +30,7 @@ from optim_ext._rules.compiler import (
 )
 from optim_ext._rules.definition import Variant
 from optim_ext._rules.errors import RuleError
-from optim_ext._rules.native_text import KEPT, KINDS_OF_KERNELS, Kernels, cuda_unit_of
+from optim_ext._rules.native_text import KINDS_OF_KERNELS, Kernels, cuda_unit_of
 from optim_ext._rules.self_check import check_on_gpu
 
 # As setup.py has nvcc compile the kernels of built-in rules. What -fmad, -prec and -ftz say is what makes bits equal.
@@ -136,8 +136,8 @@ def kinds_of(in_double: Iterable[bool], averaging: bool, keeps: bool = False) ->
     in_double: of its parameters, without those that are kept in another way than the rule sees them.
     keeps: whether there are such.
     """
-    plain = (Kernels(each, averages) for each in in_double for averages in {False, averaging})
-    return frozenset([*plain, *([KEPT] if keeps else [])])
+    each = [*(Kernels(number, False) for number in in_double), *([Kernels(False, False, kept=True)] if keeps else [])]
+    return frozenset(kind._replace(averaging=averages) for kind in each for averages in {False, averaging})
 
 
 def runs_on(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) -> bool:

@@ -271,19 +271,18 @@ class Kernels(NamedTuple):
 
     in_double: bool
     averaging: bool  # of steps that also average their parameters
-    kept: bool = False  # of parameters and state that are kept in another way than the rule sees them, averaging or not
+    kept: bool = False  # of parameters and state that are kept in another way than the rule sees them
 
     @property
     def name(self) -> str:
-        prefix = "kept_" if self.kept else "averaging_" if self.averaging else ""
+        prefix = f"{'kept_' if self.kept else ''}{'averaging_' if self.averaging else ''}"
         return f"optim_ext_{prefix}sweep_{'double' if self.in_double else 'float'}"
 
 
-KEPT = Kernels(in_double=False, averaging=False, kept=True)
 # In the order in which the native module takes them.
 KINDS_OF_KERNELS = [
     *(Kernels(in_double, averaging) for averaging in (False, True) for in_double in (False, True)),
-    KEPT,
+    *(Kernels(False, averaging, kept=True) for averaging in (False, True)),
 ]
 
 
@@ -291,7 +290,7 @@ def cuda_unit_of(struct: str, rule_bytes: int, kind: Kernels = KINDS_OF_KERNELS[
     """The file with the kernels of a rule for CUDA."""
     numbers, averaged = "double" if kind.in_double else "float", "true" if kind.averaging else "false"
     rule, kept = "optim_ext::written::Rule", "KEPT_" if kind.kept else ""
-    sweep = f"{kind.name}, {rule}" if kind.kept else f"{kind.name}, {rule}, {numbers}, {averaged}"
+    sweep = ", ".join([kind.name, rule, *([] if kind.kept else [numbers]), averaged])
     return f"""#include "kernels/cuda/{"one_kept_rule" if kind.kept else "one_rule"}.h"
 
 namespace optim_ext::written {{

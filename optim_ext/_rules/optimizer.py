@@ -27,7 +27,7 @@ from optim_ext._rules.definition import (
     state_keys_of,
 )
 from optim_ext._rules.function_step import FunctionStep
-from optim_ext._rules.native_text import KEPT, KINDS_OF_KERNELS, Kernels, cuda_unit_of, unit_of
+from optim_ext._rules.native_text import Kernels, cuda_unit_of, unit_of
 from optim_ext._rules.options import ADDED
 from optim_ext._rules.self_check import becoming_negative
 from optim_ext._step import Group
@@ -349,7 +349,7 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             return unit_of(variant.struct, _C.isa())
         if variant.has_norms:
             raise ValueError(f"{cls.__name__} takes norms, and such rules have kernels for the CPU")
-        return cuda_unit_of(variant.struct, variant.rule_bytes, KEPT if keeps else KINDS_OF_KERNELS[0])
+        return cuda_unit_of(variant.struct, variant.rule_bytes, Kernels(in_double=False, averaging=False, kept=keeps))
 
     @classmethod
     def compile(cls, device: str = "cpu", **options: Any) -> None:

@@ -66,12 +66,12 @@ class _Form(NamedTuple):
         return Keeping(self.param, tuple((key, self.state) for key in keys), by_chance)
 
 
-# All that the kernel for what is kept otherwise does with memory: 8 elements at a time and singly, rows that end with a
-# block of 64 or in the midst of one.
+# All that kernels for what is kept otherwise do with memory: 8 elements at a time and singly, rows that end with a block of
+# 64 or in the midst of one.
 _KEPT_FORMS = (
-    _Form(torch.bfloat16, param="remainder", state="q8", shape=(1, _ELEMENTS), averaging=True),
+    _Form(torch.bfloat16, param="remainder", state="q8", shape=(1, _ELEMENTS)),
     _Form(torch.bfloat16, param="stochastic", state="bf16"),
-    _Form(torch.float16, param="master", state="fp32", averaging=True),
+    _Form(torch.float16, param="master", state="fp32"),
     _Form(torch.bfloat16, param="kahan", state="fp32", shape=(1, _ELEMENTS)),
     _Form(torch.float32, state="q8", shape=(8, 32)),
 )
@@ -93,9 +93,9 @@ def check_on_gpu(variant: Variant, name: str, device: torch.device, kinds: Itera
         torch.cuda.set_sync_debug_mode("default")  # results are waited for
     try:
         for kind in sorted(kinds):
-            dtypes = (torch.float64,) if kind.in_double else _IN_FLOAT
-            plain = (_Form(dtype, kind.averaging) for dtype in dtypes)
-            _compare_bits(variant, name, device, _KEPT_FORMS if kind.kept else plain)
+            plain = map(_Form, (torch.float64,) if kind.in_double else _IN_FLOAT)
+            forms = _KEPT_FORMS if kind.kept else plain
+            _compare_bits(variant, name, device, [form._replace(averaging=kind.averaging) for form in forms])
     finally:
         if asked:
             torch.cuda.set_sync_debug_mode(asked)

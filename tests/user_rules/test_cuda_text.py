@@ -31,6 +31,10 @@ def test_a_class_shows_its_text_for_cuda():
     assert text.startswith('#include "kernels/cuda/one_rule.h"\n')
     assert "OPTIM_EXT_EXPORT_SWEEP(optim_ext_sweep_float, optim_ext::written::Rule, float, false)" in text
     assert "OPTIM_EXT_EXPORT_ADVANCE(optim_ext::written::Rule, 72)" in text
+    kept = EXAMPLES["tiger"].source("cuda", param_precision="auto")
+    assert kept.startswith('#include "kernels/cuda/one_kept_rule.h"\n')
+    assert "OPTIM_EXT_EXPORT_KEPT_SWEEP(optim_ext_kept_sweep_float, optim_ext::written::Rule, false)" in kept
+    assert "OPTIM_EXT_EXPORT_KEPT_ADVANCE(optim_ext::written::Rule, 72)" in kept
     with pytest.raises(ValueError, match="kind is 'tpu', expected 'cpu' or 'cuda'"):
         EXAMPLES["tiger"].source("tpu")
     with pytest.raises(ValueError, match="LAMB takes norms, and such rules have kernels for the CPU"):
@@ -160,13 +164,36 @@ REAL_NVRTC = real_nvrtc()
 by_nvrtc = pytest.mark.only_where(REAL_NVRTC is not None, reason="torch has brought no NVRTC along")
 
 
+def of_eight_states():
+    """As many as kernels take."""
+    names = [f"m{k}" for k in range(8)]
+    text = f"def Eight(param, grad, {', '.join(names)}, *, lr=1e-3):\n"
+    text += "".join(f"    {name} = 0.{k + 1} * {name} + grad\n" for k, name in enumerate(names))
+    text += f"    return param - lr * ({' + '.join(names)}), {', '.join(names)}\n"
+    made = {}
+    exec(text, made)
+    return optim_ext.rule(names, backend="interpreted", source=text)(made["Eight"])
+
+
 @by_nvrtc
 @pytest.mark.parametrize("in_double", [False, True], ids=["float", "double"])
 @pytest.mark.parametrize("name", ELEMENT_WISE)
 def test_nvrtc_compiles_a_rule_without_spilling(name, in_double, tmp_path):
+    compiled_without_spilling(ELEMENT_WISE[name], Kernels(in_double, averaging=False), tmp_path)
+
+
+@by_nvrtc
+@pytest.mark.parametrize("averaging", [False, True], ids=["alone", "averaging"])
+@pytest.mark.parametrize("name", ["adan", "ademamix", "schedule_free_sgd", "tiger", "NAdam again", "eight states"])
+def test_nvrtc_compiles_what_is_kept_otherwise_without_spilling(name, averaging, tmp_path):
+    made = of_eight_states() if name == "eight states" else ELEMENT_WISE[name]
+    compiled_without_spilling(made, Kernels(in_double=False, averaging=averaging, kept=True), tmp_path)
+
+
+def compiled_without_spilling(made, kind, tmp_path):
     """Machine code for a GPU that is not there; what it says of registers is in its log."""
     text, image = tmp_path / "rule.cu", tmp_path / "image"
-    variant, kind = ELEMENT_WISE[name]._variant_with({}), Kernels(in_double, averaging=False)
+    variant = made._variant_with({})
     text.write_text(cuda_unit_of(variant.struct, variant.rule_bytes, kind))
     options = [*cuda.FLAGS, *(f"-I{path}" for path in compiler.include_paths()), "--ptxas-options=-v"]
     script = ROOT / "optim_ext/_rules/nvrtc_process.py"

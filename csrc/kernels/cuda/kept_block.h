@@ -349,8 +349,9 @@ OPTIM_EXT_DEVICE void sweep_kept_thread(const KeptBlock<Rule>& block, int thread
   sweep_kept_range<2>(block, rule, done, block.size, thread);  // the rest, or everything
 }
 
-// One kernel whether steps average or not: it has the registers for that.
-template <class Rule, int64_t kBytes>
+// One kernel whether steps average or not: it has the registers for that. Without `kMayAverage` it is for those that do
+// not, which is less to compile.
+template <class Rule, bool kMayAverage = true, int64_t kBytes>
 OPTIM_EXT_DEVICE void sweep_kept_block(const Args<Rule, kBytes>& args) {
   OPTIM_EXT_SHARED(block, KeptBlock<Rule>);
   const unsigned char* const table = args.batch.remote ? args.batch.remote : args.room;
@@ -358,7 +359,7 @@ OPTIM_EXT_DEVICE void sweep_kept_block(const Args<Rule, kBytes>& args) {
   device::barrier();
   if (block.skip) return;
   sweep_kept_thread(block, static_cast<int>(device::thread_x()));
-  if (!args.batch.averaged) return;
+  if (!kMayAverage || !args.batch.averaged) return;
   OPTIM_EXT_SHARED(average, Block<rules::Average>);
   if (device::thread_x() == 0) open_kept_average(args.batch, table, block, average);
   device::barrier();

@@ -5,14 +5,15 @@
 
 namespace optim_ext::cuda {
 
-// By whether steps average, and whether they compute in double; then the one for what is kept in another way than the
+// By whether steps average, and whether they compute in double; then those for what is kept in another way than the
 // rule sees it.
-constexpr int kKindsOfKernels = 5, kKeptKernel = 4;
-constexpr const char* kNamesOfKernels[kKindsOfKernels] = {"optim_ext_sweep_float", "optim_ext_sweep_double",
-                                                          "optim_ext_averaging_sweep_float",
-                                                          "optim_ext_averaging_sweep_double",
-                                                          "optim_ext_kept_sweep_float"};
+constexpr int kKindsOfKernels = 6;
+constexpr const char* kNamesOfKernels[kKindsOfKernels] = {
+    "optim_ext_sweep_float",           "optim_ext_sweep_double",
+    "optim_ext_averaging_sweep_float", "optim_ext_averaging_sweep_double",
+    "optim_ext_kept_sweep_float",      "optim_ext_kept_averaging_sweep_float"};
 constexpr int kind_of_kernel(bool averages, bool in_double) { return 2 * averages + in_double; }
+constexpr int kind_of_kept_kernel(bool averages) { return 4 + averages; }
 
 // Null: it was not compiled.
 struct LoadedRule {
@@ -27,14 +28,16 @@ inline device::Status load_kernels(const void* image, int kind, LoadedRule& rule
   device::Status error = device::load(image, module);
   if (error == device::kSuccess) error = device::find(module, kNamesOfKernels[kind], rule.sweep[kind]);
   if (error != device::kSuccess) return error;
-  return kind == kKeptKernel ? device::find(module, "optim_ext_advance_kept_scalars", rule.advance_kept_scalars)
-                             : device::find(module, "optim_ext_advance_scalars", rule.advance_scalars);
+  return kind >= kind_of_kept_kernel(false)
+             ? device::find(module, "optim_ext_advance_kept_scalars", rule.advance_kept_scalars)
+             : device::find(module, "optim_ext_advance_scalars", rule.advance_scalars);
 }
 
 template <bool kInDouble>
 device::Status launch_loaded(const void* of, const Packed& args, int64_t chunks, device::Stream stream) {
   const LoadedRule& rule = *static_cast<const LoadedRule*>(of);
-  const int kind = args.batch.kept ? kKeptKernel : kind_of_kernel(args.batch.averaged, kInDouble);
+  const bool averages = args.batch.averaged;
+  const int kind = args.batch.kept ? kind_of_kept_kernel(averages) : kind_of_kernel(averages, kInDouble);
   const device::Kernel advance = args.batch.kept ? rule.advance_kept_scalars : rule.advance_scalars;
   const auto launch = [&](device::Kernel kernel, int64_t blocks) {
     return blocks == 0 ? device::kSuccess : device::launch(kernel, {blocks}, kThreads, stream, &args);

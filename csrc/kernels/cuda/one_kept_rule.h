@@ -12,11 +12,11 @@ constexpr int kMinKeptBlocks = kSlots<Rule> > 7 ? 1 : 2;
 
 }  // namespace optim_ext::cuda
 
-// One kernel whether steps average or not.
-#define OPTIM_EXT_EXPORT_KEPT_SWEEP(name, Rule)                                                      \
-  extern "C" OPTIM_EXT_KERNEL(optim_ext::cuda::kThreads, optim_ext::cuda::kMinKeptBlocks<Rule>) name( \
-      OPTIM_EXT_ARGUMENT(optim_ext::cuda::Args<Rule, optim_ext::cuda::kArgumentBytes>) args) {        \
-    optim_ext::cuda::sweep_kept_block<Rule>(args);                                                    \
+// `averaged`: for steps that also average their parameters.
+#define OPTIM_EXT_EXPORT_KEPT_SWEEP(name, Rule, averaged)                                           \
+  extern "C" OPTIM_EXT_KERNEL(optim_ext::cuda::kThreads, optim_ext::cuda::kMinKeptBlocks<Rule>)     \
+      name(OPTIM_EXT_ARGUMENT(optim_ext::cuda::Args<Rule, optim_ext::cuda::kArgumentBytes>) args) { \
+    optim_ext::cuda::sweep_kept_block<Rule, averaged>(args);                                        \
   }
 
 // `bytes_of_rule` is the size that the host takes it for.
