@@ -170,8 +170,8 @@ def load_now(variant: Variant, device: torch.device, kinds: frozenset[Kernels]) 
 
 def load_in_time(variant: Variant, device: torch.device, kinds: frozenset[Kernels], wait: bool) -> None:
     """The same where a step is about to be taken. Without `wait` what is not compiled yet is compiled in the background; what
-    goes wrong is noted as the variant's problem with this GPU."""
-    if variant.has_norms or runs_on(variant, device, kinds) or device in variant.gpu_problems:
+    goes wrong is noted as the variant's problem with these kernels on this GPU: others may run."""
+    if variant.has_norms or runs_on(variant, device, kinds) or (device, kinds) in variant.gpu_problems:
         return
     if torch.cuda.is_current_stream_capturing():
         return
@@ -181,7 +181,7 @@ def load_in_time(variant: Variant, device: torch.device, kinds: frozenset[Kernel
             load_now(variant, device, kinds)
             return
     except (CannotCompile, RuleError) as error:
-        variant.gpu_problems[device] = str(error).splitlines()[0]
+        variant.gpu_problems[device, kinds] = str(error).splitlines()[0]
         return
 
     def compile_politely() -> None:
@@ -189,7 +189,7 @@ def load_in_time(variant: Variant, device: torch.device, kinds: frozenset[Kernel
             for kind in sorted(kinds):
                 image_of(variant, architecture, kind, politely=True)
         except CannotCompile as error:
-            variant.gpu_problems[device] = str(error).splitlines()[0]
+            variant.gpu_problems[device, kinds] = str(error).splitlines()[0]
 
     compile_in_background((variant, device, kinds), compile_politely)
 
@@ -213,7 +213,9 @@ def reason_against(
     never = reason_never(variant)
     if never is not None or runs_on(variant, device, kinds):
         return never
-    problem = variant.gpu_problems.get(device)
+    # Those of a group are loaded together, and what is asked for may be what one of its parameters needs.
+    found = (text for (where, of), text in [*variant.gpu_problems.items()] if where == device and kinds <= of)
+    problem = next(found, None)
     if problem is not None or waits:
         return problem
     if torch.cuda.is_current_stream_capturing():

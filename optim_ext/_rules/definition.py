@@ -38,10 +38,10 @@ class Variant:
     norms: tuple[int, ...] = ()  # the operands, or what is made like them, of which norms are taken
     compiled: bool = False  # what it is run by has been compiled for it
     problem: str | None = None  # why it has not
-    # Of GPUs: what was compiled, by architecture and kind; what of it is loaded, by index; and why it is not.
+    # Of GPUs: what was compiled, by architecture and kind; what of it is loaded, by index; and why what was to be loaded is not.
     images: dict[tuple[int, Kernels], bytes] = field(default_factory=dict)
     on_gpus: dict[int | None, frozenset[Kernels]] = field(default_factory=dict)
-    gpu_problems: dict[torch.device, str] = field(default_factory=dict)
+    gpu_problems: dict[tuple[torch.device, frozenset[Kernels]], str] = field(default_factory=dict)
 
     @property
     def has_norms(self) -> bool:

@@ -489,6 +489,24 @@ def test_kernels_that_differ_are_refused(device, monkeypatch):
         make(tiger("compiled"), WAYS[0], device)
 
 
+def test_kernels_that_differ_do_not_keep_plain_ones_from_running(device, monkeypatch):
+    monkeypatch.setenv("OPTIM_EXT_RULES", "auto")
+    true = cuda.cuda_unit_of
+
+    def mixed_up(struct, rule_bytes, kind):
+        return true(struct.replace("sign(", "magnitude(") if kind.kept else struct, rule_bytes, kind)
+
+    monkeypatch.setattr(cuda, "cuda_unit_of", mixed_up)
+    made = tiger("auto")
+    optimizer, params = make(made, WAYS[0], device)
+    refused(optimizer, params, RuntimeError, "would run .*compiled for cuda:0 it differs from interpreted")
+    plain, params = make(made, {}, device, max_norm=1.0)  # waits for its kernels
+    give_grads(params, 0)
+    plain.step()
+    assert optim_ext.explain(plain)[0].native
+    assert "it differs from interpreted" in str(optim_ext.explain(optimizer)[0])
+
+
 def test_an_op_without_kernels_refuses_before_it_writes(device):
     made = tiger("compiled")
     make(made, {}, device)  # has the plain kernel loaded
