@@ -45,18 +45,19 @@ def _name_of(index: int, constants: tuple[Any, ...]) -> str:
 
 
 def _reason_while_tracing(
-    index: int, constants: tuple[Any, ...], on_cpu: bool, on_gpus: tuple[tuple[int, bool], ...]
+    index: int, constants: tuple[Any, ...], on_cpu: bool, on_gpus: tuple[tuple[int, bool], ...], keeps: bool
 ) -> str | None:
     """Why a graph takes the function of a rule; it waits for what is compiled for GPUs.
 
     on_gpus: where parameters are, and whether they are computed in double.
+    keeps: whether some may be kept in another way than the rule sees them.
     """
     definition = DEFINITIONS[index]
     variant = definition.variant(constants)
     if on_cpu:
         _compile_in_time(variant)
     for gpu, in_double in on_gpus:
-        device, kinds = torch.device("cuda", gpu), cuda.kinds_of([in_double], averaging=False)
+        device, kinds = torch.device("cuda", gpu), cuda.kinds_of([in_double], averaging=False, keeps=keeps)
         if definition.backend in ("auto", "compiled"):
             cuda.load_in_time(variant, device, kinds, wait=True)
         reason = cuda.reason_against(variant, device, kinds)
@@ -310,7 +311,8 @@ class RuleOptimizer(BeyondTorch, FunctionStep):  # type: ignore[misc]  # each ha
             }
         )
         on_cpu = any(p.device.type == "cpu" for p in stepped)
-        return _reason_while_tracing(definition.index, definition.options.constants_of(group), on_cpu, gpus)
+        constants, keeps = definition.options.constants_of(group), self._keeps(group)
+        return _reason_while_tracing(definition.index, constants, on_cpu, gpus, keeps)
 
     def _traced_call(self, group: Group, lists: list[list[Tensor]], controls: dict[str, Any]) -> None:
         definition = self._definition

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from device import ON_CPU
 from kept import MUON, TAKING, WAYS, everything, give_grads, make, name_of, same
 from lockstep import random
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -167,7 +168,7 @@ def test_parameters_without_gradients_and_of_other_dtypes():
 
 
 def test_a_rule_written_in_python():
-    @optim.rule(("m",), backend="interpreted")
+    @optim.rule(("m",), backend="interpreted" if ON_CPU else "auto")
     def Momentum(param, grad, m, *, lr=1e-2, beta=0.9):
         m = beta * m + grad
         return param - lr * m, m
