@@ -71,22 +71,18 @@ class TracedStep(ShardedStep):
         them in one more list, and returns whether this was the last way.
         """
         way: int | None = named.pop("way", None)
-        self._gather_numbers(group)
         if way is None:
             return super()._init_group(group, *lists, **named)
-        if way == 0 and self._make_kept_state(group) is None:
-            super()._init_group(group, *lists[:-1], **named)
-            return True
-        return self._gather_way(group, way, *lists)
-
-    def _gather_numbers(self, group: Group) -> None:
-        """Bring numbers of the state to where their step count lies: torch.compile moves that to the parameter's device."""
-        keys = TABLES[self._op].scalar_state - {"step"}
-        by_torch = self._on_torchs_path or group.get("differentiable")
-        for p in group["params"] if keys and not by_torch else ():
-            count = self.state[p].get("step") if p in self.state else None
-            if isinstance(count, Tensor) and count.device == p.device:
-                move(self.state[p], keys, p.device)
+        is_kept = way > 0 or self._make_kept_state(group) is not None
+        if not is_kept:
+            super()._init_group(group, *([] for _ in lists[:-1]), **named)  # makes what there is none of
+        for p in group["params"]:
+            # Where the compiler moves counts before it gathers the next ones: those that are in the graph must stay.
+            move(self.state.get(p, {}), TABLES[self._op].scalar_state, p.device)
+        if is_kept:
+            return self._gather_way(group, way, *lists)
+        super()._init_group(group, *lists[:-1], **named)
+        return True
 
     def _gather_way(self, group: Group, number: int, *lists: list[Any]) -> bool:
         """Put the parameters that are kept in one of the group's ways, in the order of these, and what belongs to them into

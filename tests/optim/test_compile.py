@@ -65,6 +65,22 @@ def test_equals_eager_in_one_graph(variant):
     assert any(f"optim_ext.{variant.spec.op}" in "".join(ops_in(graph)) for graph in counter.graphs)
 
 
+def test_groups(spec):
+    """State of the first one stays what its part of the graph steps when that of the next one is gathered."""
+    finals = []
+    for is_compiled in (False, True):
+        params = make_params(SHAPES[:2])
+        optimizer = spec.ours([{"params": [params[0]]}, {"params": [params[1]]}], **copy_of(spec.typical))
+        step = compiled(optimizer)[0] if is_compiled else optimizer.step
+        for i in range(3):
+            give_grads(params, i)
+            step()
+        entries = [optimizer.state[p] for p in params]
+        finals.append([*params, *(entry[key] for entry in entries for key in sorted(entry))])
+    for mine, other in zip(*finals, strict=True):
+        assert torch.equal(torch.as_tensor(mine).cpu(), torch.as_tensor(other).cpu())
+
+
 @pytest.mark.about_the_cpu("for Triton, by which inductor compiles for a GPU, the double of its driver is too little")
 def test_inductor(spec):
     compare(spec, spec.typical, steps=3, backend="inductor", dtype=torch.float32)

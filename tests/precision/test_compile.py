@@ -168,7 +168,7 @@ def test_parameters_without_gradients_and_of_other_dtypes():
 
 
 def test_a_rule_written_in_python():
-    @optim.rule(("m",), backend="interpreted" if ON_CPU else "auto")
+    @optim.rule(("m",), backend="interpreted" if ON_CPU else "compiled")
     def Momentum(param, grad, m, *, lr=1e-2, beta=0.9):
         m = beta * m + grad
         return param - lr * m, m
