@@ -118,8 +118,7 @@ def isa() -> str: ...
 def rules() -> list[str]: ...
 def step_ops() -> dict[str, dict[str, Any]]:
     """The ops an optimizer steps with, by name: ``lists`` of tensors as (argument, key of state, role), ``hypers`` as
-    (argument, kind, option, index in the tuple there or None), ``is_element_wise``, ``takes_companions`` and
-    ``companions_on_gpu``."""
+    (argument, kind, option, index in the tuple there or None), ``is_element_wise`` and ``takes_companions``."""
 
 class LbfgsEvaluation:
     """A gradient as one vector, with its largest magnitude, the sum of its magnitudes, its product with the direction, and

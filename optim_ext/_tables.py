@@ -23,7 +23,6 @@ class OpTable:
         self.is_element_wise: bool = table["is_element_wise"]
         # Whether parameters and state may be kept in other ways than the rule sees them.
         self.takes_companions: bool = table["takes_companions"]
-        self.companions_on_gpu: bool = table["companions_on_gpu"]
         # Which operand of the rule a state of the parameter's shape is.
         self.places: dict[str, int] = table["places"]
         # State that has numbers for the elements of a parameter, and may be kept in other ways.

@@ -73,7 +73,9 @@ void Call::add_companion(size_t kind, int64_t i, Companions& made) {
       refuse(name, i, text("has shape ", tensor.sizes(), ", expected 3 numbers"));
     if (!device.is_cpu()) {  // kernels read it; nothing waits for it
       made.live_key = static_cast<RoundingKey*>(tensor.mutable_data_ptr());
-      draws_on_device = true;
+      made.by_chance = spec_.kept;
+      made.counts_later = !spec_.counts;
+      draws_on_device |= spec_.counts;
       return;
     }
     const RoundingKey& key = *static_cast<const RoundingKey*>(tensor.const_data_ptr());

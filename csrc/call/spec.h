@@ -77,9 +77,9 @@ struct CallSpec {
   bool takes_sparse = false;                 // gradients may be sparse: the rule is applied to the rows they hold
   bool counts = true;  // false: the step, and what it draws, is counted by another call of the same op, after this one
   std::initializer_list<PartialList> partial = {};  // only checked
-  bool any_order = false;          // nothing is summed over elements, so that these may come in any order
-  bool takes_companions = false;   // every sweep and reduction of the op reads parameters and state through them
-  bool companions_on_gpu = false;  // so do its kernels on a GPU
+  bool any_order = false;         // nothing is summed over elements, so that these may come in any order
+  bool takes_companions = false;  // every sweep and reduction of the op reads parameters and state through them
+  bool companions_on_gpu = true;  // so do its kernels on a GPU: those of rules in Python that take norms do not
   // The operands that companions belong to, a bit each. An op of several sweeps hands all it is given to each of them;
   // a sweep passes over what lies beside operands that it does not have.
   unsigned kept = kAllKept;

@@ -25,7 +25,6 @@ py::dict table_of(const StepOp& op) {
   table["hypers"] = hypers;
   table["is_element_wise"] = op.is_element_wise;
   table["takes_companions"] = op.takes_companions;
-  table["companions_on_gpu"] = op.companions_on_gpu;
   return table;
 }
 

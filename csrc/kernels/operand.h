@@ -121,11 +121,12 @@ struct RoundingKey {
 // What lies beside a parameter and its state where memory holds something else than the numbers a rule sees.
 struct Companions {
   Precision precision;
-  void* twin;  // an element for each of the parameter's, in its memory order; null where it is native
-  RoundingKey*
-      live_key;        // where the key lives on the device, which then says what the three below say; null on the host
-  uint64_t key;        // of the random words at this step (storage/stochastic.h)
-  unsigned by_chance;  // bit k: operand k is rounded so
+  void* twin;             // an element for each of the parameter's, in its memory order; null where it is native
+  RoundingKey* live_key;  // where the key lives on the device, which then says what the three below say, but for what
+                          // is said of it here; null on the host
+  bool counts_later;      // the count there is one behind: a later sweep of the same step draws, too, and counts it
+  uint64_t key;           // of the random words at this step (storage/stochastic.h)
+  unsigned by_chance;     // bit k: operand k is rounded so; with a live_key: no operand without its bit is
   uint8_t* exponents[kMaxOperands];  // of the blocks of operands in q8; null of others
   int64_t row;                       // elements of an index of the first dimension, which blocks lie in; 0: no blocks
   int64_t blocks_of_row;

@@ -9,7 +9,7 @@ namespace optim_ext::ops {
 namespace {
 
 struct LambRow : StepRow<rules::LambStep> {
-  static constexpr bool kTakesCompanions = true, kCompanionsOnGpu = true;
+  static constexpr bool kTakesCompanions = true;
 
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
@@ -19,8 +19,7 @@ struct LambRow : StepRow<rules::LambStep> {
                         .controls = given.controls,
                         .operands = {given.operand(0), given.operand(1), given.operand(2), given.operand(3)},
                         .state_steps = given.steps(),
-                        .takes_companions = true,
-                        .companions_on_gpu = true};
+                        .takes_companions = true};
     Call call(spec, rules::LambUpdate::kOperands, rules::LambUpdate::kUsed, rules::LambUpdate::kUpdates);
     given.fill(call, update.step_of, &update, sizeof update);
     check_derived(call, update.step_of, &update);

@@ -9,7 +9,7 @@ namespace optim_ext::ops {
 namespace {
 
 struct LarsRow : StepRow<rules::Lars> {
-  static constexpr bool kTakesCompanions = true, kCompanionsOnGpu = true;
+  static constexpr bool kTakesCompanions = true;
 
   template <class Driver>
   static void run(const StepArguments<Options>& given) {
@@ -19,8 +19,7 @@ struct LarsRow : StepRow<rules::Lars> {
     const CallSpec spec{.op = given.op,
                         .controls = controls,
                         .operands = {given.operand(0), given.operand(1), given.operand(2)},
-                        .takes_companions = true,
-                        .companions_on_gpu = true};
+                        .takes_companions = true};
     Call call(spec, rules::Lars::kOperands, rules::Lars::kUsed, rules::Lars::kUpdates);
     given.fill(call, rule);
     if (call.empty() || call.skip) return;

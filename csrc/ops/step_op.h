@@ -161,8 +161,7 @@ void run_rule(Rule rule, const StepArguments<Options>& given) {
                         .scalars = {given.scalar(S)...},
                         .takes_sparse = true,
                         .any_order = true,
-                        .takes_companions = true,
-                        .companions_on_gpu = true};
+                        .takes_companions = true};
     Call call(spec, Rule::kOperands, Rule::kUsed, Rule::kUpdates, Handover::current());
     given.fill(call, rule);
     check_derived(call, rule, &rule);
@@ -203,16 +202,6 @@ template <class Row>
 constexpr bool has_companions = [] {
   if constexpr (requires { Row::kTakesCompanions; }) {
     return Row::kTakesCompanions;
-  } else {
-    return !runs_itself<Row>;
-  }
-}();
-
-// Whether they may on a GPU.
-template <class Row>
-constexpr bool has_companions_on_gpu = [] {
-  if constexpr (requires { Row::kCompanionsOnGpu; }) {
-    return Row::kCompanionsOnGpu;
   } else {
     return !runs_itself<Row>;
   }
@@ -262,9 +251,7 @@ class RegisteredStepOp final : public StepOp {
                                   std::make_index_sequence<std::size(Options::kFields)>>;
 
  public:
-  RegisteredStepOp()
-      : StepOp(kName.text, lists_of_table(), hypers_of_table(), !runs_itself<Row>, has_companions<Row>,
-               has_companions_on_gpu<Row>) {
+  RegisteredStepOp() : StepOp(kName.text, lists_of_table(), hypers_of_table(), !runs_itself<Row>, has_companions<Row>) {
     library(torch::Library::FRAGMENT, std::nullopt).def(schema());
     implement<CpuDriver>(c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU);
 #if defined(OPTIM_EXT_WITH_CUDA)

@@ -34,24 +34,18 @@ const char* type_of(HyperKind kind) {
 }  // namespace
 
 StepOp::StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise,
-               bool takes_companions, bool companions_on_gpu)
+               bool takes_companions)
     : name(name),
       lists(std::move(lists)),
       hypers(std::move(hypers)),
       is_element_wise(is_element_wise),
-      takes_companions(takes_companions),
-      companions_on_gpu(companions_on_gpu) {
+      takes_companions(takes_companions) {
   registered().push_back(this);
   all_by_name().emplace(name, this);
 }
 
 StepOp::StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers)
-    : name(name),
-      lists(std::move(lists)),
-      hypers(std::move(hypers)),
-      is_element_wise(true),
-      takes_companions(true),
-      companions_on_gpu(true) {
+    : name(name), lists(std::move(lists)), hypers(std::move(hypers)), is_element_wise(true), takes_companions(true) {
   all_by_name().emplace(name, this);
 }
 

@@ -55,9 +55,8 @@ class StepOp {
   const char* const name;
   const std::vector<rules::List> lists;
   const std::vector<HyperInfo> hypers;
-  const bool is_element_wise;    // each element is stepped on its own, so gradients may have some rows only
-  const bool takes_companions;   // parameters and state may be kept in other ways than the rule sees them
-  const bool companions_on_gpu;  // on a GPU, too
+  const bool is_element_wise;   // each element is stepped on its own, so gradients may have some rows only
+  const bool takes_companions;  // parameters and state may be kept in other ways than the rule sees them
 
   // Every op of this library that steps, by name.
   static std::vector<const StepOp*> all();
@@ -66,7 +65,7 @@ class StepOp {
 
  protected:
   StepOp(const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers, bool is_element_wise,
-         bool takes_companions, bool companions_on_gpu);
+         bool takes_companions);
   // One that is not of this library, but steps element by element by an op of it.
   struct Unlisted {};
   StepOp(Unlisted, const char* name, std::vector<rules::List> lists, std::vector<HyperInfo> hypers);

@@ -79,11 +79,6 @@ class KeptStep(OpStep):
         """Whether the class takes any of these options."""
         return TABLES[cls._op].takes_companions
 
-    @classmethod
-    def _keeps_on(cls, device: torch.device) -> bool:
-        """Whether there are kernels for that beside the CPU's."""
-        return device.type == "cuda" and TABLES[cls._op].companions_on_gpu
-
     def _keeps(self, group: Group) -> bool:
         return bool(options.given(group))
 
@@ -116,10 +111,10 @@ class KeptStep(OpStep):
         dtensor = self._dtensor_of(p)
         whole = p if dtensor is None else parts.whole_of(dtensor)
         keeping = options.keeping_of(whole, group, ordered, described)
-        if keeping is not None and p.device.type not in ("cpu", "meta") and not self._keeps_on(p.device):
+        if keeping is not None and p.device.type not in ("cpu", "meta", "cuda"):
             raise ValueError(
                 f"{described}: {type(self).__name__} takes param_precision and state_precision for parameters on the CPU "
-                f"so far, and it is on {p.device}; use 'native' for both"
+                f"and CUDA tensors, and it is on {p.device}; use 'native' for both"
             )
         if keeping is None or dtensor is None:
             takes_chance = options.asks_for(group, "q8") or (keeping is not None and keeping.by_chance)

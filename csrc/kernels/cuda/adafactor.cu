@@ -7,7 +7,7 @@ OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorAverage<false>)
 OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorAverage<true>)
 OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorFactor<false>)
 OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorFactor<true>)
-OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorUpdate<false>)
-OPTIM_EXT_INSTANTIATE_NATIVE(AdafactorUpdate<true>)
+OPTIM_EXT_INSTANTIATE(AdafactorUpdate<false>)
+OPTIM_EXT_INSTANTIATE(AdafactorUpdate<true>)
 
 }  // namespace optim_ext::cuda

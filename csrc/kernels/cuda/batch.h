@@ -85,8 +85,10 @@ struct KeptHead {
   int32_t place;           // where Companions::place lies, in bytes from the start of the table; 0: it is the whole
   int32_t place_ndim;
   Precision precision;
-  uint16_t in_order;  // bit k: the elements of operand k follow each other in memory as their indices do
-  bool vector;        // all of them do, aligned for accesses of 8 elements, and positions come in eights
+  uint16_t in_order;   // bit k: the elements of operand k follow each other in memory as their indices do
+  uint16_t by_chance;  // bit k: operand k is rounded by chance, if the key says so
+  bool vector;         // all of them do, aligned for accesses of 8 elements, and positions come in eights
+  bool counts_later;   // as in Companions
 };
 
 template <class Rule>

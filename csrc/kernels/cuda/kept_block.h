@@ -36,9 +36,10 @@ OPTIM_EXT_HOST_DEVICE void open_kept_block(const Batch<Rule>& batch, const unsig
   block.key = 0;
   block.by_chance = block.positive = 0;
   if (entry.kept.key != nullptr) {
-    const RoundingKey key = *entry.kept.key;  // whose draws have been counted
-    block.key = key_at_step(static_cast<uint64_t>(key.key), static_cast<uint64_t>(key.draws));
-    block.by_chance = key.rounded();
+    const RoundingKey key = *entry.kept.key;
+    const uint64_t draws = static_cast<uint64_t>(key.draws) + (entry.kept.counts_later ? 1 : 0);
+    block.key = key_at_step(static_cast<uint64_t>(key.key), draws);
+    block.by_chance = key.rounded() & entry.kept.by_chance;
     block.positive = key.positive();
   }
   block.draws = (block.by_chance & Rule::kUpdates) != 0;

@@ -57,9 +57,11 @@ Program program_of() {
           nullptr};
 }
 
-// Whether parameters are reduced together with what lies beside them: for the norms of LAMB and LARS.
+// Whether parameters are reduced together with what lies beside them: for the norms of LAMB and LARS, and for
+// Adafactor.
 template <class Reduction>
-constexpr bool kReducesKept = std::is_same_v<Reduction, rules::L2Norm>;
+constexpr bool kReducesKept =
+    std::is_same_v<Reduction, rules::L2Norm> || std::is_same_v<Reduction, rules::RootMeanSquare>;
 
 // One block per chunk of kReduceChunk elements.
 template <class Reduction>

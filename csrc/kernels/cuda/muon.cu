@@ -3,7 +3,7 @@
 
 namespace optim_ext::cuda {
 
-OPTIM_EXT_INSTANTIATE_NATIVE(MuonMomentum)
-OPTIM_EXT_INSTANTIATE_NATIVE(MuonUpdate)
+OPTIM_EXT_INSTANTIATE(MuonMomentum)
+OPTIM_EXT_INSTANTIATE(MuonUpdate)
 
 }  // namespace optim_ext::cuda

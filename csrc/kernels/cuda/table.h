@@ -97,6 +97,8 @@ inline void write_kept(const Bundle& bundle, const RuleShape& rule, int32_t plac
   kept.place = place;
   kept.place_ndim = companions.place_ndim;
   kept.precision = companions.precision;
+  kept.by_chance = static_cast<uint16_t>(companions.by_chance);
+  kept.counts_later = companions.counts_later;
   for (int k = 0; k < kMaxOperands; ++k) {
     if (bundle.layout == nullptr || bundle.layout->is_dense(k)) kept.in_order |= static_cast<uint16_t>(1u << k);
   }

@@ -163,6 +163,12 @@ fault(draws_not_counted kept "failed: .*draws" kernels/cuda/driver.h
 fault(place_lost kept "failed: .*[35] numbers of place" kernels/cuda/table.h
 [[kept.place = place;]]
 [[kept.place = FAULT ? 0 : place;]])
+fault(draws_of_the_last_step kept "failed: .*the first of two sweeps" kernels/cuda/kept_block.h
+[[(entry.kept.counts_later ? 1 : 0)]]
+[[(entry.kept.counts_later && !FAULT ? 1 : 0)]])
+fault(rounds_what_another_sweep_has kept "failed: .*the first of two sweeps" kernels/cuda/table.h
+[[kept.by_chance = static_cast<uint16_t>(companions.by_chance);]]
+[[kept.by_chance = static_cast<uint16_t>(companions.by_chance | (FAULT ? ~0u : 0));]])
 fault(kept_gradient_not_unscaled_in_memory kept "failed: .*operand 1" kernels/cuda/kept_block.h
 [[word[kGradSlot][j] = closed(storage, value[kGradSlot][j]);]]
 [[if (!FAULT) word[kGradSlot][j] = closed(storage, value[kGradSlot][j]);]])
