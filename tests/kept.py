@@ -1,5 +1,6 @@
 """Optimizers whose parameters and state are kept in other ways than torch's, and what these ways are."""
 
+import dataclasses
 from itertools import product
 
 import torch
@@ -21,7 +22,13 @@ MUON = Spec(
     fused=False,
     is_real=True,
 )
+SPARSE_ADAM = Spec("SparseAdam", op="sparse_adam_", state=lambda o: {"exp_avg", "exp_avg_sq"}, grid=(), typical={})
 TAKING = [*(spec for spec in SPECS if TABLES[spec.op].takes_companions), MUON]
+# Those that take sparse gradients: if they are asked to, and unasked.
+LAZY = [spec for spec in TAKING if TABLES[spec.op].is_element_wise]
+NOT_ASKED = [SPARSE_ADAM, *(dataclasses.replace(spec, typical=spec.sparse) for spec in LAZY if spec.sparse)]
+TAKING_SPARSE = [*LAZY, *NOT_ASKED]
+NAMES_OF_TAKING_SPARSE = [*(f"lazy {spec.name}" for spec in LAZY), *(spec.name for spec in NOT_ASKED)]
 WAYS = [
     {"param_precision": param, "state_precision": state}
     for param, state in product(("master", "remainder", "kahan", "stochastic"), ("native", "fp32", "bf16", "q8"))

@@ -173,7 +173,10 @@ at::Tensor Call::sparse_gradient(int64_t i) {
            text("has index ", outside->index, " in dimension ", outside->dim, " of its parameter's shape ",
                 param.sizes()));
   }
-  return grad.is_cpu() ? grad : grad.coalesce();
+  if (grad.is_cpu()) return grad;
+  // Beside what is kept more exactly, rows that are there twice are summed as the CPU sums them where it reads them.
+  const bool in_float = !spec_.controls.companions.empty() && grad.element_size() < 4 && !grad.is_coalesced();
+  return (in_float ? grad.to(at::kFloat) : grad).coalesce();
 }
 
 // A row is what one index selects. Rows lie back to back in the gradient's values, and at the indexed places of the

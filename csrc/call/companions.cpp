@@ -24,8 +24,6 @@ void Call::add_companions(int64_t i) {
   Bundle& bundle = bundles[i];
   if (!device.is_cpu() && !spec_.companions_on_gpu)
     refuse("params", i, text("is on ", device, ", where nothing can lie beside it yet"));
-  if (!device.is_cpu() && bundle.layout && bundle.layout->rows)
-    refuse("grads", i, text("is sparse and on ", device, ", expected dense beside companions"));
   for (int k = 0; k < rule_.count; ++k) {
     if (rule_.is_used(k) && bundle.storage[k] == Storage::f64) refuse(rule_.lists[k].name, i, kNoDouble);
   }

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kept import TAKING, WAYS, everything, name_of, shapes_for
+from kept import LAZY, NAMES_OF_TAKING_SPARSE, NOT_ASKED, TAKING, TAKING_SPARSE, WAYS, everything, name_of, shapes_for
 from lockstep import bits, copy_of, random
 
 import optim_ext
@@ -255,3 +255,73 @@ def test_the_norms_of_a_step(way, device):
         found.append([float(value) for value in (group.param, group.update)])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0][1] > 0.0
+
+
+# Parameters and in how many dimensions their gradients are sparse: rows that end with a block of 64, in the midst of one and
+# beyond what a block of threads has; in none; in two that cut no block; of one element.
+SPARSE_SHAPES = (((40, 100), 1), ((20, 192), 1), ((16, 2500), 1), ((20, 7), 0), ((20, 2, 64), 2), ((70,), 1))
+
+
+def give_sparse_grads(params, step):
+    """With some rows there twice, in all but one step, and once with none."""
+    for i, (p, (shape, dims)) in enumerate(zip(params, SPARSE_SHAPES, strict=True)):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        count = 1 if dims == 0 else 0 if step == 3 and i == 0 else 9
+        index = torch.zeros(dims, count, dtype=torch.int64)
+        for row, size in zip(index, shape[:dims], strict=True):
+            row.copy_(torch.randint(size, (count,), generator=generator))
+        values = random((count, *shape[dims:]), torch.bfloat16, 1000 * (step + 1) + i, torch.device("cpu"))
+        grad = torch.sparse_coo_tensor(index, values, shape, check_invariants=False)
+        p.grad = (grad.coalesce() if step == 2 else grad).to(p.device)
+
+
+def make_sparse(spec, way, device):
+    options = {} if spec in NOT_ASKED else {"lazy_rows": True}
+    return make(spec, way, device, shapes=[shape for shape, _ in SPARSE_SHAPES], **options)
+
+
+@pytest.mark.parametrize("spec", TAKING_SPARSE, ids=NAMES_OF_TAKING_SPARSE)
+def test_rows_of_sparse_gradients(spec, way, device):
+    """Some steps of state that came from the CPU; rows are summed in float32 there, too."""
+    (on_gpu, params), (on_cpu, others) = (make_sparse(spec, way, where) for where in (device, "cpu"))
+    for step in range(5):
+        for optimizer, its in ((on_gpu, params), (on_cpu, others)):
+            if step == 4 and spec not in NOT_ASKED:
+                give_grads(its, step)
+            else:
+                give_sparse_grads(its, step)
+            optimizer.step()
+        assert_same_bits(on_gpu, on_cpu)
+        if step == 1:
+            on_gpu.load_state_dict(copy.deepcopy(on_cpu.state_dict()))
+
+
+@pytest.mark.parametrize("spec", LAZY, ids=lambda spec: spec.name)
+def test_sparse_steps_that_are_skipped_draw_nothing(spec, one_of_few, device):
+    """Not of SparseAdam, which counts steps on the host."""
+    (on_gpu, params), (on_cpu, others) = (make_sparse(spec, one_of_few, where) for where in (device, "cpu"))
+    for step in range(3):
+        for optimizer, its in ((on_gpu, params), (on_cpu, others)):
+            give_sparse_grads(its, step)
+            optimizer._step_supports_amp_scaling = True
+            optimizer.found_inf = torch.tensor(float(step == 1), device=its[0].device)
+            optimizer.grad_scale = None
+            optimizer.step()
+    assert_same_bits(on_gpu, on_cpu)
+    keys = [entry["rounding_key"].tolist() for entry in on_gpu.state.values() if "rounding_key" in entry]
+    assert all(draws == 2 for _, draws, _ in keys)
+
+
+def test_rows_that_cut_blocks_are_refused_before_anything_is_written(device):
+    for where in (device, torch.device("cpu")):
+        optimizer, params = make(ADAMW, {"state_precision": "q8"}, where, shapes=[(40, 3, 5), (40, 64)], lazy_rows=True)
+        give_grads(params, 0)
+        optimizer.step()
+        before = everything(optimizer)
+        for p in params:
+            p.grad = p.grad.to_sparse(2 if p is params[0] else 1)
+        with pytest.raises(
+            RuntimeError, match=r"parameter 0 of group 0: grads is sparse in rows of 5 elements, which cut"
+        ):
+            optimizer.step()
+        assert all(map(torch.equal, before, everything(optimizer)))

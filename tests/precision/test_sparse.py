@@ -2,44 +2,44 @@
 step all rows, in every bit, and what belongs to the others stays as it is."""
 
 import copy
-import dataclasses
 import io
 import math
 
 import pytest
 import torch
-from kept import TAKING, WAYS, everything, name_of, same, value_of
+from kept import (
+    LAZY,
+    NAMES_OF_TAKING_SPARSE,
+    NOT_ASKED,
+    SPARSE_ADAM,
+    TAKING_SPARSE,
+    WAYS,
+    everything,
+    name_of,
+    same,
+    value_of,
+)
 from lockstep import copy_of, native_ops, random
 from optim.test_lazy_rows import ROWS, lazy_twin
-from specs import Spec
 from torch import nn
 
 import optim_ext
 from optim_ext import checkpoints
-from optim_ext._tables import TABLES
 from optim_ext.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-pytestmark = pytest.mark.about_the_cpu("sparse gradients step what is kept in other ways there only")
-
 WIDTH = 100  # a block and a part of one
-LAZY = [spec for spec in TAKING if TABLES[spec.op].is_element_wise]
-SPARSE_ADAM = Spec("SparseAdam", op="sparse_adam_", state=lambda o: {"exp_avg", "exp_avg_sq"}, grid=(), typical={})
-NOT_ASKED = [SPARSE_ADAM, *(dataclasses.replace(spec, typical=spec.sparse) for spec in LAZY if spec.sparse)]
-EVERY = [*LAZY, *NOT_ASKED]
 ADAMW = next(spec for spec in LAZY if spec.name == "AdamW")
 
 by_way = pytest.mark.parametrize("way", WAYS, ids=name_of)
-every_class = pytest.mark.parametrize(
-    "spec", EVERY, ids=[*(f"lazy {spec.name}" for spec in LAZY), *(spec.name for spec in NOT_ASKED)]
-)
+every_class = pytest.mark.parametrize("spec", TAKING_SPARSE, ids=NAMES_OF_TAKING_SPARSE)
 
 
 def sparse(step, shape=(ROWS, WIDTH), dims=1, count=9):
     """Some rows, some of them twice: of whole numbers, so that sums are exact in bfloat16 too."""
     generator = torch.Generator().manual_seed(step)
-    index = torch.empty(dims, count, dtype=torch.int64)
+    index = torch.zeros(dims, count, dtype=torch.int64)
     for row, size in zip(index, shape[:dims], strict=True):
-        row.random_(size, generator=generator)
+        row.copy_(torch.randint(size, (count,), generator=generator))
     values = torch.randint(-4, 5, (count, *shape[dims:]), generator=generator).bfloat16()
     return torch.sparse_coo_tensor(index, values, shape, check_invariants=False)
 

@@ -72,7 +72,7 @@ struct Share {
   static constexpr int kLanesOfBlock = static_cast<int>(kBlock8) / kPack;
   static constexpr int kApart = kPack == 8 ? 1 : kLanesOfBlock;
 
-  int64_t index;  // of the first one
+  int64_t index;  // of the first one, among those that are stepped
   int64_t block;  // of q8
   int32_t left;   // how many there are from the first one on in the row, or in the piece; 0 or less: none
   bool leads;     // the first of the lanes that share the block
@@ -160,12 +160,11 @@ OPTIM_EXT_HOST_DEVICE int64_t index_in_whole(const int64_t* place, int ndim, int
 // A call, as it is rare that elements beside each other have not the same words.
 OPTIM_EXT_HOST_DEVICE_APART RandomWords words_from(uint64_t key, int64_t index) { return {key, index}; }
 
-// The word of each of a thread's elements.
-template <int kPack, class Rule>
-OPTIM_EXT_HOST_DEVICE void draw(const KeptBlock<Rule>& block, const Share<kPack>& share, uint32_t* word) {
-  const auto index_of = [&](int j) {
-    return index_in_whole(block.place, block.kept.place_ndim, share.index + j * Share<kPack>::kApart);
-  };
+// The word of each of a thread's elements; `in_param`: the index of each there.
+template <int kPack, class Rule, class InParam>
+OPTIM_EXT_HOST_DEVICE void draw(const KeptBlock<Rule>& block, const Share<kPack>& share, const InParam& in_param,
+                                uint32_t* word) {
+  const auto index_of = [&](int j) { return index_in_whole(block.place, block.kept.place_ndim, in_param(j)); };
   int64_t index = index_of(0);
   uint32_t upper = static_cast<uint32_t>(index >> 32);
   RandomWords words(block.key, index);
@@ -203,6 +202,13 @@ OPTIM_EXT_DEVICE void encode(const Share<kPack>& share, uint8_t* exponents, bool
   }
 }
 
+// The block of q8 that an element of a parameter is in.
+OPTIM_EXT_HOST_DEVICE int64_t block_of(const KeptHead& kept, int64_t index) {
+  if (kept.row == 0) return index / kBlock8;
+  const int64_t number = index / kept.row, blocks_of_row = (kept.row + kBlock8 - 1) / kBlock8;
+  return number * blocks_of_row + (index - number * kept.row) / kBlock8;
+}
+
 // This thread's share of positions [from, to) of the block's piece. All lanes of a warp go through it as many times.
 template <int kPack, class Rule>
 OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule& rule, int32_t from, int32_t to,
@@ -215,8 +221,9 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
   const int64_t width_of_twin_here = width_of_twin(kept.precision);
   const Storage of_param = block.entry.storage[0];
   const auto is_in_order = [&](int operand) { return kInEights || ((kept.in_order >> operand) & 1u); };
+  const bool is_sparse = !kInEights && block.layout != nullptr && block.layout->rows != nullptr;
   for (int32_t start = from; start < to; start += kThreads * kPack) {
-    const Mine share = share_of<kPack>(block, start, to, thread);
+    Mine share = share_of<kPack>(block, start, to, thread);
     // Where each operand has each element.
     int64_t at[kInEights ? 1 : kCount][kInEights ? 1 : kPack];
     if constexpr (!kInEights) {
@@ -253,9 +260,13 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
       }
     };
     const auto places_of = [&](int s) { return kInEights ? at[0] : at[kInEights ? 0 : s]; };
+    // The index of each element in the parameter, which twins, words and blocks go by. Of a sparse gradient the rows
+    // lie anywhere there, and it is where the parameter itself has the element; a block of q8 is within one row.
+    const auto in_param = [&](int j) { return is_sparse ? at[0][kInEights ? 0 : j] : share.index + j * Mine::kApart; };
     int64_t in_order[kInEights ? 1 : kPack];
     if constexpr (!kInEights) {
-      OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) in_order[j] = share.index + j * Mine::kApart;
+      OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) in_order[j] = in_param(j);
+      if (is_sparse && share.leads) share.block = block_of(kept, in_order[0]);
     }
 
     // What memory holds.
@@ -309,7 +320,7 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
     }
 
     uint32_t random[kPack] = {};
-    if (block.draws) draw<kPack>(block, share, random);
+    if (block.draws) draw<kPack>(block, share, in_param, random);
     OPTIM_EXT_UNROLL for (int s = 0; s < kCount; ++s) {
       if (!is_updated<Rule>(s)) continue;
       const Storage storage = block.entry.storage[s];

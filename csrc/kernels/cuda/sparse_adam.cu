@@ -3,6 +3,6 @@
 
 namespace optim_ext::cuda {
 
-OPTIM_EXT_INSTANTIATE_NATIVE(SparseAdam)
+OPTIM_EXT_INSTANTIATE(SparseAdam)
 
 }  // namespace optim_ext::cuda

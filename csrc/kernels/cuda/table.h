@@ -53,7 +53,7 @@ struct TableShape {
 // How many positions a kept entry has (KeptHead).
 inline int64_t positions_of(const Bundle& bundle) {
   const Companions& companions = *bundle.companions;
-  if (companions.row == 0) return bundle.numel;
+  if (companions.row % kBlock8 == 0) return bundle.numel;
   return bundle.numel / companions.row * companions.blocks_of_row * kBlock8;
 }
 
@@ -99,8 +99,10 @@ inline void write_kept(const Bundle& bundle, const RuleShape& rule, int32_t plac
   kept.precision = companions.precision;
   kept.by_chance = static_cast<uint16_t>(companions.by_chance);
   kept.counts_later = companions.counts_later;
+  // Beside a sparse gradient all others are in order, and their indices are those of the whole parameter.
+  const bool in_order = bundle.layout == nullptr || bundle.layout->rows != nullptr;
   for (int k = 0; k < kMaxOperands; ++k) {
-    if (bundle.layout == nullptr || bundle.layout->is_dense(k)) kept.in_order |= static_cast<uint16_t>(1u << k);
+    if (in_order || bundle.layout->is_dense(k)) kept.in_order |= static_cast<uint16_t>(1u << k);
   }
   kept.vector = in_eights(bundle, rule.used);
   std::memcpy(to, &kept, sizeof kept);

@@ -163,6 +163,12 @@ fault(draws_not_counted kept "failed: .*draws" kernels/cuda/driver.h
 fault(place_lost kept "failed: .*[35] numbers of place" kernels/cuda/table.h
 [[kept.place = place;]]
 [[kept.place = FAULT ? 0 : place;]])
+fault(rows_of_the_gradient_alone kept "failed: .*by rows" kernels/cuda/kept_block.h
+[[return is_sparse ?]]
+[[return is_sparse && !FAULT ?]])
+fault(blocks_of_the_gradient_alone kept "failed: .*by rows.*(exponents|operand [234])" kernels/cuda/kept_block.h
+[[if (is_sparse && share.leads)]]
+[[if (is_sparse && share.leads && !FAULT)]])
 fault(draws_of_the_last_step kept "failed: .*the first of two sweeps" kernels/cuda/kept_block.h
 [[(entry.kept.counts_later ? 1 : 0)]]
 [[(entry.kept.counts_later && !FAULT ? 1 : 0)]])

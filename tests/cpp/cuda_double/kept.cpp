@@ -27,9 +27,26 @@ Place place_of(int which, const Shape& shape) {
   return {far, shape.rows, shape.row + 37, shape.row, 1};
 }
 
+// Every other row, or half a row where blocks allow for that, from the last one to the first: of a sparse gradient.
+struct HeldRows {
+  Layout layout{};
+  std::vector<int64_t> places;
+  explicit HeldRows(const Shape& shape) {
+    const int64_t width = shape.row % (2 * kBlock8) == 0 ? shape.row / 2 : shape.row;
+    for (int64_t place = shape.numel() / width - 1; place >= 0; place -= 2) places.push_back(place);
+    layout.rows = places.data();
+    layout.ndim = 2;
+    layout.sizes[0] = static_cast<int64_t>(places.size());
+    layout.sizes[1] = width;
+    for (auto& strides : layout.strides) strides[0] = width, strides[1] = 1;
+  }
+  HeldRows(const HeldRows&) = delete;
+};
+
 struct Scene {
   const char* name;
   bool averaged = false, scaled = false, capturing = false;
+  bool by_rows = false;           // the gradient is sparse
   bool first_of_two = false;      // sweeps of one step, of which the other one counts
   unsigned by_chance = kAnyKept;  // operands that may be rounded so
 
@@ -37,6 +54,7 @@ struct Scene {
 };
 constexpr Scene kScenes[] = {{.name = "as they are"},
                              {.name = "scaled, averaged", .averaged = true, .scaled = true, .capturing = true},
+                             {.name = "by rows", .by_rows = true},
                              {.name = "the first of two sweeps", .first_of_two = true, .by_chance = 1u << 2}};
 
 // A parameter with everything beside it, as the CPU and as the device has it.
@@ -46,6 +64,7 @@ struct Member {
   const Place place;
   Memory start, expected, got;
   RoundingKey key;
+  const HeldRows held;
   std::vector<unsigned char> average_expected, average_got;
   Ready on_cpu, on_device;
   Bundle average{};
@@ -59,6 +78,7 @@ struct Member {
         expected(start),
         got(start),
         key{static_cast<int64_t>(random.bits()), 4, way.by_chance | kPositive << 16},
+        held(shape),
         average_expected(scene.averaged ? shape.numel() * 4 : 0),
         average_got(average_expected),
         on_cpu(expected, way, shape, this->place),
@@ -70,6 +90,11 @@ struct Member {
     on_device.companions.positive = 0;
     on_device.companions.live_key = &key;
     on_device.companions.counts_later = scene.first_of_two;
+    for (Bundle* const bundle : {&on_cpu.bundle, &on_device.bundle}) {
+      if (!scene.by_rows) continue;
+      bundle->layout = &held.layout;
+      bundle->numel = held.layout.sizes[0] * held.layout.sizes[1];
+    }
     if (!scene.averaged) return;
     average.data[0] = average_got.data();
     average.data[1] = on_device.bundle.data[0];
