@@ -156,6 +156,26 @@ def test_parameters_in_float32(pair, state, device):
 
 
 @pytest.mark.parametrize("way", FEW, ids=name_of)
+def test_rows_that_sparse_gradients_hold(tigers, way, device):
+    """Some of them twice: what is kept of the others is not touched."""
+    shapes = ((17, 33), (64, 100), (64, 128))
+    before = {}
+
+    def give_rows(optimizer, params, step):
+        for p in params:
+            held = torch.tensor([[p.shape[0] - 1, step, p.shape[0] - 1]], device=p.device)
+            p.grad = torch.sparse_coo_tensor(held, p.grad[:3], p.shape, check_invariants=False)
+            if step == 1:
+                before[p.device.type, p.shape] = p[5:8].detach().clone()
+
+    optimizer = compare(tigers, way, device, shapes=shapes, before_step=give_rows, lazy_rows=True)
+    (report,) = optim_ext.explain(optimizer)
+    assert report.native
+    for p in optimizer.param_groups[0]["params"]:
+        assert bits(p[5:8]) == bits(before["cuda", p.shape])
+
+
+@pytest.mark.parametrize("way", FEW, ids=name_of)
 @pytest.mark.parametrize("name", ["AdamW", "NAdam"])
 def test_a_rule_written_again_has_the_bits_of_the_built_in_one(name, way, device):
     of = TWINS[name]

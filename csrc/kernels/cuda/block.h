@@ -97,12 +97,18 @@ OPTIM_EXT_HOST_DEVICE FoundEntry find_entry(const BatchHead& batch, const unsign
   return {found, index - first_chunk[found]};
 }
 
-template <class Rule>
-OPTIM_EXT_HOST_DEVICE void open_entry(const Batch<Rule>& batch, const unsigned char* table, const Entry<Rule>& entry,
-                                      int64_t chunk, Block<Rule>& block) {
+// Opens the piece that a block works on; gives the entry that it is of, or null where the step is skipped. Done by one
+// thread of the block before all others start.
+template <class EntryOf, class Rule>
+OPTIM_EXT_HOST_DEVICE const EntryOf* open_entry(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
+                                                Block<Rule>& block) {
+  block.skip = is_skipped(batch);
+  if (block.skip) return nullptr;
+  const FoundEntry found = find_entry(batch, table, index);
+  const EntryOf& entry = entries_of<EntryOf>(batch, table)[found.number];
   block.entry = entry;
   block.layout = block.entry.layout == 0 ? nullptr : reinterpret_cast<const Layout*>(table + block.entry.layout);
-  block.begin = chunk * batch.chunk;
+  block.begin = found.chunk * batch.chunk;
   const int64_t left = block.entry.numel - block.begin;
   block.size = static_cast<int32_t>(left < batch.chunk ? left : batch.chunk);
   block.unscale = batch.controls.grad_scale != nullptr;
@@ -112,16 +118,13 @@ OPTIM_EXT_HOST_DEVICE void open_entry(const Batch<Rule>& batch, const unsigned c
                           : 1.0;
   rules::Scalar after[kMaxScalars];
   block.rule = ready_rule(batch, block.entry, after);
+  return &entry;
 }
 
-// Done by one thread of the block before all others start.
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE void open_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
                                       Block<Rule>& block) {
-  block.skip = is_skipped(batch);
-  if (block.skip) return;
-  const FoundEntry found = find_entry(batch, table, index);
-  open_entry(batch, table, entries_of<Entry<Rule>>(batch, table)[found.number], found.chunk, block);
+  open_entry<Entry<Rule>>(batch, table, index, block);
 }
 
 // The piece of an open block once more, as what the rule of averages works on: its update and its parameter, walked in

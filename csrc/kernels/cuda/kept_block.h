@@ -25,21 +25,19 @@ struct KeptBlock : Block<Rule> {
 template <class Rule>
 OPTIM_EXT_HOST_DEVICE void open_kept_block(const Batch<Rule>& batch, const unsigned char* table, int64_t index,
                                            KeptBlock<Rule>& block) {
-  block.skip = is_skipped(batch);
-  if (block.skip) return;
-  const FoundEntry found = find_entry(batch, table, index);
-  const KeptEntry<Rule>& entry = entries_of<KeptEntry<Rule>>(batch, table)[found.number];
-  open_entry<Rule>(batch, table, entry, found.chunk, block);
-  block.kept = entry.kept;
-  for (int s = 0; s < kSlots<Rule>; ++s) block.exponents[s] = entry.exponents[s];
-  block.place = entry.kept.place == 0 ? nullptr : reinterpret_cast<const int64_t*>(table + entry.kept.place);
+  const auto* const entry = open_entry<KeptEntry<Rule>, Rule>(batch, table, index, block);
+  if (entry == nullptr) return;
+  const KeptHead& kept = entry->kept;
+  block.kept = kept;
+  for (int s = 0; s < kSlots<Rule>; ++s) block.exponents[s] = entry->exponents[s];
+  block.place = kept.place == 0 ? nullptr : reinterpret_cast<const int64_t*>(table + kept.place);
   block.key = 0;
   block.by_chance = block.positive = 0;
-  if (entry.kept.key != nullptr) {
-    const RoundingKey key = *entry.kept.key;
-    const uint64_t draws = static_cast<uint64_t>(key.draws) + (entry.kept.counts_later ? 1 : 0);
+  if (kept.key != nullptr) {
+    const RoundingKey key = *kept.key;
+    const uint64_t draws = static_cast<uint64_t>(key.draws) + (kept.counts_later ? 1 : 0);
     block.key = key_at_step(static_cast<uint64_t>(key.key), draws);
-    block.by_chance = key.rounded() & entry.kept.by_chance;
+    block.by_chance = key.rounded() & kept.by_chance;
     block.positive = key.positive();
   }
   block.draws = (block.by_chance & Rule::kUpdates) != 0;

@@ -100,12 +100,8 @@ template <class Reduction>
 OPTIM_EXT_HOST_DEVICE void open_kept_reduce(const Batch<ReduceJob<Reduction>>& batch, const unsigned char* table,
                                             int64_t index, KeptReduceBlock<Reduction>& block) {
   using Job = ReduceJob<Reduction>;
-  block.skip = is_skipped(batch);
-  if (block.skip) return;
-  const FoundEntry found = find_entry(batch, table, index);
-  const KeptEntry<Job>& entry = entries_of<KeptEntry<Job>>(batch, table)[found.number];
-  open_entry<Job>(batch, table, entry, found.chunk, block);
-  block.kept = entry.kept;
+  const auto* const entry = open_entry<KeptEntry<Job>, Job>(batch, table, index, block);
+  if (entry != nullptr) block.kept = entry->kept;
 }
 
 template <class Reduction>

@@ -170,8 +170,8 @@ fault(blocks_of_the_gradient_alone kept "failed: .*by rows.*(exponents|operand [
 [[if (is_sparse && share.leads)]]
 [[if (is_sparse && share.leads && !FAULT)]])
 fault(draws_of_the_last_step kept "failed: .*the first of two sweeps" kernels/cuda/kept_block.h
-[[(entry.kept.counts_later ? 1 : 0)]]
-[[(entry.kept.counts_later && !FAULT ? 1 : 0)]])
+[[(kept.counts_later ? 1 : 0)]]
+[[(kept.counts_later && !FAULT ? 1 : 0)]])
 fault(rounds_what_another_sweep_has kept "failed: .*the first of two sweeps" kernels/cuda/table.h
 [[kept.by_chance = static_cast<uint16_t>(companions.by_chance);]]
 [[kept.by_chance = static_cast<uint16_t>(companions.by_chance | (FAULT ? ~0u : 0));]])
