@@ -208,7 +208,7 @@ class Layout:
         ]
         rank = sum(c * math.prod(mesh.shape[dim + 1 :]) for dim, c in enumerate(of_first))
         places = torch.arange(local.numel(), device=local.device).view(local.shape)
-        labels = self.whole_of(places + rank * _LABELS).view(-1)
+        labels = self.whole_of(places + rank * _LABELS).reshape(-1)
         mine = (labels // _LABELS == rank).nonzero().view(-1)
         self._index = mine[(labels[mine] % _LABELS).argsort()]
 
