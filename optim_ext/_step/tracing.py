@@ -25,9 +25,12 @@ class TracedStep(ShardedStep):
         """
         reasons = [self._traced_torch_reason(group) for group in self.param_groups]
         for group, reason in zip(self.param_groups, reasons, strict=True):
-            # A step is compiled anew where an option changes that has been looked at, so these are in any case.
-            if self._keeps(group) and reason is not None:
-                self._refuse_precision(group, reason)
+            # A step is compiled anew where an option changes that has been looked at, so these are in any case. A number that
+            # has changed before is one in general to a compiler, but not where it is put into a set.
+            if self._keeps(group):
+                {group.get("min_q8_size")}
+                if reason is not None:
+                    self._refuse_precision(group, reason)
         by_torch = [group for group, reason in zip(self.param_groups, reasons, strict=True) if reason is not None]
         if by_torch:
             self._refuse_controls(next(reason for reason in reasons if reason is not None))

@@ -121,6 +121,18 @@ def test_options_that_change_are_compiled_anew():
             step_both(eager, traced, step, 2 * number, 2)
 
 
+def test_a_number_among_the_options_that_changes_is_compiled_anew():
+    """A compiler takes a number that it has seen to change for any number."""
+    eager, traced = pair(ADAMW, {"state_precision": "q8"})
+    step, _ = compiled(traced[0], "eager")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for number, least in enumerate((100, 10_000, 100, 5000, 200)):
+            for optimizer, _ in (eager, traced):
+                optimizer.param_groups[0]["min_q8_size"] = least
+            step_both(eager, traced, step, number)
+            assert ("exp_avg::q8" in traced[0].state[traced[1][0]]) == (least < 6400)
+
+
 def test_a_step_that_a_scaler_skips_draws_nothing(way):
     eager, traced = pair(ADAMW, way, options={"fused": True})
     step, _ = compiled(traced[0])
