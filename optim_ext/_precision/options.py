@@ -82,8 +82,10 @@ def has_no_sign(key: str) -> bool:
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that are there and not the default: none of these adds a key to a group."""
-    return {name: values[name] for name, default in DEFAULTS.items() if name in values and values[name] != default}
+    """Those of the options that are there and not the default: none of these adds a key to a group. What is written into a
+    mapping later does not change them."""
+    found = {name: values[name] for name, default in DEFAULTS.items() if name in values and values[name] != default}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
 
 
 def check(values: Mapping[str, Any], where: str) -> None:

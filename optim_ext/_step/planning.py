@@ -134,9 +134,9 @@ class PlannedStep(ControlledStep):
             if not plan.step(self.state, self.param_groups, hypers, controls, norms=self._whole_norms()):
                 return False
         except RuntimeError:
-            if all(self._torch_reason(group) is None for group in self.param_groups):
+            if all(self._torch_reason(group) is None and not self._keeps(group) for group in self.param_groups):
                 raise
-            return False  # what a plan is refused may be torch's by now
+            return False  # what a plan is refused may be torch's by now, or is to be brought into another form
         if averaging is not None and pairing is not None:
             averaging.finish(pairing, controls.average_weight, plan.besides, controls.found_inf, self.state)
         return True
@@ -196,7 +196,10 @@ class PlannedStep(ControlledStep):
         """The options a plan is built for: where one changes, the plan is built anew."""
         get = group.get
         flags = get("differentiable"), get("capturable"), get("fused")
-        return self._state_keys(group), self._steps_rows(group), *flags, options.given(group)
+        kept = options.given(group)
+        # What is kept beside a parameter depends on its dtype, which a module may be given between steps.
+        dtypes = [p.dtype for p in group["params"]] if kept else None
+        return self._state_keys(group), self._steps_rows(group), *flags, kept, dtypes
 
     def _planning_step(self, signature: list[Any], controls: StepControls, averaging: StepAveraging | None) -> None:
         """Step where there is no plan yet: decide each group's path, make missing state, build the plan, run it."""

@@ -13,6 +13,7 @@ from optim_ext._precision import values
 from optim_ext._tables import TABLES
 from optim_ext.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+ADAMW = next(spec for spec in TAKING if spec.name == "AdamW")
 PAIRS = ("master", "remainder", "kahan")
 
 
@@ -331,6 +332,49 @@ def test_auto_chooses_by_dtype():
     optimizer.step()
     assert ["param_remainder" in optimizer.state[p] for p in params] == [True, False, False]
     assert ["master_param" in optimizer.state[p] for p in params] == [False, True, False]
+
+
+def resumed(optimizer, params, steps, first):
+    """What an optimizer makes of the same state that has taken no step itself."""
+    params = copy.deepcopy(params)
+    names = ("param_precision", "state_precision")
+    kept = {name: optimizer.defaults[name] for name in names if name in optimizer.defaults}
+    other = optim.AdamW(params, **kept)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(other, params, steps, first)
+    return everything(other)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float16)])
+def test_a_module_may_be_given_another_dtype_between_steps(dtypes):
+    params = [torch.nn.Parameter(random((64, 100), dtypes[0], i)) for i in range(2)]
+    optimizer = optim.AdamW(params, param_precision="auto", state_precision="q8")
+    for number, dtype in enumerate(dtypes):
+        for p in params:
+            p.grad = None
+            p.data = p.data.to(dtype)
+        expected = resumed(optimizer, params, 3, 3 * number)
+        train(optimizer, params, 3, 3 * number)
+        assert same(everything(optimizer), expected)
+        assert ("param_remainder" in optimizer.state[params[0]]) == (dtype is torch.bfloat16)
+
+
+def test_a_parameter_may_be_laid_out_otherwise_between_steps(way):
+    params = [torch.nn.Parameter(random((64, 100), torch.bfloat16, 0))]
+    optimizer = optim.AdamW(params, **way)
+    train(optimizer, params, 3)
+    params[0].data = params[0].data.t().contiguous().t()
+    expected = resumed(optimizer, params, 3, 3)
+    train(optimizer, params, 3, first=3)
+    assert same(everything(optimizer), expected)
+
+
+def test_a_mapping_among_the_options_may_be_written_to():
+    optimizer, params = make(ADAMW, {"state_precision": {"exp_avg": "q8"}})
+    train(optimizer, params, 2)
+    optimizer.param_groups[0]["state_precision"]["exp_avg"] = "bf16"
+    train(optimizer, params, 1, first=2)
+    assert {optimizer.state[p]["exp_avg"].dtype for p in params} == {torch.bfloat16}
 
 
 def test_a_group_overrides_the_constructor():
