@@ -104,11 +104,12 @@ def local_entry(dtensor: Any, entry: Mapping[str, Any], scalars: Collection[str]
     return seen
 
 
-def wrapped(key: str, value: Any, dtensor: Any) -> Any:
-    """State as the optimizer has it, of which this process has ``value``."""
+def wrapped(key: str, value: Any, dtensor: Any, before: Any = None) -> Any:
+    """State as the optimizer has it, of which this process has ``value``, in the place of ``before``."""
     if key == ROUNDING_KEY:
         return value
-    if not key.endswith(SCALE) and value.shape != dtensor._local_tensor.shape:  # a row or column of it
+    # A row or column of it; a part of the parameter may have the same shape.
+    if _sharding.is_dtensor(before) and not key.endswith(SCALE) and before.shape != dtensor.shape:
         return _sharding.wrapped_copy(value.detach(), dtensor)
     return (wrapped_scale if key.endswith(SCALE) else _sharding.wrapped)(value.detach(), dtensor)
 

@@ -330,7 +330,7 @@ class KeptStep(OpStep):
                 return
             made = self._converted(group, index, _sharding.local(p), seen)
             converted = {
-                key: entry[key] if seen.get(key) is value else parts.wrapped(key, value, p)
+                key: entry[key] if seen.get(key) is value else parts.wrapped(key, value, p, entry.get(key))
                 for key, value in made.items()
                 if key != PLACE
             }

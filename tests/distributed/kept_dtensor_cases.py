@@ -387,6 +387,28 @@ def rules_about_whole_tensors_have_the_bits_of_one_process():
             assert all(report.native for report in optim_ext.explain(optimizer))
 
 
+def state_of_whole_tensors_that_torch_keeps_comes_into_other_ways():
+    """Before the first step, when nothing but its shape says what is a row or column of the whole; and back."""
+    for spec in TAKING:
+        if not spec.ours._about_whole_tensors:
+            continue
+        rows = {name: row for name, row in layouts().items() if len(row[2]) == 2 or spec.name != "Muon"}
+        native = pair(spec, {}, rows=rows)
+        give_grads(native[0], native[1], 0)
+        for each in native[2:]:
+            each.step()
+        for way in FEW:
+            kept, back = pair(spec, way, rows=rows), pair(spec, {}, rows=rows)
+            for index, (these, before) in enumerate(((kept, native), (back, kept))):
+                for each, other in zip(these[2:], before[2:], strict=True):
+                    each.load_state_dict(copy.deepcopy(other.state_dict()))
+                give_grads(these[0], these[1], index)
+                for each in these[2:]:
+                    each.step()
+                wholes, params, single, optimizer = these
+                assert_same(params, optimizer, wholes, single, f"{spec.name} {name_of(way)} {index}")
+
+
 def a_step_of_whole_tensors_that_is_skipped_draws_nothing():
     for spec in TAKING:
         if not spec.ours._about_whole_tensors:
@@ -632,7 +654,8 @@ CASES = [
     steps_have_the_bits_of_one_process, rules_written_in_python_have_the_bits_of_the_built_in_one,
     float32_parameters_have_state_in_few_bits, local_tensors_and_state_may_be_replaced,
     what_a_layout_does_not_allow_is_refused_alike, strided_shards_are_kept_without_chance, rules_about_norms_take_it,
-    rules_about_whole_tensors_have_the_bits_of_one_process, a_step_of_whole_tensors_that_is_skipped_draws_nothing,
+    rules_about_whole_tensors_have_the_bits_of_one_process,
+    state_of_whole_tensors_that_torch_keeps_comes_into_other_ways, a_step_of_whole_tensors_that_is_skipped_draws_nothing,
     strided_shards_of_whole_tensors_take_chance, clipping_skipping_scaling_and_groups_meet_it, averages_follow,
     masters_come_out_and_go_in, a_compiled_step_is_taken_eagerly, flat_shards_of_fsdp_take_what_goes_by_elements,
     flat_shards_of_fsdp_go_through_its_checkpoint, state_loads_back, state_of_whole_tensors_loads_back, then_saves,
