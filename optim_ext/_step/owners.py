@@ -39,6 +39,7 @@ class Whole:
         self.owner = 0  # rank in the group, where there is one
         self.steps_here = True
         self.is_exchanged = False  # with an owner, or gathered
+        self.problem: str | None = None  # of this process's gradient, which is said when the others have what they wait for
         # In the order of memory that the whole has, by which words of chance go.
         self.tensor = torch.empty_like(parts.whole_of(dtensor), dtype=local.dtype, device=local.device)
         self._kept: dict[str, Tensor] = {}  # the whole of gradient and state, by key
@@ -51,15 +52,19 @@ class Whole:
 
     def grad(self) -> Tensor:
         """This process's part, zeros where it has none. What is sent must not depend on which gradients there are."""
-        grad = self.local.grad
-        if grad is None:
-            return torch.zeros_like(self.local)
-        if grad.dtype != self.local.dtype:
+        grad, self.problem = self.local.grad, None
+        if grad is not None and grad.dtype != self.local.dtype:
+            self.problem = f"it is of {grad.dtype}, expected {self.local.dtype} as its parameter"
+        elif grad is not None and grad.shape != self.local.shape:
+            self.problem = f"this part of it has shape {list(grad.shape)}, expected {list(self.local.shape)}"
+        return torch.zeros_like(self.local) if grad is None or self.problem is not None else grad
+
+    def refuse(self) -> None:
+        """Raises RuntimeError where the gradient that has just been asked for is none for this parameter."""
+        if self.problem is not None:
             raise RuntimeError(
-                f"gradient of {self.name}: it is of {grad.dtype}, expected {self.local.dtype} as its parameter, where a "
-                "rule is about whole tensors that are cut"
+                f"gradient of {self.name}: {self.problem}, where a rule is about whole tensors that are cut"
             )
-        return grad
 
     def keep(self, key: str, like: Tensor) -> Tensor:
         """Memory for the whole of what a process has a part of."""
@@ -322,6 +327,8 @@ class Owners:
             optimizer.param_groups, optimizer.state, optimizer._plan = self.groups, self.state, self.plan
             refused = False
             try:
+                for whole in self._wholes.values():
+                    whole.refuse()
                 yield
             except Exception:
                 refused = True

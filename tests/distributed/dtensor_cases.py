@@ -663,6 +663,28 @@ def what_an_owner_refuses_no_process_waits_for():
         torch.testing.assert_close(full(p.detach()), before[n], rtol=0, atol=0)
 
 
+def a_gradient_that_one_process_has_wrong_is_refused_by_all():
+    """Not in a collective that the others have begun: an owner may be waiting for it."""
+    wholes, params = made()
+    params = {n: params[n] for n in ("even", "uneven", "empty", "columns", "vector")}  # each has an owner
+    optimizer = optim_ext.Adafactor(list(params.items()), lr=0.1)
+    for index, wrong in enumerate((torch.Tensor.double, lambda grad: grad[:-1])):
+        give_grads({n: wholes[n] for n in params}, params, index)
+        optimizer.step()
+        before = {n: full(p.detach()).clone() for n, p in params.items()}
+        give_grads({n: wholes[n] for n in params}, params, 3)
+        is_wrong = dist.get_world_size() > 1 and dist.get_rank() == dist.get_world_size() - 1
+        if is_wrong:
+            grad = params["vector"].grad
+            grad._local_tensor = wrong(grad._local_tensor)
+        message = "gradient of parameter 'vector': .*whole tensors that are cut" if is_wrong else "refuses this step"
+        if dist.get_world_size() > 1:
+            with pytest.raises(RuntimeError, match=message):
+                optimizer.step()
+        for n, p in params.items():
+            torch.testing.assert_close(full(p.detach()), before[n], rtol=0, atol=0)
+
+
 def rules_about_whole_tensors_step_copies_natively():
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for name, _ in WHOLE_ROWS:
@@ -1188,6 +1210,7 @@ CASES = [
     local_tensors_with_operations_of_their_own_are_left_to_torch,
     rules_about_whole_tensors_step_copies_natively, rules_about_whole_tensors_have_the_bits_of_one_process,
     rules_about_whole_tensors_clip_and_skip, what_an_owner_refuses_no_process_waits_for,
+    a_gradient_that_one_process_has_wrong_is_refused_by_all,
     rules_take_norms_of_all_parts, options_decide_whether_norms_are_taken,
     a_step_that_one_process_refuses_is_taken_by_none, a_parameter_that_is_there_twice_has_no_norm_of_the_whole,
     explain_says_what_is_sharded,
