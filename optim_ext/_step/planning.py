@@ -17,6 +17,7 @@ from optim_ext._grad_control import StepControls
 from optim_ext._load import _C
 from optim_ext._native_step import Controls
 from optim_ext._precision import options
+from optim_ext._precision.options import CODES
 from optim_ext._step.base import Group
 from optim_ext._step.controls import ControlledStep
 from optim_ext._step.whole_norms import WholeNorms
@@ -288,7 +289,8 @@ class PlannedStep(ControlledStep):
                     continue
                 for key in keys:
                     counted = key in self._number_state
-                    value = self.state[p].get(key) if p in self.state else None
+                    entry = self.state[p] if p in self.state else {}
+                    value = entry.get(key, entry.get(key + CODES))
                     if not isinstance(value, (Tensor, float, int) if counted else Tensor):
                         expected = "a number" if counted else "a tensor"
                         return f"{self._described(group, index)}: its state '{key}' is {value!r}, expected {expected}"

@@ -350,6 +350,10 @@ class KeptStep(OpStep):
                 converted |= {name: entry[name] for name in (key + CODES, key + SCALE)}
             elif (value := self._state_value(group, p, entry, key)) is not None:
                 converted |= values.as_kept(p, key, value, precision)
+        # What the group has no use for now (amsgrad=False) waits as it is, as it does where torch keeps it.
+        waiting = {name for key in TABLES[self._op].kept_state for name in (key + CODES, key + SCALE)}
+        waiting -= {name for key, _ in wanted.state for name in (key + CODES, key + SCALE)}
+        converted |= {name: entry[name] for name in waiting if name in entry}
         return converted | self._companions(group, index, p, entry, wanted)
 
     def _state_value(self, group: Group, p: Tensor, entry: Mapping[str, Any], key: str) -> Tensor | None:

@@ -377,6 +377,20 @@ def test_a_mapping_among_the_options_may_be_written_to():
     assert {optimizer.state[p]["exp_avg"].dtype for p in params} == {torch.bfloat16}
 
 
+def test_state_that_a_group_has_no_use_for_waits(way):
+    """As it does where torch keeps it; a checkpoint has it, too."""
+    optimizer, params = make(ADAMW, way, {"amsgrad": True}, shapes=[(64, 100), (7,)])
+    train(optimizer, params, 2)
+    entry = optimizer.state[params[0]]
+    largest = {key: value.clone() for key, value in entry.items() if key.startswith("max_exp_avg_sq")}
+    optimizer.param_groups[0]["amsgrad"] = False
+    train(optimizer, params, 1, first=2)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert largest and all(torch.equal(optimizer.state[params[0]][key], value) for key, value in largest.items())
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(optimizer, params, 1, first=3)
+
+
 def test_a_group_overrides_the_constructor():
     params = [torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2)]
     groups = [{"params": params[:1]}, {"params": params[1:], "param_precision": "kahan"}]
