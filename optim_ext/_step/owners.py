@@ -39,9 +39,8 @@ class Whole:
         self.owner = 0  # rank in the group, where there is one
         self.steps_here = True
         self.is_exchanged = False  # with an owner, or gathered
-        self.problem: str | None = (
-            None  # of this process's gradient, which is said when the others have what they wait for
-        )
+        # Of this process's gradient; it is said when the others have what they wait for.
+        self.problem: str | None = None
         # In the order of memory that the whole has, by which words of chance go.
         self.tensor = torch.empty_like(parts.whole_of(dtensor), dtype=local.dtype, device=local.device)
         self._kept: dict[str, Tensor] = {}  # the whole of gradient and state, by key

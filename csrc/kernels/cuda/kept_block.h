@@ -208,7 +208,8 @@ OPTIM_EXT_HOST_DEVICE int64_t block_of(const KeptHead& kept, int64_t index) {
 }
 
 // This thread's share of positions [from, to) of the block's piece. All lanes of a warp go through it as many times.
-template <int kPack, class Rule>
+// kRows: of a sparse gradient.
+template <int kPack, bool kRows, class Rule>
 OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule& rule, int32_t from, int32_t to,
                                        int thread) {
   using Mine = Share<kPack>;
@@ -219,7 +220,6 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
   const int64_t width_of_twin_here = width_of_twin(kept.precision);
   const Storage of_param = block.entry.storage[0];
   const auto is_in_order = [&](int operand) { return kInEights || ((kept.in_order >> operand) & 1u); };
-  const bool is_sparse = !kInEights && block.layout != nullptr && block.layout->rows != nullptr;
   for (int32_t start = from; start < to; start += kThreads * kPack) {
     Mine share = share_of<kPack>(block, start, to, thread);
     // Where each operand has each element.
@@ -260,11 +260,11 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
     const auto places_of = [&](int s) { return kInEights ? at[0] : at[kInEights ? 0 : s]; };
     // The index of each element in the parameter, which twins, words and blocks go by. Of a sparse gradient the rows
     // lie anywhere there, and it is where the parameter itself has the element; a block of q8 is within one row.
-    const auto in_param = [&](int j) { return is_sparse ? at[0][kInEights ? 0 : j] : share.index + j * Mine::kApart; };
+    const auto in_param = [&](int j) { return kRows ? at[0][kRows ? j : 0] : share.index + j * Mine::kApart; };
     int64_t in_order[kInEights ? 1 : kPack];
     if constexpr (!kInEights) {
       OPTIM_EXT_UNROLL for (int j = 0; j < kPack; ++j) in_order[j] = in_param(j);
-      if (is_sparse && share.leads) share.block = block_of(kept, in_order[0]);
+      if (kRows && share.leads) share.block = block_of(kept, in_order[0]);
     }
 
     // What memory holds.
@@ -351,12 +351,14 @@ OPTIM_EXT_DEVICE void sweep_kept_range(const KeptBlock<Rule>& block, const Rule&
 template <class Rule>
 OPTIM_EXT_DEVICE void sweep_kept_thread(const KeptBlock<Rule>& block, int thread) {
   const Rule rule = block.rule;
+  if (block.layout != nullptr && block.layout->rows != nullptr)
+    return sweep_kept_range<2, true>(block, rule, 0, block.size, thread);
   int32_t done = 0;
   if (block.kept.vector) {
     done = block.size & -8;
-    sweep_kept_range<8>(block, rule, 0, done, thread);
+    sweep_kept_range<8, false>(block, rule, 0, done, thread);
   }
-  sweep_kept_range<2>(block, rule, done, block.size, thread);  // the rest, or everything
+  sweep_kept_range<2, false>(block, rule, done, block.size, thread);  // the rest, or everything
 }
 
 // One kernel whether steps average or not: it has the registers for that. Without `kMayAverage` it is for those that do

@@ -164,11 +164,11 @@ fault(place_lost kept "failed: .*[35] numbers of place" kernels/cuda/table.h
 [[kept.place = place;]]
 [[kept.place = FAULT ? 0 : place;]])
 fault(rows_of_the_gradient_alone kept "failed: .*by rows" kernels/cuda/kept_block.h
-[[return is_sparse ?]]
-[[return is_sparse && !FAULT ?]])
+[[return kRows ?]]
+[[return kRows && !FAULT ?]])
 fault(blocks_of_the_gradient_alone kept "failed: .*by rows.*(exponents|operand [234])" kernels/cuda/kept_block.h
-[[if (is_sparse && share.leads)]]
-[[if (is_sparse && share.leads && !FAULT)]])
+[[if (kRows && share.leads)]]
+[[if (kRows && share.leads && !FAULT)]])
 fault(draws_of_the_last_step kept "failed: .*the first of two sweeps" kernels/cuda/kept_block.h
 [[(kept.counts_later ? 1 : 0)]]
 [[(kept.counts_later && !FAULT ? 1 : 0)]])
