@@ -135,7 +135,9 @@ class PlannedStep(ControlledStep):
             if not plan.step(self.state, self.param_groups, hypers, controls, norms=self._whole_norms()):
                 return False
         except RuntimeError:
-            if all(self._torch_reason(group) is None and not self._keeps(group) for group in self.param_groups):
+            norms = self._whole_norms()
+            has_asked = norms is not None and norms.has_asked  # the other processes do not ask once more
+            if has_asked or all(self._torch_reason(g) is None and not self._keeps(g) for g in self.param_groups):
                 raise
             return False  # what a plan is refused may be torch's by now, or is to be brought into another form
         if averaging is not None and pairing is not None:

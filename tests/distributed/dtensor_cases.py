@@ -602,33 +602,37 @@ def a_step_that_one_process_refuses_is_taken_by_none():
     not waited for, nor can the host see a count there.)"""
     if not ON_CPU:
         return
-    wholes, params = made()
-    optimizer = optim_ext.LAMB(list(params.items()), lr=0.1)
-    give_grads(wholes, params, 0)
-    optimizer.step()
-    mine = dist.get_rank() == dist.get_world_size() - 1
-    for what in ("a count", "a state") if ON_CPU else ("a state",):  # counts on a GPU are not read
-        entry = optimizer.state[params["vector"]]
-        kept = dict(entry)
-        if mine and what == "a count":
-            entry["step"] = torch.tensor(-3.0)
-        elif mine:
-            del entry["exp_avg"]
-        give_grads(wholes, params, 1)
-        before = copy.deepcopy([list(params.values()), [p.grad for p in params.values()], dict(optimizer.state)])
+    for way in ({}, {"state_precision": "bf16"}):
+        wholes, params = made()
+        if way and "cut twice" in params:  # of which chance does not know where it is
+            del wholes["cut twice"], params["cut twice"]
+        optimizer = optim_ext.LAMB(list(params.items()), lr=0.1, **way)
         optimizer._step_supports_amp_scaling = True
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
-        told = "parameter 'vector'|exp_avg" if mine else "another process of a group refuses"
-        with pytest.raises((RuntimeError, KeyError), match=told):  # as torch raises where state is missing
+        for index in range(3):  # the first one is planned, the others go by its plan
+            give_grads(wholes, params, index)
             optimizer.step()
-        for p, old, grad, old_grad, (_, old_entry) in zip(
-            params.values(), before[0], (p.grad for p in params.values()), before[1], before[2].items(), strict=True
-        ):
-            assert torch.equal(local(p), local(old)) and torch.equal(local(grad), local(old_grad))
-            for key, value in old_entry.items():
-                assert torch.equal(local(optimizer.state[p][key]), local(value)), key
-        optimizer.state[params["vector"]] = kept
-    optimizer.step()
+        mine = dist.get_rank() == dist.get_world_size() - 1
+        for what in ("a count", "a state"):
+            entry = optimizer.state[params["vector"]]
+            kept = dict(entry)
+            if mine and what == "a count":
+                entry["step"] = torch.tensor(-3.0)
+            elif mine:
+                del entry["exp_avg"]
+            give_grads(wholes, params, 1)
+            before = copy.deepcopy([list(params.values()), [p.grad for p in params.values()], dict(optimizer.state)])
+            told = "parameter 'vector'|exp_avg" if mine else "another process of a group refuses"
+            with pytest.raises((RuntimeError, KeyError), match=told):  # as torch raises where state is missing
+                optimizer.step()
+            for p, old, grad, old_grad, (_, old_entry) in zip(
+                params.values(), before[0], (p.grad for p in params.values()), before[1], before[2].items(), strict=True
+            ):
+                assert torch.equal(local(p), local(old)) and torch.equal(local(grad), local(old_grad))
+                for key, value in old_entry.items():
+                    assert torch.equal(local(optimizer.state[p][key]), local(value)), key
+            optimizer.state[params["vector"]] = kept
+        optimizer.step()
 
 
 def a_parameter_that_is_there_twice_has_no_norm_of_the_whole():
