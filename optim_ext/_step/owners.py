@@ -48,8 +48,8 @@ class Whole:
 
     def cut(self, state: dict[str, Any]) -> list[str]:
         """The keys of the state that is cut as the parameter is; of the rest everyone has a copy."""
-        copies = self.copies | {ROUNDING_KEY}
-        return [key for key, value in state.items() if isinstance(value, Tensor) and key not in copies]
+        tensors = (key for key, value in state.items() if isinstance(value, Tensor))
+        return [key for key in tensors if key != ROUNDING_KEY and key not in self.copies]
 
     def grad(self) -> Tensor:
         """This process's part, zeros where it has none. What is sent must not depend on which gradients there are."""

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from compiling import compiled
 from lockstep import assert_close, copy_of, give_grads, make_params, twin
 from specs import TENSOR_LRS, Tolerance
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import optim_ext
@@ -17,17 +17,6 @@ def fresh():
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         yield
-
-
-def compiled(optimizer, backend="aot_eager"):
-    """A function of one compiled step, and the counter of its graphs; a graph break is an error."""
-    counter = CompileCounterWithBackend(backend)
-
-    @torch.compile(backend=counter, fullgraph=True)
-    def step():
-        optimizer.step()
-
-    return step, counter
 
 
 def compare(spec, options, steps=4, backend="aot_eager", dtype=torch.float64):

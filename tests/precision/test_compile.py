@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from compiling import compiled
 from device import ON_CPU
 from kept import MUON, TAKING, WAYS, everything, give_grads, make, name_of, same
 from lockstep import random
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import optim_ext as optim
@@ -35,17 +35,6 @@ def fresh():
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         yield
-
-
-def compiled(optimizer, backend="aot_eager"):
-    """A function of one compiled step, and the counter of its graphs; a graph break is an error."""
-    counter = CompileCounterWithBackend(backend)
-
-    @torch.compile(backend=counter, fullgraph=True)
-    def step():
-        optimizer.step()
-
-    return step, counter
 
 
 def pair(spec, way, **given):
